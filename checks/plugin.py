@@ -1,0 +1,1 @@
+"""pytest options, the subject fixture, one verdict line a check, the summary."""
