@@ -353,6 +353,11 @@ class Transformer(nn.Module):
             x = block(x, rotate, visible, cache)
         return self.head(self.norm(x))
 
+    def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
+        """An empty cache for this model's layers, where its weights are."""
+        weight = self.embedding.weight
+        return KeyValueCache(self.config, batch_size, capacity, device=weight.device, dtype=weight.dtype)
+
     def embed(self, tokens: Tensor) -> Tensor:
         try:
             return self.embedding(tokens)
