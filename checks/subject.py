@@ -1,0 +1,144 @@
+"""The implementation under test, behind one interface: build, logits, loss, generate, train step, tokenizer.
+
+How foreign code is met (files, constructors, return forms) is in conventions.py; nothing here judges.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a check may ask a model to be. All differ, so that no axis can be mistaken for another."""
+
+    vocab_size: int = 17
+    block_size: int = 13
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 32
+    dropout: float = 0.0
+
+
+# Gain of the projections and deviation of the embeddings (for `Subject.amplified`). Default initialization hides bugs.
+ABSENCE = (1.5, 1.0)  # laws that something must not show: leaks, batch, length
+EXISTENCE = (None, (1.0, 0.5), (1.5, 1.0))  # laws that something must show: the best of these; None: as initialized
+
+
+class Subject:
+    """A model under test and what comes with it.
+
+    `parts` is any object with `build_model(**sizes) -> nn.Module`, and optionally `loss(logits, targets, mask)`,
+    `generate(model, prompt, max_new_tokens, …)`, `train_step(model, optimizer, batch)`, `trainer`, `tokenizer`.
+    """
+
+    def __init__(self, name: str, parts: Any, *, seed: int = 0, device: str = "cpu", causal: bool = True) -> None:
+        self.name, self.parts, self.seed, self.causal = name, parts, seed, causal
+        self.device = torch.device(device)
+        self.sizes = Sizes()
+
+    def build(self, *, seed: int = 0, **sizes: Any) -> nn.Module:
+        """A fresh model in eval mode, its weights drawn from the seed; sizes not given are those of `self.sizes`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.parts.build_model(**vars(replace(self.sizes, **sizes))).to(self.device).eval()
+
+    def amplified(
+        self,
+        scheme: tuple[float, float] | None = ABSENCE,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        **sizes: Any,
+    ) -> nn.Module:
+        """A model whose weights are large enough to show what initialization hides."""
+        model = self.build(seed=seed, **sizes).to(dtype)
+        if scheme is not None:
+            amplify(model, *scheme, seed=seed)
+        return model
+
+    def logits(self, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        """[B, T] token ids to [B, T, V]; mask [B, T] is True for real tokens."""
+        given = {name: value for name, value in (("mask", mask), ("cache", cache)) if value is not None}
+        return model(tokens, **given)
+
+    def new_cache(self, model: nn.Module, batch_size: int) -> Any:
+        """An empty key-value cache for `logits`, which fills it; None if the subject has no cache."""
+        create: Any = getattr(model, "new_cache", None)
+        return create(batch_size) if create else None
+
+    @property
+    def takes_mask(self) -> bool:
+        return True
+
+    def tokens(self, B: int, T: int, *, seed: int = 0, vocab_size: int | None = None) -> Tensor:
+        """Random token ids [B, T], every id as likely."""
+        generator = torch.Generator().manual_seed(seed)
+        V = vocab_size or self.sizes.vocab_size
+        return torch.randint(V, (B, T), generator=generator).to(self.device)
+
+    def brings(self, part: str) -> bool:
+        """Whether the subject has its own `loss`, `generate`, `train_step`, `trainer` or `tokenizer`."""
+        return getattr(self.parts, part, None) is not None
+
+    def owns(self, filename: str) -> bool:
+        """Whether a source file is the subject's own."""
+        return False
+
+    def reproduce(self, check: Callable) -> str:
+        """The command that runs this check alone, with this seed."""
+        module, name = check.__module__.rpartition(".")[2], check.__name__
+        return f"pytest --model {shlex.quote(self.name)} --seed {self.seed} -k '{module} and {name}'"
+
+
+def amplify(model: nn.Module, gain: float, embedding: float, *, seed: int) -> None:
+    """Redraws a model's trainable weights, as strong as can be without saturating attention.
+
+    A projection gets N(0, (gain/√fan)²), fan the geometric mean of its last two dimensions; an embedding deviation
+    `embedding`; a vector at a constant c ≠ 0 becomes c (1 + 0.3 N), other vectors get + 0.3 N. Buffers, frozen
+    parameters and padding rows stay.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    tables = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
+    seen: set[int] = set()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if id(parameter) in seen or not parameter.requires_grad or not parameter.is_floating_point():
+                continue
+            seen.add(id(parameter))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+            if parameter.dim() < 2:
+                constant = parameter.numel() > 0 and bool((parameter == parameter.flatten()[0]).all())
+                c = parameter.flatten()[0].clone() if constant else torch.zeros(())
+                parameter.copy_(c * (1 + 0.3 * noise) if constant and c != 0 else parameter + 0.3 * noise)
+            elif id(parameter) in tables:
+                row = tables[id(parameter)]
+                kept = None if row is None else parameter[row].clone()
+                parameter.copy_(embedding * noise)
+                if kept is not None:
+                    parameter[row] = kept
+            else:
+                fan = (parameter.shape[-1] * parameter.shape[-2]) ** 0.5
+                parameter.copy_(gain * fan**-0.5 * noise)
+
+
+def reference(**declared: Any) -> Subject:
+    """The reference of this project as a subject."""
+    return Subject("transformer", reference_parts(), **declared)
+
+
+def reference_parts(**config: Any) -> SimpleNamespace:
+    """The parts of the reference, to be replaced one at a time; `config` fixes fields of its ModelConfig."""
+    from transformer.model import ModelConfig, Transformer
+
+    def build_model(**sizes: Any) -> nn.Module:
+        return Transformer(ModelConfig(**{**sizes, **config}))
+
+    return SimpleNamespace(build_model=build_model)

@@ -1,0 +1,85 @@
+"""What one check says about one subject, as data: running a check, and what it left behind."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from checks.expect import CheckFailed, NotApplicable, Where, remarks
+
+Outcome = Literal["passed", "failed", "error", "not_applicable", "skipped", "blocked"]
+STOPS_OTHERS = ("failed", "error", "blocked")
+
+
+@dataclass
+class Verdict:
+    """One line of the report. `rule` is the check's sentence, `says` what happened."""
+
+    check: str  # check_causality.check_future_cannot_change_past
+    theme: str  # causality
+    outcome: Outcome
+    rule: str
+    says: str = ""
+    evidence: dict[str, Any] = field(default_factory=dict)
+    where: Where | None = None
+    likely: tuple[str, ...] = ()
+    advice: str = ""
+    remarks: list[str] = field(default_factory=list)
+    example: dict[str, Any] = field(default_factory=dict)
+    reproduce: str = ""
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_id(check: Callable) -> str:
+    return f"{check.__module__.rpartition('.')[2]}.{check.__name__}"
+
+
+def theme(check: Callable) -> str:
+    return check.__module__.rpartition(".")[2].removeprefix("check_")
+
+
+def rule(check: Callable) -> str:
+    return " ".join((check.__doc__ or check.__name__).strip().split("\n\n")[0].split())
+
+
+def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verdict:
+    """Runs one check, unless a check that it needs did not pass; never raises for what a subject does.
+
+    `earlier` holds the verdicts so far by check id. KeyboardInterrupt passes through.
+    """
+    verdict = Verdict(check_id(check), theme(check), "passed", rule(check), reproduce=subject.reproduce(check))
+    for name in getattr(check, "needs", ()):
+        if name in earlier and earlier[name].outcome in STOPS_OTHERS:
+            verdict.outcome, verdict.says = "blocked", f"needs {name}, which {earlier[name].outcome}"
+            return verdict
+    start = time.perf_counter()
+    with remarks() as mine:
+        try:
+            check(subject)
+        except CheckFailed as failure:
+            found = failure.finding
+            verdict.outcome, verdict.says, verdict.where = "failed", found.says, found.where
+            verdict.evidence, verdict.likely = dict(found.evidence), found.likely
+            verdict.advice, verdict.example = found.advice, found.example
+        except NotApplicable as reason:
+            verdict.outcome, verdict.says, verdict.evidence = "not_applicable", reason.reason, dict(reason.evidence)
+        except Exception as error:
+            verdict.outcome, verdict.says, verdict.where = "error", *_crash(error, subject)
+    verdict.seconds = round(time.perf_counter() - start, 4)
+    verdict.evidence = {**mine.evidence, **verdict.evidence}
+    verdict.remarks = mine.advice
+    return verdict
+
+
+def _crash(error: Exception, subject: Any) -> tuple[str, Where | None]:
+    """What to say of an exception, and the last line of the subject's own code that it went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if subject.owns(frame.filename)]
+    where = Where(theirs[-1].name, "", theirs[-1].filename, theirs[-1].lineno or 0) if theirs else None
+    return f"{type(error).__name__}: {error}", where
