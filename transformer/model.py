@@ -40,9 +40,10 @@ class ModelConfig:
     rope_base: float = 10_000.0  # the slowest rotary wavelength is about 2π times this, in tokens
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "kv_heads", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.n_head % self.kv_heads:
@@ -51,6 +52,10 @@ class ModelConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.positions != "learned" and self.head_width % 2:
             raise ValueError(f"rotary positions need an even head width, got n_embd / n_head = {self.head_width}")
+        if not self.norm_eps >= 0:
+            raise ValueError(f"norm_eps must be at least 0, got {self.norm_eps}")
+        if not self.rope_base > 0:
+            raise ValueError(f"rope_base must be above 0, got {self.rope_base}")
         for name, parts in PARTS.items():
             if getattr(self, name) not in parts:
                 raise ValueError(f"{name} must be one of {', '.join(parts)}, got {getattr(self, name)!r}")
@@ -97,8 +102,6 @@ class KeyValueCache:
 
     def extend(self, mask: Tensor | None, T: int) -> Tensor | None:
         """Makes room for T more tokens; the mask of all tokens so far [B, S], or None if all are real."""
-        if self.length + T > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens: {self.length} read, {T} more do not fit")
         if mask is not None and self.mask is None:
             self.mask = torch.ones(self.keys.shape[1], self.capacity, dtype=torch.bool, device=self.keys.device)
         if mask is not None and self.mask is not None:
@@ -338,15 +341,14 @@ class Transformer(nn.Module):
         self.initialize()
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        T = tokens.shape[1]
+        self.refuse_bad_input(tokens, mask, cache)
+        x = self.embed(tokens)  # [B, T, C]
         mask = None if mask is None else mask.bool()
         if cache is not None:
-            mask = cache.extend(mask, T)  # now of all S tokens
-        S = T if cache is None else cache.length
-        if S > self.config.block_size:
-            raise ValueError(f"{S} tokens do not fit the block size of {self.config.block_size}")
+            mask = cache.extend(mask, tokens.shape[1])  # now of all S tokens
+        T, S = tokens.shape[1], tokens.shape[1] if cache is None else cache.length
         positions = self.token_positions(mask, T, S, tokens.device)
-        x = self.dropout(self.positions.add(self.embed(tokens), positions))  # [B, T, C]
+        x = self.dropout(self.positions.add(x, positions))
         rotate = self.positions.rotation(positions, x.dtype)
         visible = self.visible(mask, T, S, tokens.device)
         for block in self.blocks:
@@ -382,6 +384,18 @@ class Transformer(nn.Module):
         causal = causal_mask(T, S, device)
         itself = causal ^ causal.tril(S - T - 1)
         return (causal & mask[:, None, None, :]) | itself
+
+    def refuse_bad_input(self, tokens: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> None:
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must be [B, T], got the shape {list(tokens.shape)}")
+        if mask is not None and mask.shape != tokens.shape:
+            raise ValueError(f"mask must have the tokens' shape {list(tokens.shape)}, got {list(mask.shape)}")
+        (B, T), seen = tokens.shape, 0 if cache is None else cache.length
+        if seen + T > self.config.block_size:
+            raise ValueError(f"{seen + T} tokens do not fit the block size of {self.config.block_size}")
+        if cache is not None and (B != cache.keys.shape[1] or seen + T > cache.capacity):
+            room = f"{cache.keys.shape[1]} rows of {cache.capacity} tokens, {seen} of them read"
+            raise ValueError(f"the cache has {room}: tokens of shape {list(tokens.shape)} do not fit")
 
     def initialize(self) -> None:
         """Normal with deviation 0.02, zero biases; what writes to the residual stream is scaled down by √(2 layers)."""
