@@ -202,7 +202,7 @@ class Attention(nn.Module):
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
         B, T, _ = qkv.shape
-        heads = qkv.view(B, T, -1, self.head_width).transpose(1, 2)  # [B, H + 2 G, T, D]
+        heads = qkv.view(B, T, self.n_head + 2 * self.n_kv_head, self.head_width).transpose(1, 2)  # [B, H + 2 G, T, D]
         return heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
 
     def place(self, q: Tensor, k: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor]:
