@@ -82,6 +82,7 @@ class Remarks:
 
     advice: list[str] = field(default_factory=list)
     evidence: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 _remarks: ContextVar[Remarks | None] = ContextVar("remarks", default=None)
@@ -110,6 +111,13 @@ def note(**evidence: Any) -> None:
     mine = _remarks.get()
     if mine is not None:
         mine.evidence.update(evidence)
+
+
+def keep(**objects: Any) -> None:
+    """Leaves objects (a trained model, a curve) for whoever runs the check; they are no part of the verdict's data."""
+    mine = _remarks.get()
+    if mine is not None:
+        mine.kept.update(objects)
 
 
 @dataclass(frozen=True)
@@ -211,6 +219,16 @@ def needs(*prerequisites: str) -> Callable[[Callable], Callable]:
 
     def mark(check: Callable) -> Callable:
         check.needs = prerequisites  # type: ignore[attr-defined]
+        return check
+
+    return mark
+
+
+def slow(reason: str) -> Callable[[Callable], Callable]:
+    """Keeps a check out of the default run; `reason` says what takes long. `--slow` runs it."""
+
+    def mark(check: Callable) -> Callable:
+        check.slow = reason  # type: ignore[attr-defined]
         return check
 
     return mark

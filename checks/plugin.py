@@ -1,1 +1,342 @@
-"""pytest options, the subject fixture, one verdict line a check, the summary."""
+"""The door through pytest: options, collection of the checks, one verdict a check, the summary.
+
+It costs a run that is not about a subject nothing: no torch, no hypothesis, and no option that a conftest has already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from checks.report import lines, terminal
+
+if TYPE_CHECKING:
+    from checks.subject import Subject
+    from checks.verdict import Verdict
+
+CHECKS = Path(__file__).parent
+DEFAULT_MODEL = "transformer"
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--model": dict(
+        action="append",
+        metavar="WHAT",
+        help="the model to check: FILE.py[:NAME], NOTEBOOK.ipynb[:NAME], package.module:NAME or bug:ID; repeatable",
+    ),
+    "--with": dict(
+        action="append",
+        dest="checks_with",
+        metavar="PART=FILE:NAME",
+        help="a part that lives elsewhere: loss, generate, train_step, trainer or tokenizer; repeatable",
+    ),
+    "--checkpoint": dict(metavar="FILE", help="weights to load into the model that was built"),
+    "--spec": dict(metavar="FAMILY", help="what the model should be: gpt2, llama, or auto (report only)"),
+    "--not-causal": dict(action="store_true", help="the model is an encoder or a prefix model by design"),
+    "--device": dict(metavar="DEVICE", help="where the checks run: cpu (the default), cuda, mps, xpu"),
+    "--gpu": dict(action="store_true", help="run the checks on CUDA, with the CUDA-only checks and the benchmark"),
+    "--slow": dict(action="store_true", help="also the checks that take minutes: compilers, new processes, two ranks"),
+    "--seed": dict(type=int, metavar="N", help="seed of everything that is drawn (default: a fresh one, printed)"),
+    "--out": dict(metavar="FOLDER", help="where the sanity checks leave their artifacts (default: out)"),
+    "--verdicts": dict(metavar="FILE", help="one JSON line a verdict, written as they happen"),
+    "--expected-failures": dict(
+        metavar="FILE", help="checks that are known to fail, one `check: reason` a line; one that passes is an error"
+    ),
+}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_load_initial_conftests(parser: pytest.Parser) -> Iterator[None]:
+    """Options are added after the conftests had their turn: where one defines `--gpu` itself, theirs stays theirs."""
+    yield
+    group = parser.getgroup("transformer-checks", "transformer-checks")
+    for name, attributes in OPTIONS.items():
+        with contextlib.suppress(ValueError, argparse.ArgumentError):
+            group.addoption(name, **attributes)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sanity: the two sanity checks of a subject")
+    run = Run(config)
+    config.pluginmanager.register(run, "transformer-checks-run")
+    if run.asked and config.args_source != config.ArgsSource.ARGS:
+        config.args = [str(CHECKS)]
+
+
+class Run:
+    """One pytest run over some subjects: meets them when first asked, judges, keeps the verdicts."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.verdicts: dict[str, dict[str, Verdict]] = {}
+        self.reported: dict[str, list[dict[str, Any]]] = {}
+        self.totals: dict[str, int] = {}
+        self.complaints: list[str] = []  # what went wrong beside the checks
+        self._subjects: list[Subject] | None = None
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """An option's value; another plugin's option of the same name and another type is not ours."""
+        value = self.config.getoption(name.strip("-").replace("-", "_"), None)
+        return default if value is None else value
+
+    @property
+    def asked(self) -> bool:
+        """Whether the command line is about a subject."""
+        return isinstance(self.option("model"), list) or self.option("gpu") is True
+
+    @property
+    def seed(self) -> int:
+        worker = getattr(self.config, "workerinput", None)
+        if worker is not None:
+            return int(worker["checks_seed"])
+        if not hasattr(self, "_seed"):
+            self._seed = int(self.option("seed", secrets.randbelow(2**31)))
+        return self._seed
+
+    @property
+    def subjects(self) -> list[Subject]:
+        if self._subjects is None:
+            self._subjects = self._meet()
+        return self._subjects
+
+    def _meet(self) -> list[Subject]:
+        from checks.conventions import UsageError
+        from checks.subject import Subject
+
+        declared = dict(
+            seed=self.seed,
+            device=self._device(),
+            causal=not self.option("not-causal", False),
+            checkpoint=self.option("checkpoint"),
+            parts=_parts(self.config.getoption("checks_with", None) or []),
+        )
+        try:
+            subjects = [Subject.meet(model, **declared) for model in self.option("model", [DEFAULT_MODEL])]
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from None
+        for subject in subjects:
+            subject.spec = self.option("spec", "auto")
+        return subjects
+
+    def _device(self) -> str:
+        import torch
+
+        device = "cuda" if self.option("gpu") else self.option("device", "cpu")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise pytest.UsageError(f"no CUDA device here: the installed torch is {torch.__version__}")
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise pytest.UsageError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        return device
+
+    # -- collection
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        if file_path.parent != CHECKS or file_path.suffix != ".py" or not file_path.stem.startswith("check_"):
+            return None
+        return CheckFile.from_parent(parent, path=file_path, run=self)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        order = {id(check): index for index, check in enumerate(_all_checks())} if self._subjects else {}
+        mine = [item for item in items if isinstance(item, CheckItem)]
+        mine.sort(key=lambda item: (item.subject_index, order.get(id(item.check), 0)))
+        items[:] = [item for item in items if not isinstance(item, CheckItem)] + mine
+
+    # -- header and summary
+
+    def pytest_report_header(self) -> list[str]:
+        if not self.asked:
+            return []
+        return [f"subject: {subject.header}" for subject in self.subjects] + [f"seed: {self.seed}"]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput["checks_seed"] = self.seed
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        verdict = getattr(report, "verdict", None)
+        if verdict is not None:
+            self.reported.setdefault(verdict["subject"], []).append(verdict)
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        verdict = getattr(report, "verdict", None)
+        if verdict is None or report.when != "call" or verdict["outcome"] not in ("not_applicable", "blocked"):
+            return None
+        word = verdict["outcome"].replace("_", " ")
+        return word, {"not applicable": "-", "blocked": "b"}[word], f"{word}: {verdict['says']}"
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(self.config, "workerinput"):
+            return
+        for name, verdicts in self.reported.items():
+            self._write(lines.summary(name, verdicts, self.totals.get(name, len(verdicts))))
+        if self._subjects:
+            self._draw()
+        ran = any(v["outcome"] in ("passed", "failed", "error") for vs in self.reported.values() for v in vs)
+        if self.asked and not ran and session.exitstatus == pytest.ExitCode.OK and not self.config.option.collectonly:
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for name, verdicts in self.reported.items():
+            terminalreporter.section(name, sep="-")
+            for verdict in verdicts:
+                for remark in verdict["remarks"]:
+                    terminalreporter.line(f"note: {verdict['check']}: {remark}")
+            summary = lines.summary(name, verdicts, self.totals.get(name, len(verdicts)))["summary"]
+            terminalreporter.line(terminal.totals(summary))
+            if not summary["executed"]:
+                terminalreporter.line("no check ran: this says nothing about the model", red=True)
+            for complaint in self.complaints:
+                terminalreporter.line(complaint, red=True)
+            if start := terminal.where_to_start(verdicts):
+                terminalreporter.line(start, red=True)
+
+    # -- judging
+
+    def judge(self, subject: Subject, check: Callable) -> Verdict:
+        from checks.verdict import check_id, judge
+
+        earlier = self.verdicts.setdefault(subject.name, {})
+        self._write(lines.started(check_id(check), subject.name))
+        verdict = judge(check, subject, earlier)
+        earlier[verdict.check] = verdict
+        self._write({"subject": subject.name, **verdict.as_dict()})
+        if verdict.kept:
+            self._save(subject, verdict)
+        return verdict
+
+    def _save(self, subject: Subject, verdict: Verdict) -> None:
+        from checks import artifacts
+        from transformer.checkpoint import CheckpointError
+
+        try:
+            artifacts.save_run(self.folder(subject), verdict)
+        except (OSError, CheckpointError) as error:
+            self._unwritable(error)
+
+    def _unwritable(self, error: Exception) -> None:
+        """A verdict stands whether or not its artifacts could be kept."""
+        message = f"artifacts under {self.option('out', 'out')} are incomplete: {error}"
+        if message not in self.complaints:
+            self.complaints.append(message)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        path = self.option("verdicts")
+        if path is None:
+            return
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(lines.line(record) + "\n")
+        except OSError as error:
+            raise pytest.UsageError(f"--verdicts {path}: {error.strerror}") from None
+
+    def _draw(self) -> None:
+        """Pictures and reports of the sanity checks, once, at the end."""
+        for subject in self.subjects:
+            verdicts = self.verdicts.get(subject.name, {}).values()
+            if any(verdict.kept for verdict in verdicts):
+                from checks import artifacts
+
+                try:
+                    artifacts.finish(self.folder(subject), subject.name, verdicts)
+                except OSError as error:
+                    self._unwritable(error)
+
+    def folder(self, subject: Subject) -> Path:
+        """`out` for the reference, `out/<subject>` for another."""
+        out = Path(self.option("out", "out"))
+        return out if subject.name == DEFAULT_MODEL else out / "".join(c if c.isalnum() else "-" for c in subject.name)
+
+
+def _parts(given: list[str]) -> dict[str, str]:
+    bad = [text for text in given if "=" not in text]
+    if bad:
+        raise pytest.UsageError(f"--with {bad[0]}: expected PART=FILE:NAME, as in --with loss=train.py:masked_loss")
+    return dict(text.split("=", 1) for text in given)  # type: ignore[misc]
+
+
+def _all_checks() -> list[Callable]:
+    from checks import all_checks
+
+    return all_checks()
+
+
+class CheckFile(pytest.File):
+    """A `check_*.py`: every check in it, for every subject."""
+
+    def __init__(self, *, run: Run, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.run = run
+
+    def collect(self) -> Iterator[pytest.Item]:
+        checks = [check for check in _all_checks() if check.__module__ == f"checks.{self.path.stem}"]
+        for index, subject in enumerate(self.run.subjects):
+            self.run.totals[subject.name] = self.run.totals.get(subject.name, 0) + len(checks)
+            for check in checks:
+                name = f"{check.__name__}[{subject.name}]"
+                yield CheckItem.from_parent(self, name=name, check=check, subject_index=index)
+
+
+class CheckItem(pytest.Item):
+    """One check of one subject."""
+
+    def __init__(self, *, check: Callable, subject_index: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.check, self.subject_index = check, subject_index
+        self.parent: CheckFile  # type: ignore[assignment]
+        self.verdict: Verdict | None = None
+        if getattr(check, "sanity", False):
+            self.add_marker("sanity")
+        if (reason := getattr(check, "slow", None)) and not self.parent.run.option("slow"):
+            self.add_marker(pytest.mark.skip(reason=f"slow: {reason}; --slow runs it"))
+
+    def runtest(self) -> None:
+        run = self.parent.run
+        self.verdict = run.judge(run.subjects[self.subject_index], self.check)
+        if self.verdict.outcome in ("failed", "error"):
+            raise CheckBroken(self.verdict)
+        if self.verdict.outcome != "passed":
+            pytest.skip(self.verdict.says)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        if isinstance(excinfo.value, CheckBroken):
+            return terminal.failure(excinfo.value.verdict.as_dict(), _explain)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[os.PathLike[str], int | None, str]:
+        return self.path, self.check.__code__.co_firstlineno, self.name
+
+
+class CheckBroken(Exception):
+    """Carries a failing verdict to pytest."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.says)
+        self.verdict = verdict
+
+
+def _explain(bug: str) -> str:
+    from checks.bugs import all_bugs
+
+    known = all_bugs().get(bug)
+    return f"{bug}: {known.says}" if known else bug
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[Any]:
+    report = yield
+    if call.when == "call" and isinstance(item, CheckItem) and item.verdict is not None:
+        subject = item.parent.run.subjects[item.subject_index]
+        report.verdict = {"subject": subject.name, **item.verdict.as_dict()}
+    return report

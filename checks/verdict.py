@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from checks.expect import CheckFailed, NotApplicable, Where, remarks
@@ -31,9 +31,11 @@ class Verdict:
     example: dict[str, Any] = field(default_factory=dict)
     reproduce: str = ""
     seconds: float = 0.0
+    kept: dict[str, Any] = field(default_factory=dict)  # live objects, for whoever ran the check
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything but the live objects."""
+        return asdict(replace(self, kept={}))
 
 
 def check_id(check: Callable) -> str:
@@ -73,7 +75,7 @@ def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verd
             verdict.outcome, verdict.says, verdict.where = "error", *_crash(error, subject)
     verdict.seconds = round(time.perf_counter() - start, 4)
     verdict.evidence = {**mine.evidence, **verdict.evidence}
-    verdict.remarks = mine.advice
+    verdict.remarks, verdict.kept = mine.advice, mine.kept
     return verdict
 
 

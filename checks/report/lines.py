@@ -1,0 +1,41 @@
+"""One JSON line a verdict, for machines: written as it happens, with a `started` line before each check."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+COUNTED = ("passed", "failed", "error", "not_applicable", "skipped", "blocked")
+
+
+def line(record: Mapping[str, Any]) -> str:
+    """A record as one line of strict JSON: what JSON lacks (NaN, infinities, other types) becomes text."""
+    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return str(value)
+
+
+def started(check: str, subject: str) -> dict[str, Any]:
+    """What is written before a check runs, so that a crash or a hang names it."""
+    return {"started": check, "subject": subject}
+
+
+def summary(subject: str, verdicts: Iterable[Mapping[str, Any]], total: int) -> dict[str, Any]:
+    """The last line: how many checks there are, how many ran, and how each ended."""
+    outcomes = [verdict["outcome"] for verdict in verdicts]
+    counts = {outcome: outcomes.count(outcome) for outcome in COUNTED}
+    executed = sum(counts[outcome] for outcome in ("passed", "failed", "error"))
+    applicable = executed + counts["blocked"] + counts["skipped"]
+    return {"summary": {"subject": subject, "executed": executed, "applicable": applicable, "total": total, **counts}}

@@ -1,0 +1,70 @@
+"""A verdict as text for a terminal or a notebook: what broke, where, why, what to try, how to see it again."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+WIDTH = 100
+
+
+def failure(verdict: Mapping[str, Any], explain: Callable[[str], str] = str) -> str:
+    """The whole finding of a failed verdict; `explain` turns a bug's id into what it is."""
+    lines = [f"✗ {verdict['check']}", *_field("rule", verdict["rule"])]
+    lines += _field("what" if verdict["outcome"] == "failed" else "crash", verdict["says"])
+    if verdict.get("example"):
+        lines += _field("case", ", ".join(f"{name} = {value}" for name, value in verdict["example"].items()))
+    if verdict.get("where"):
+        lines += _field("where", place(verdict["where"]))
+    for index, bug in enumerate(verdict.get("likely", ())):
+        lines += _field("likely" if index == 0 else "or", explain(bug))
+    if verdict.get("advice"):
+        lines += _field("try", verdict["advice"])
+    lines += _field("again", verdict["reproduce"], wrap=False)
+    return "\n".join(lines)
+
+
+def _field(name: str, text: str, *, wrap: bool = True) -> list[str]:
+    margin = " " * 10
+    parts = [line for part in text.splitlines() for line in (textwrap.wrap(part, WIDTH - 10) or [""])]
+    parts = parts if wrap else [text]
+    return [f"  {name:<8}{part}" if index == 0 else margin + part for index, part in enumerate(parts)]
+
+
+def place(where: Mapping[str, Any]) -> str:
+    """`blocks.0.attention (CausalSelfAttention, model.py:29)`."""
+    file = f"{_short(where['file'])}:{where['line']}" if where.get("file") else ""
+    inside = ", ".join(part for part in (where.get("type"), file) if part)
+    return f"{where['module']} ({inside})" if inside else where["module"]
+
+
+def _short(file: str) -> str:
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def one_line(verdict: Mapping[str, Any]) -> str:
+    """A verdict in one line, for lists."""
+    sign = {"passed": "✓", "failed": "✗", "error": "✗", "not_applicable": "–", "skipped": "–", "blocked": "?"}
+    says = f": {verdict['says']}" if verdict["says"] else ""
+    return textwrap.shorten(f"{sign[verdict['outcome']]} {verdict['check']}{says}", 2 * WIDTH, placeholder=" …")
+
+
+def totals(summary: Mapping[str, Any]) -> str:
+    """`60 passed, 1 failed, 15 not applicable; 61 of 78 checks ran`."""
+    names = {"passed": "passed", "failed": "failed", "error": "crashed", "not_applicable": "not applicable"}
+    names |= {"skipped": "skipped", "blocked": "blocked"}
+    counts = [f"{summary[key]} {name}" for key, name in names.items() if summary[key]]
+    return f"{', '.join(counts) or 'nothing ran'}; {summary['executed']} of {summary['total']} checks ran"
+
+
+def where_to_start(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """Which of the broken rules to look at first: a crash, else the first in the order of the checks."""
+    broken = [v for v in verdicts if v["outcome"] in ("failed", "error")]
+    if not broken:
+        return ""
+    first = next((v for v in broken if v["outcome"] == "error"), broken[0])
+    at = f" at {place(first['where'])}" if first.get("where") else ""
+    return f"start with {first['check']}{at}" if len(broken) > 1 else f"{first['check']}{at}"
