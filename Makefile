@@ -1,0 +1,40 @@
+# make sanity: the main job. make test: every test. Both set up .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: sanity test lint bench power mutants clean
+
+sanity: $(VENV)/installed
+	$(BIN)/python -m pytest -m sanity
+
+test: $(VENV)/installed-for-tests
+	$(ONE_THREAD) $(BIN)/python -m pytest tests checks -n 2 --dist worksteal -q
+
+lint: $(VENV)/installed-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# ours beside HF GPT-2, x-transformers and, with NANOGPT=folder, a nanoGPT
+bench: $(VENV)/installed-for-tests
+	$(BIN)/python -m benchmarks.compare $(if $(NANOGPT),--nanogpt $(NANOGPT))
+
+# every bug and every control against every check; hours, resumable; writes POWER.md
+power: $(VENV)/installed-for-tests
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.power
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/installed-for-tests: $(VENV)/installed
+	$(INSTALL) --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .ruff_cache .mypy_cache .hypothesis
