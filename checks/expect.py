@@ -146,7 +146,7 @@ def _distance(got: Tensor, want: Tensor) -> Tensor:
         return (got != want).double()
     apart = (got - want).abs().double()
     same = (got == want) | (got.isnan() & want.isnan())
-    return torch.where(same, 0.0, apart.nan_to_num(nan=torch.inf))
+    return torch.where(same, 0.0, apart.nan_to_num(nan=torch.inf, posinf=torch.inf))
 
 
 def first_offence(got: Tensor, want: Tensor, bound: float) -> tuple[int, ...] | None:

@@ -1,0 +1,78 @@
+"""What the sanity checks leave behind is whole, readable and made from the results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from checks import artifacts
+from checks.check_sanity import check_learns_only_unmasked_targets, check_memorizes_the_sentence
+from checks.subject import reference
+from checks.verdict import judge
+from transformer.checkpoint import load_model
+from transformer.generation import generate
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    subject = reference(seed=11)
+    return [judge(c, subject, {}) for c in (check_memorizes_the_sentence, check_learns_only_unmasked_targets)]
+
+
+@pytest.fixture
+def out(tmp_path, verdicts):
+    for verdict in verdicts:
+        assert verdict.outcome == "passed", verdict.says
+        artifacts.save_run(tmp_path, verdict)
+    artifacts.finish(tmp_path, "transformer", verdicts)
+    return tmp_path
+
+
+def test_every_promised_file_is_there(out):
+    for check in ("sanity_check_1", "sanity_check_2"):
+        for name in ("checkpoint.pt", "config.json", "metrics.jsonl", "samples.txt", "loss.png"):
+            assert (out / check / name).stat().st_size > 0
+    assert (out / "report.md").stat().st_size > 0
+
+
+@pytest.mark.parametrize("picture", ["sanity_check_1/loss.png", "sanity_check_2/loss.png", "comparison.png"])
+def test_a_picture_is_a_picture_with_something_on_it(out, picture):
+    image = Image.open(out / picture).convert("RGB")
+    assert min(image.size) > 300
+    assert len(image.getcolors(maxcolors=10**6)) > 10
+
+
+def test_the_checkpoint_says_the_sentence(out):
+    import torch
+
+    model, tokenizer = load_model(out / "sanity_check_1" / "checkpoint.pt")
+    said = generate(model, torch.tensor([[tokenizer.begin, *tokenizer.encode("I l")]]), 20)
+    assert tokenizer.decode(said[0]) == "I love machine learning"
+
+
+def test_metrics_are_the_curve(out, verdicts):
+    records = [json.loads(line) for line in (out / "sanity_check_2" / "metrics.jsonl").read_text().splitlines()]
+    learned = verdicts[1].kept["learned"]
+    assert [r["step"] for r in records] == list(range(1, learned.trainer.steps_done + 1))
+    assert records[-1]["loss"] <= 1e-5
+    assert records[-1]["masked_loss"] > 1
+    assert records[0]["all_targets_loss"] > records[-1]["all_targets_loss"]
+
+
+def test_the_report_has_the_measured_numbers(out, verdicts):
+    report = (out / "report.md").read_text()
+    for verdict in verdicts:
+        learned = verdict.kept["learned"]
+        assert f"{learned.after['test']:.3g}" in report
+        assert f"{learned.trainer.steps_done} steps" in report
+    assert report.count(": passed") == 2
+    assert "ove machine learning" in report
+    for picture in ("sanity_check_1/loss.png", "sanity_check_2/loss.png", "comparison.png"):
+        assert picture in report
+
+
+def test_without_a_sanity_check_nothing_is_written(tmp_path):
+    assert artifacts.finish(tmp_path, "x", []) == []
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,134 @@
+"""Running one check: every way it can end becomes a verdict, none an exception."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from checks.expect import NotApplicable, Where, advise, fail, keep, needs, note
+from checks.report import lines, terminal
+from checks.subject import reference
+from checks.verdict import Verdict, judge
+
+
+def run(check, earlier=None):
+    return judge(check, reference(), earlier or {})
+
+
+def test_a_check_that_returns_has_passed_with_its_remarks():
+    def check_it(subject):
+        """What must hold.
+
+        More."""
+        note(margin=0.1)
+        advise("unusual")
+        keep(model=object())
+
+    verdict = run(check_it)
+    assert (verdict.outcome, verdict.rule, verdict.evidence, verdict.remarks) == (
+        "passed", "What must hold.", {"margin": 0.1}, ["unusual"],
+    )  # fmt: skip
+    assert verdict.as_dict()["kept"] == {}
+
+
+def test_a_failure_carries_its_finding():
+    def check_it(subject):
+        note(tried=3)
+        fail("broken at 2", likely=("no-causal-mask",), advice="look", where=Where("blocks.0"), position=2)
+
+    verdict = run(check_it)
+    assert (verdict.outcome, verdict.says, verdict.likely, verdict.advice) == (
+        "failed", "broken at 2", ("no-causal-mask",), "look",
+    )  # fmt: skip
+    assert verdict.evidence == {"tried": 3, "position": 2}
+
+
+def test_not_applicable_keeps_its_reason_and_evidence():
+    def check_it(subject):
+        raise NotApplicable("it has no cache", signature="(tokens)")
+
+    verdict = run(check_it)
+    assert (verdict.outcome, verdict.says, verdict.evidence) == (
+        "not_applicable", "it has no cache", {"signature": "(tokens)"},
+    )  # fmt: skip
+
+
+def test_a_crash_is_an_error_and_never_an_exception():
+    verdict = run(lambda subject: torch.zeros(2) @ torch.zeros(3))
+    assert verdict.outcome == "error"
+    assert verdict.says.startswith("RuntimeError")
+
+
+def test_ctrl_c_passes_through():
+    def check_it(subject):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(check_it)
+
+
+@pytest.mark.parametrize("outcome", ["failed", "error", "blocked"])
+def test_a_check_is_blocked_by_what_it_needs(outcome):
+    ran = []
+
+    @needs("check_contract.check_first")
+    def check_it(subject):
+        ran.append(1)
+
+    first = Verdict("check_contract.check_first", "contract", outcome, "")
+    verdict = run(check_it, {first.check: first})
+    assert verdict.outcome == "blocked"
+    assert first.check in verdict.says
+    assert not ran
+
+
+@pytest.mark.parametrize("outcome", ["passed", "not_applicable", "skipped"])
+def test_what_did_not_fail_blocks_nothing(outcome):
+    @needs("check_contract.check_first")
+    def check_it(subject):
+        pass
+
+    assert run(check_it, {"check_contract.check_first": Verdict("", "", outcome, "")}).outcome == "passed"
+
+
+def test_a_line_is_strict_json_whatever_the_evidence():
+    record = {"nan": float("nan"), "inf": [float("-inf")], "tensor": torch.ones(2), 3: {1, 2}, "tuple": (1, None)}
+    read = json.loads(lines.line(record))
+    assert read["nan"] == "nan"
+    assert read["inf"] == ["-inf"]
+    assert read["tuple"] == [1, None]
+    assert sorted(read["3"]) == [1, 2]
+
+
+def test_the_summary_counts_what_ran_and_what_applied():
+    outcomes = ["passed", "passed", "failed", "not_applicable", "blocked", "error"]
+    summary = lines.summary("model.py", [{"outcome": o} for o in outcomes], total=7)["summary"]
+    assert (summary["executed"], summary["applicable"], summary["total"]) == (4, 5, 7)
+    assert (summary["passed"], summary["failed"], summary["blocked"]) == (2, 1, 1)
+    assert terminal.totals(summary) == ("2 passed, 1 failed, 1 crashed, 1 not applicable, 1 blocked; 4 of 7 checks ran")
+
+
+def test_a_failure_as_text_answers_the_five_questions():
+    verdict = Verdict(
+        "check_causality.check_x", "causality", "failed", "No token changes an earlier logit.", "position 2 changed",
+        where=Where("blocks.0.attention", "Attention", "/elsewhere/model.py", 29), likely=("no-causal-mask",),
+        advice="apply the mask", example={"t": 2}, reproduce="pytest --model model.py --seed 1 -k check_x",
+    )  # fmt: skip
+    text = terminal.failure(verdict.as_dict(), {"no-causal-mask": "no-causal-mask: sees the future"}.get)
+    for fact in (
+        "check_causality.check_x", "position 2 changed", "t = 2",
+        "blocks.0.attention (Attention, /elsewhere/model.py:29)",
+        "sees the future", "apply the mask", "pytest --model model.py --seed 1 -k check_x",
+    ):  # fmt: skip
+        assert fact in text
+
+
+def test_where_to_start_is_the_crash_else_the_first_failure():
+    def v(check, outcome):
+        return Verdict(check, "", outcome, "").as_dict()
+
+    assert terminal.where_to_start([v("a", "passed")]) == ""
+    assert "b" in terminal.where_to_start([v("a", "passed"), v("b", "failed"), v("c", "failed")])
+    assert terminal.where_to_start([v("b", "failed"), v("c", "error")]) == "start with c"
