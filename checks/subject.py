@@ -44,6 +44,33 @@ class Subject:
         self.device = torch.device(device)
         self.sizes = Sizes()
 
+    @classmethod
+    def meet(
+        cls,
+        what: Any = "transformer",
+        *,
+        parts: dict[str, Any] | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+        causal: bool = True,
+        checkpoint: str | None = None,
+    ) -> Subject:
+        """The subject behind `FILE.py[:NAME]`, `NOTEBOOK.ipynb[:NAME]`, `package.module:NAME` or an object.
+
+        `parts` names what lives elsewhere, `{"loss": "train.py:masked_loss"}`; `checkpoint` is a file of weights.
+        Raises UsageError for whatever cannot be met, with what would settle it.
+        """
+        if what == "transformer":
+            return reference(seed=seed, device=device, causal=causal)
+        from checks.conventions import UsageError
+
+        raise UsageError(f"cannot meet {what!r} yet")
+
+    @property
+    def header(self) -> str:
+        """One line of facts: what was met, how it is built and called, what it brings, what was assumed."""
+        return self.name
+
     def build(self, *, seed: int = 0, **sizes: Any) -> nn.Module:
         """A fresh model in eval mode, its weights drawn from the seed; sizes not given are those of `self.sizes`."""
         with torch.random.fork_rng(devices=[]):
@@ -72,7 +99,7 @@ class Subject:
     def new_cache(self, model: nn.Module, batch_size: int) -> Any:
         """An empty key-value cache for `logits`, which fills it; None if the subject has no cache."""
         create: Any = getattr(model, "new_cache", None)
-        return create(batch_size) if create else None
+        return create(batch_size, self.sizes.block_size) if create else None
 
     @property
     def takes_mask(self) -> bool:
