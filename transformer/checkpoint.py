@@ -74,9 +74,7 @@ def load(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {reason(error)}") from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is refused: it is no checkpoint, or it holds code. {first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{path} is refused: no checkpoint, or one with code. {first_line(error)}") from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is truncated or no checkpoint: {first_line(error)}") from error
     if not isinstance(state, dict):
@@ -103,7 +101,7 @@ def load_model(path: str | Path) -> tuple[Transformer, CharacterTokenizer]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copies the weights into the model if every name and shape fits, else raises CheckpointError and changes nothing."""
+    """Copies the weights into the model; CheckpointError, and nothing changed, unless every name and shape fits."""
     own = model.state_dict()
     problems = [f"{name} is missing" for name in own if name not in weights]
     problems += [f"{name} is unknown to the model" for name in weights if name not in own]

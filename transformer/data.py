@@ -7,7 +7,7 @@ in `pad_batch`, and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -73,10 +73,8 @@ class Batch:
     padded: bool = True  # False: all rows are equally long, and a model need not be given the mask
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "padded"
-        }
-        return replace(self, **moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def pad_batch(
@@ -157,8 +155,7 @@ class DataOrder:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["epoch"]) != len(self.epoch):
-            raise ValueError(
-                f"the checkpoint was trained on {len(state['epoch'])} examples, here are {len(self.epoch)}"
-            )
+            before, now = len(state["epoch"]), len(self.epoch)
+            raise ValueError(f"the checkpoint was trained on {before} examples, the data has {now}")
         self.generator.set_state(state["generator"])
         self.epoch, self.position = state["epoch"], state["position"]
