@@ -115,6 +115,10 @@ class Subject:
         """Whether the subject has its own `loss`, `generate`, `train_step`, `trainer` or `tokenizer`."""
         return getattr(self.parts, part, None) is not None
 
+    def declared(self, what: str) -> Any:
+        """What the subject says of itself in its part `declares`, a dict; None where it says nothing of this."""
+        return (getattr(self.parts, "declares", None) or {}).get(what)
+
     def owns(self, filename: str) -> bool:
         """Whether a source file is the subject's own."""
         return False
@@ -163,9 +167,23 @@ def reference(**declared: Any) -> Subject:
 
 def reference_parts(**config: Any) -> SimpleNamespace:
     """The parts of the reference, to be replaced one at a time; `config` fixes fields of its ModelConfig."""
+    from transformer import checkpoint, data, loss, trainer
     from transformer.model import ModelConfig, Transformer
 
     def build_model(**sizes: Any) -> nn.Module:
         return Transformer(ModelConfig(**{**sizes, **config}))
 
-    return SimpleNamespace(build_model=build_model)
+    return SimpleNamespace(
+        build_model=build_model,
+        loss=loss.next_token_loss,
+        objective=trainer.next_token_objective,
+        trainer=trainer.Trainer,
+        pad_batch=data.pad_batch,
+        save=checkpoint.save,
+        load=checkpoint.load,
+        load_weights=checkpoint.load_weights,
+        declares=dict(
+            shift=0, skip=0, reduction="mean", empty=0.0, smoothing=0.0, pad=None, float32=True,  # the loss
+            clip="norm", decay="matrices", order="every example once an epoch",  # the training
+        ),
+    )  # fmt: skip

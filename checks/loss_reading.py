@@ -1,0 +1,150 @@
+"""What a loss does with each place of the logits, read from its gradient.
+
+The gradient of a cross entropy at one place is w (softmax - q): w is the place's weight, q the distribution that it is
+trained on. Two draws of logits give both, so that the shift, the mask, the reduction and label smoothing are read
+rather than assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # logits [B, T, V], labels [B, T], mask [B, T] to a scalar
+
+NOTHING = 1e-5  # a weight below this part of the largest counts as none: a loss may compute in float32
+EXACT, ROUGH = 1e-4, 0.1  # how far a gradient may be from the form: float64 or float32, and bfloat16
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one loss does with logits [B, T] against labels [B, T], as it takes them."""
+
+    weight: Tensor  # [B, T], how much each place counts
+    source: Tensor  # [B, T], flat index of the label that the place is trained on; -1 where it counts nothing
+    smoothing: float  # the part of q outside that label
+    even: bool  # whether that part is spread evenly over the other symbols
+    error: float  # how far the gradient is from the form of a cross entropy, relative to the largest weight
+
+    @property
+    def used(self) -> Tensor:
+        return counts(self.weight)
+
+    @property
+    def offsets(self) -> Tensor:
+        """Position of the label minus position of the logits, of the places used."""
+        return (self.source - torch.arange(self.source.numel()).view_as(self.source))[self.used]
+
+    @property
+    def crossings(self) -> list[tuple[int, int]]:
+        """Places (row, position) that are trained on the label of another row."""
+        rows = torch.arange(len(self.source))[:, None]
+        found = self.used & (self.source // self.source.shape[1] != rows)
+        return [(int(b), int(t)) for b, t in found.nonzero()]
+
+
+def counts(weight: Tensor) -> Tensor:
+    return weight > NOTHING * weight.max().clamp(min=1e-300)
+
+
+def read(loss: Loss, symbols: Tensor, V: int, *, rows: int = 2, places: int = 7, mask: Tensor | None = None) -> Reading:
+    """Reads a loss over V symbols, with these as labels: they spell out their own place, digit by digit.
+
+    Raises TypeError when the loss has no gradient, and whatever the loss raises.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, rows, places, V, generator=generator, dtype=torch.float64)
+    place = torch.arange(rows * places).view(rows, places)
+    base, power, source, readings = len(symbols), 1, torch.zeros_like(place), []
+    digit_of = torch.zeros(V, dtype=torch.int64)
+    digit_of[symbols] = torch.arange(base)
+    while power == 1 or power < place.numel():
+        readings.append(read_labels(loss, logits, symbols[place // power % base], mask))
+        source += digit_of[readings[-1].source] * power
+        power *= base
+    weight = readings[0].weight
+    source = source.masked_fill(~counts(weight), -1)
+    smoothing, error = max(r.smoothing for r in readings), max(r.error for r in readings)
+    return Reading(weight, source, smoothing, all(r.even for r in readings), error)
+
+
+def symbols_that_count(loss: Loss, V: int, places: int, candidates: Tensor) -> Tensor:
+    """The symbols that carry loss as labels: one may be taken for padding."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, places, V, generator=generator, dtype=torch.float64)
+    found = [gradient(loss, logits, torch.full((2, places), int(s)), None) for s in candidates]
+    return candidates[[bool(g.isfinite().all() and g.any()) for g in found]]
+
+
+def read_labels(loss: Loss, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Reading:
+    """One reading under one set of labels; its source is the symbol trained on."""
+    one, two = gradient(loss, logits[0], labels, mask), gradient(loss, logits[1], labels, mask)
+    p, p2 = logits[0].softmax(-1), logits[1].softmax(-1)
+    # gradient = a p - w q, where a cross entropy has a = w and q does not depend on the logits
+    a = ((one - two) * (p - p2)).sum(-1) / (p - p2).square().sum(-1)
+    wq = a[..., None] * p - one
+    weight = wq.sum(-1)
+    scale = weight.abs().max().clamp(min=1e-300)
+    uneven = (one - two - a[..., None] * (p - p2)).abs().max()
+    error = float(torch.stack((uneven, (a - weight).abs().max(), -wq.min())).max() / scale)
+    weight = weight.clamp(min=0)
+    used = counts(weight)
+    q = wq / weight.clamp(min=1e-300)[..., None]
+    smoothing = float((1 - q.max(-1).values)[used].max()) if used.any() else 0.0
+    return Reading(weight, wq.argmax(-1), smoothing, evenly_spread(q[used]), error if weight.max() > 0 else torch.inf)
+
+
+def evenly_spread(q: Tensor) -> bool:
+    others = q.sort(-1).values[..., :-1]
+    return others.numel() == 0 or bool((others - others.mean(-1, keepdim=True)).abs().max() < 1e-3)
+
+
+def gradient(loss: Loss, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+    leaf = logits.clone().requires_grad_()
+    value = loss(leaf, labels.clone(), None if mask is None else mask.clone())
+    if not value.requires_grad:
+        raise TypeError("the loss has no gradient: it was detached, or turned into a number")
+    (found,) = torch.autograd.grad(value, leaf, allow_unused=True)
+    return torch.zeros_like(leaf) if found is None else found
+
+
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # from a mask [B, T] to the weight of each place
+    "mean": lambda m: m.double() / m.sum().clamp(min=1),
+    "sum": lambda m: m.double(),
+    "the sum over rows of each row's mean": lambda m: m.double() / m.sum(1, keepdim=True).clamp(min=1),
+    "the mean over rows of each row's mean": lambda m: m.double() / m.sum(1, keepdim=True).clamp(min=1) / len(m),
+    "the mean over rows of each row's sum": lambda m: m.double() / len(m),
+    "the sum over the unmasked, divided by all positions": lambda m: m.double() / m.numel(),
+}
+USUAL = tuple(REDUCTIONS)[:5]
+
+
+def named_reduction(weight: Tensor, mask: Tensor, tolerance: float = 1e-3) -> str:
+    """The reduction that explains the weights of the places that `mask` keeps; empty if none of these does."""
+    for name, weights in REDUCTIONS.items():
+        if torch.allclose(weight[mask], weights(mask)[mask], rtol=tolerance, atol=0):
+            return name
+    return ""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """[B, T] of -Σ q log softmax in float64, from the formula alone; q has 1 - smoothing at the target."""
+    x = logits.double()
+    top = x.amax(-1, keepdim=True)
+    log_p = x - top - (x - top).exp().sum(-1, keepdim=True).log()
+    own = -log_p.gather(-1, targets[..., None]).squeeze(-1)
+    if not smoothing:
+        return own
+    return (1 - smoothing) * own + smoothing / (x.shape[-1] - 1) * (-log_p.sum(-1) - own)
+
+
+def expected_gradient(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
+    """[B, T, V] of w (softmax - q), from the formula alone."""
+    V = logits.shape[-1]
+    own = F.one_hot(targets, V).double()
+    q = (1 - smoothing) * own + smoothing / (V - 1) * (1 - own)
+    return weights.double()[..., None] * (logits.double().softmax(-1) - q)
