@@ -115,6 +115,10 @@ class Subject:
         """Whether the subject has its own `loss`, `generate`, `train_step`, `trainer` or `tokenizer`."""
         return getattr(self.parts, part, None) is not None
 
+    def can_vary(self, name: str) -> bool:
+        """Whether `build` can be asked for another size of this name (`n_layer`, …)."""
+        return True
+
     def declared(self, what: str) -> Any:
         """What the subject says of itself in its part `declares`, a dict; None where it says nothing of this."""
         return (getattr(self.parts, "declares", None) or {}).get(what)
