@@ -1,0 +1,230 @@
+"""The door through pytest: what is collected, what is printed, how a run ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest_plugins = ("pytester",)
+
+STUDENT = """
+import torch
+from torch import nn
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size, block_size, n_embd=32):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, n_embd)
+        self.positions = nn.Embedding(block_size, n_embd)
+        self.attention = nn.MultiheadAttention(n_embd, 4, batch_first=True)
+        self.norm = nn.LayerNorm(n_embd)
+        self.head = nn.Linear(n_embd, vocab_size)
+
+    def forward(self, tokens):
+        B, T = tokens.shape
+        x = self.embedding(tokens) + self.positions(torch.arange(T))
+        mask = MASK
+        x = x + self.attention(self.norm(x), self.norm(x), self.norm(x), attn_mask=mask, need_weights=False)[0]
+        return self.head(x)
+"""
+CAUSAL = STUDENT.replace("MASK", "torch.ones(T, T, dtype=torch.bool).triu(1)")
+LEAKING = STUDENT.replace("MASK", "None")
+CAUSALITY = ("-k", "check_causality or check_contract")
+
+
+@pytest.fixture
+def student(pytester):
+    """Writes a student's file and runs pytest on it, in this process."""
+
+    def run(source: str, *options: str, name: str = "student.py"):
+        (pytester.path / name).write_text(source)
+        return pytester.runpytest_inprocess("--model", name, "--seed", "3", "-p", "no:cacheprovider", *options)
+
+    return run
+
+
+def verdict_lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_sanity_selects_exactly_the_two(pytester):
+    result = pytester.runpytest_inprocess("--model", "transformer", "-m", "sanity", "--collect-only", "-q")
+    found = [line.partition("::")[2] for line in result.outlines if "::" in line]
+    assert found == [
+        "check_memorizes_the_sentence[transformer]",
+        "check_learns_only_unmasked_targets[transformer]",
+    ]
+
+
+def test_sanity_selects_two_for_each_of_several_subjects(pytester):
+    for folder in ("one", "two"):
+        (pytester.path / folder).mkdir()
+        (pytester.path / folder / "model.py").write_text(CAUSAL)
+    result = pytester.runpytest_inprocess(
+        "--model", "one/model.py", "--model", "two/model.py", "-m", "sanity", "--collect-only", "-q"
+    )
+    found = [line for line in result.outlines if "::" in line]
+    assert len(found) == len(set(found)) == 4
+
+
+def test_only_the_checks_are_collected_with_a_model_and_no_paths(student, pytester):
+    pytester.makepyfile(test_theirs="def test_theirs(): assert False")
+    result = student(CAUSAL, *CAUSALITY, "-v")
+    assert result.ret == 0
+    result.stdout.no_fnmatch_line("*test_theirs*")
+
+
+def test_paths_that_are_named_are_collected_too(student, pytester):
+    pytester.makepyfile(test_theirs="def test_theirs(): pass")
+    result = student(CAUSAL, "test_theirs.py", "-v")
+    result.stdout.fnmatch_lines(["*test_theirs.py::test_theirs PASSED*"])
+
+
+def test_a_failure_is_a_finding_without_a_traceback(student):
+    result = student(LEAKING, *CAUSALITY)
+    assert result.ret == 1
+    text = result.stdout.str()
+    assert "✗ check_causality." in text
+    assert "no-causal-mask" in text
+    assert "again" in text
+    assert "--seed 3" in text
+    assert "Traceback" not in text
+    assert "checks/expect.py" not in text
+
+
+def test_a_passing_model_exits_with_zero_and_says_what_ran(student):
+    result = student(CAUSAL, *CAUSALITY)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["seed: 3", "*checks ran*"])
+
+
+def test_verdict_lines_are_written_as_they_happen(student, pytester):
+    student(LEAKING, *CAUSALITY, "--verdicts", "verdicts.jsonl")
+    records = verdict_lines(pytester.path / "verdicts.jsonl")
+    checks = [r for r in records if "check" in r]
+    starts = [r["started"] for r in records if "started" in r]
+    assert [c["check"] for c in checks] == starts
+    assert records.index(checks[0]) == 1
+    assert "summary" in records[-1]
+    assert records[-1]["summary"]["failed"] == sum(c["outcome"] == "failed" for c in checks) > 0
+    failed = next(c for c in checks if c["outcome"] == "failed")
+    assert failed["rule"]
+    assert failed["says"]
+    assert failed["likely"]
+    assert failed["where"]["file"].endswith("student.py")
+    assert "--seed 3" in failed["reproduce"]
+
+
+def test_a_process_that_dies_leaves_the_name_of_its_check(pytester):
+    (pytester.path / "dies.py").write_text(CAUSAL.replace("B, T = tokens.shape", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "--model", "dies.py:GPT", "--verdicts", "v.jsonl", *CAUSALITY],
+        cwd=pytester.path, capture_output=True,
+    )  # fmt: skip
+    assert result.returncode != 0
+    records = verdict_lines(pytester.path / "v.jsonl") if (pytester.path / "v.jsonl").exists() else []
+    assert all("summary" not in r for r in records)
+
+
+def test_a_crash_shows_the_subjects_own_line(student):
+    source = CAUSAL.replace("return self.head(x)", "return self.head(x) if T != 5 else self.missing_part(x)")
+    result = student(source, *CAUSALITY)
+    assert result.ret == 1
+    text = result.stdout.str()
+    assert "missing_part" in text
+    assert "student.py:22" in text
+    assert "checks/" not in text.replace("checks/check_", "")
+
+
+def test_a_run_that_executed_nothing_is_not_green(student):
+    assert student(CAUSAL, "-k", "no_check_is_called_this").ret != 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--with", "loss"), "PART=FILE:NAME"),
+        (("--device", "cudda"), "cudda"),
+        (("--seed", "x"), "--seed"),
+        (("--verdicts", "no/such/folder/v.jsonl"), "no/such/folder"),
+        (("--spec", "gpt9"), "gpt9"),
+    ],
+)
+def test_a_bad_option_is_a_usage_error_that_names_the_value(student, options, says):
+    result = student(CAUSAL, *CAUSALITY, *options)
+    assert result.ret == 4
+    text = result.stdout.str() + result.stderr.str()
+    assert says in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")
+def test_gpu_without_cuda_is_one_line_with_the_torch_build(pytester):
+    result = pytester.runpytest_inprocess("--gpu")
+    assert result.ret == 4
+    assert torch.__version__ in result.stderr.str()
+
+
+def test_a_missing_file_is_a_usage_error(pytester):
+    result = pytester.runpytest_inprocess("--model", "nowhere.py")
+    assert result.ret == 4
+    assert "nowhere.py" in result.stderr.str()
+
+
+def test_artifacts_of_another_subject_lie_in_a_folder_of_their_own(student, pytester):
+    result = student(CAUSAL, "-m", "sanity")
+    assert result.ret == 0
+    (folder,) = [p for p in (pytester.path / "out").iterdir() if p.is_dir()]
+    assert "student" in folder.name
+    assert (folder / "report.md").exists()
+    assert (folder / "sanity_check_1" / "loss.png").exists()
+
+
+def test_an_unwritable_folder_is_said_and_the_verdicts_stand(student, pytester):
+    (pytester.path / "file").write_text("in the way")
+    result = student(CAUSAL, "-m", "sanity", "--out", "file/out")
+    result.stdout.fnmatch_lines(["*2 passed*"])
+    assert "file/out" in result.stdout.str()
+
+
+def test_a_strangers_run_is_left_alone(pytester):
+    """A repository whose conftest defines our options runs unchanged, and nothing heavy is imported for it."""
+    pytester.makeconftest("""
+        def pytest_addoption(parser):
+            for name in ("--gpu", "--slow"):
+                parser.addoption(name, action="store_true")
+            for name in ("--model", "--device", "--seed"):
+                parser.addoption(name, default="theirs")
+    """)
+    pytester.makepyfile("""
+        import sys
+
+        def test_options(request):
+            assert request.config.getoption("model") == "theirs"
+            assert request.config.getoption("--gpu") is True
+            assert request.config.getoption("--seed") == "12"
+
+        def test_nothing_heavy():
+            assert not {"torch", "checks.subject", "matplotlib"} & set(sys.modules)
+    """)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "--gpu", "--seed", "12", "-q", "-p", "no:cacheprovider"],
+        cwd=pytester.path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert "2 passed" in result.stdout
+
+
+def test_workers_share_the_seed_of_the_run(pytester):
+    (pytester.path / "student.py").write_text(CAUSAL)
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "--model", "student.py", "-n", "2", "--verdicts", "v.jsonl", *CAUSALITY],
+        cwd=pytester.path, capture_output=True, check=True,
+    )  # fmt: skip
+    commands = [r["reproduce"] for r in verdict_lines(pytester.path / "v.jsonl") if "check" in r]
+    assert len({command.split("--seed ")[1].split()[0] for command in commands}) == 1
