@@ -12,20 +12,23 @@ from pathlib import Path
 
 # Themes in the order in which they run: each may need those before it.
 THEMES = (
-    "contract", "causality", "masking", "initialization", "gradients", "numerics", "portability",
+    "contract", "causality", "masking", "modes", "initialization", "gradients", "numerics", "portability",
     "loss", "generation", "training", "checkpoint", "spec", "sanity",
 )  # fmt: skip
 
 
 def all_checks() -> list[Callable]:
     """Every function `check_*` of every `check_*.py`, by theme and then as written."""
-    found = []
-    for name in THEMES:
-        if (Path(__file__).parent / f"check_{name}.py").exists():
-            module = importlib.import_module(f"checks.check_{name}")
-            found += [
-                check
-                for key, check in vars(module).items()
-                if key.startswith("check_") and inspect.isfunction(check) and check.__module__ == module.__name__
-            ]
-    return found
+    return [check for theme in THEMES for check in checks_in(theme)]
+
+
+def checks_in(theme: str) -> list[Callable]:
+    """The checks of one theme, as written; none where the theme has no file."""
+    if not (Path(__file__).parent / f"check_{theme}.py").exists():
+        return []
+    module = importlib.import_module(f"checks.check_{theme}")
+    return [
+        check
+        for name, check in vars(module).items()
+        if name.startswith("check_") and inspect.isfunction(check) and check.__module__ == module.__name__
+    ]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CHECKS = Path(__file__).parent
 DEFAULT_MODEL = "transformer"
+SPECS = ("auto", "gpt2", "llama")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--model": dict(
@@ -117,6 +118,8 @@ class Run:
             checkpoint=self.option("checkpoint"),
             parts=_parts(self.config.getoption("checks_with", None) or []),
         )
+        if self.option("spec", "auto") not in SPECS:
+            raise pytest.UsageError(f"--spec {self.option('spec')}: expected one of {', '.join(SPECS)}")
         try:
             subjects = [Subject.meet(model, **declared) for model in self.option("model", [DEFAULT_MODEL])]
         except UsageError as error:
@@ -147,9 +150,11 @@ class Run:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        order = {id(check): index for index, check in enumerate(_all_checks())} if self._subjects else {}
+        """Subject by subject, theme by theme: what others need comes first."""
+        from checks import THEMES
+
         mine = [item for item in items if isinstance(item, CheckItem)]
-        mine.sort(key=lambda item: (item.subject_index, order.get(id(item.check), 0)))
+        mine.sort(key=lambda item: (item.subject_index, THEMES.index(item.theme)))
         items[:] = [item for item in items if not isinstance(item, CheckItem)] + mine
 
     # -- header and summary
@@ -266,12 +271,6 @@ def _parts(given: list[str]) -> dict[str, str]:
     return dict(text.split("=", 1) for text in given)  # type: ignore[misc]
 
 
-def _all_checks() -> list[Callable]:
-    from checks import all_checks
-
-    return all_checks()
-
-
 class CheckFile(pytest.File):
     """A `check_*.py`: every check in it, for every subject."""
 
@@ -280,20 +279,23 @@ class CheckFile(pytest.File):
         self.run = run
 
     def collect(self) -> Iterator[pytest.Item]:
-        checks = [check for check in _all_checks() if check.__module__ == f"checks.{self.path.stem}"]
+        from checks import checks_in
+
+        theme = self.path.stem.removeprefix("check_")
+        checks = checks_in(theme)
         for index, subject in enumerate(self.run.subjects):
             self.run.totals[subject.name] = self.run.totals.get(subject.name, 0) + len(checks)
             for check in checks:
                 name = f"{check.__name__}[{subject.name}]"
-                yield CheckItem.from_parent(self, name=name, check=check, subject_index=index)
+                yield CheckItem.from_parent(self, name=name, check=check, theme=theme, subject_index=index)
 
 
 class CheckItem(pytest.Item):
     """One check of one subject."""
 
-    def __init__(self, *, check: Callable, subject_index: int, **kwargs: Any) -> None:
+    def __init__(self, *, check: Callable, theme: str, subject_index: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.check, self.subject_index = check, subject_index
+        self.check, self.theme, self.subject_index = check, theme, subject_index
         self.parent: CheckFile  # type: ignore[assignment]
         self.verdict: Verdict | None = None
         if getattr(check, "sanity", False):
