@@ -5,6 +5,7 @@ They train a fresh model of the subject; what they leave behind (curves, samples
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable, fail, keep, needs, note
+from checks.generation_conventions import Decoder, decoder
+from checks.loss_conventions import met_loss
 from transformer.data import Batch, SentenceTask
 from transformer.generation import generate
 from transformer.loss import next_token_loss
@@ -37,6 +40,9 @@ def sanity(check: Callable) -> Callable:
     return check
 
 
+Speak = Callable[[Tensor, int, float], list[list[int]]]  # rows to continue, by how many tokens, at which temperature
+
+
 @dataclass
 class Learned:
     """A training of the sentence and what came of it."""
@@ -51,6 +57,7 @@ class Learned:
     masked: float = math.nan  # mean cross entropy of the targets that carry none, after training
     samples: list[tuple[str, str, str]] = field(default_factory=list)  # how, prompt, continuation
     tried: list[str] = field(default_factory=list)  # what each recipe came to
+    speak: Speak | None = None  # how it is made to generate
 
     @property
     def loss(self) -> float:
@@ -144,7 +151,7 @@ def train(subject: Any, task: SentenceTask, sizes: dict[str, Any], recipe: str) 
 
 def objective(subject: Any) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
     """The subject's own loss where it brings one, else ours; as the sum that the trainer wants."""
-    loss = subject.loss if subject.brings("loss") else next_token_loss
+    loss = loss_of(subject)
 
     def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         count = batch.loss_mask.sum()
@@ -152,6 +159,11 @@ def objective(subject: Any) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor
         return loss(subject.logits(model, batch.tokens), batch.targets, mask) * count, count
 
     return objective
+
+
+def loss_of(subject: Any) -> Callable[..., Tensor]:
+    """loss(logits, targets, mask): the subject's own where it brings one, else ours."""
+    return met_loss(subject) if subject.brings("loss") else next_token_loss
 
 
 def losses(subject: Any, learned: Learned) -> dict[str, float]:
@@ -217,7 +229,7 @@ def expect_masked_targets_untaught(subject: Any, learned: Learned) -> None:
     with torch.no_grad():
         logits = subject.logits(model, batch.tokens)
     logits = logits.detach().requires_grad_()
-    loss = subject.loss if subject.brings("loss") else next_token_loss
+    loss = loss_of(subject)
     (gradient,) = torch.autograd.grad(loss(logits, batch.targets, batch.loss_mask), logits)
     wrong = [t for t in range(learned.task.skip) if bool(gradient[0, t].any())]
     if wrong:
@@ -272,15 +284,35 @@ def recitals(subject: Any, learned: Learned, prompt: str, copies: int, temperatu
     tokens = [tokenizer.begin, *tokenizer.encode(prompt)]
     start = torch.tensor([tokens] * copies, device=subject.device)
     rest = len(learned.task.sentence) - len(prompt)
+    if learned.speak is None:
+        learned.speak = speaker(subject, learned)
+    return ["".join(readable(tokenizer, i) for i in row) for row in learned.speak(start, rest, temperature)]
+
+
+def speaker(subject: Any, learned: Learned) -> Speak:
+    """The subject's own generate where it can be told to be greedy, else ours over its logits."""
     model = learned.trainer.model.eval()
-    given = dict(temperature=temperature)
-    if temperature > 0:
-        given["generator"] = torch.Generator(subject.device).manual_seed(subject.seed)
-    if subject.brings("generate"):
-        said = subject.generate(model, start, rest, **given)
-    else:
-        said = generate(lambda read: subject.logits(model, read), start, rest, use_cache=False, **given)
-    return ["".join(readable(tokenizer, int(i)) for i in row[len(tokens) :]) for row in said.tolist()]
+    try:
+        own = replace(decoder(subject, model, learned.task.tokenizer.vocab_size), block_size=learned.task.block_size)
+        own.wants("temperature")
+    except NotApplicable:
+        return functools.partial(our_words, subject, model)
+    return functools.partial(own_words, own, model, subject.seed)
+
+
+def own_words(own: Decoder, model: nn.Module, seed: int, start: Tensor, n: int, temperature: float) -> list[list[int]]:
+    """Few own functions take a temperature of 0; at a loss of 1e-5 a tenth of it decides as firmly."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return own(model, start, n, temperature=temperature or TEMPERATURE)
+
+
+def our_words(subject: Any, model: nn.Module, start: Tensor, n: int, temperature: float) -> list[list[int]]:
+    given = dict(generator=torch.Generator().manual_seed(subject.seed)) if temperature else {}
+    said = generate(
+        lambda read: subject.logits(model, read), start, n, temperature=temperature, use_cache=False, **given
+    )
+    return said[:, start.shape[1] :].tolist()
 
 
 def readable(tokenizer: Any, i: int) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+
+import torch
 
 from checks.expect import CheckFailed, NotApplicable, Where, remarks
 
@@ -61,7 +64,7 @@ def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verd
             verdict.outcome, verdict.says = "blocked", f"needs {name}, which {earlier[name].outcome}"
             return verdict
     start = time.perf_counter()
-    with remarks() as mine:
+    with remarks() as mine, one_thread():
         try:
             check(subject)
         except CheckFailed as failure:
@@ -77,6 +80,17 @@ def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verd
     verdict.evidence = {**mine.evidence, **verdict.evidence}
     verdict.remarks, verdict.kept = mine.advice, mine.kept
     return verdict
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Checks build small models, on which threads cost more than they give, and on a busy machine far more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _crash(error: Exception, subject: Any) -> tuple[str, Where | None]:
