@@ -7,7 +7,7 @@ in `pad_batch`, and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -73,8 +73,10 @@ class Batch:
     padded: bool = True  # False: all rows are equally long, and a model need not be given the mask
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(move(self.tokens), move(self.targets), move(self.mask), move(self.loss_mask), self.padded)
 
 
 def pad_batch(

@@ -1,12 +1,26 @@
-"""One process or several: how a window of examples is shared out and how what each computes is put together."""
+"""One process or several: who takes which examples, and how what each computes is put together.
+
+Several processes are started by torchrun. PyTorch's DistributedDataParallel averages their gradients.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
+
+PATIENCE = timedelta(minutes=10)  # how long a process waits for the others
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the training has ended, or does not answer."""
 
 
 class SingleProcess:
@@ -15,16 +29,99 @@ class SingleProcess:
     rank, count = 0, 1
 
     def wrap(self, model: nn.Module) -> nn.Module:
+        """The model to train through: its gradients are averaged over the processes."""
         return model
 
-    def share(self, examples: Sequence) -> Sequence:
-        """This process's part of the examples."""
-        return examples
+    def share(self, examples: Sequence) -> tuple[Sequence, float]:
+        """This process's part of the examples, and the weight of their losses."""
+        return examples, 1.0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """The values added up over all processes."""
+    def sum(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Each value added up over the processes."""
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, by rank."""
+        return [value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process."""
+        return flag
+
     def without_averaging(self, network: nn.Module) -> AbstractContextManager[Any]:
-        """Gradients of a backward pass in here stay with this process."""
+        """Gradients add up in each process, to be averaged by a later backward pass outside."""
         return nullcontext()
+
+
+class ProcessGroup(SingleProcess):
+    """Training in several processes, each with every `count`-th example of a window."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(model)
+
+    def share(self, examples: Sequence) -> tuple[Sequence, float]:
+        """A process that gets none takes the first with weight 0: only all of them together can average."""
+        mine = examples[self.rank :: self.count]
+        return (mine, 1.0) if mine else (examples[:1], 0.0)
+
+    def sum(self, *values: Tensor) -> tuple[Tensor, ...]:
+        sums = torch.stack([value.double() for value in values])
+        distributed.all_reduce(sums)
+        return sums.unbind()
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        return any(self.gather(flag))
+
+    def without_averaging(self, network: nn.Module) -> AbstractContextManager[Any]:
+        return network.no_sync()  # type: ignore[operator]
+
+
+def processes() -> SingleProcess:
+    """Those that train together now."""
+    return ProcessGroup() if distributed.is_available() and distributed.is_initialized() else SingleProcess()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Joins the processes that torchrun started, if it did; on CUDA each takes the device of its local rank."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+    with terminated_by_torchrun():
+        yield
+    distributed.destroy_process_group()  # not after an error: the others may never come
+
+
+@contextmanager
+def terminated_by_torchrun() -> Iterator[None]:
+    """torchrun terminates the other processes when one has died: they say so rather than vanish."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise ProcessLost("terminated, as torchrun does when another process has ended")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")  # says gloo
+
+
+def lost_another_process(error: BaseException) -> bool:
+    return isinstance(error, ProcessLost | distributed.DistError) or any(words in str(error) for words in LOST)

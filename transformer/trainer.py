@@ -1,63 +1,43 @@
-"""Training: TrainConfig says how, Trainer does it, one optimizer step after another.
+"""Training: Trainer does what a TrainConfig says, one optimizer step after another.
 
 Each idea of a step (mode, zero_grad, accumulation, normalisation, clipping, rate, tick) is one small method.
-Not here: what the loss is (loss.py), the order of the data (data.py), files (checkpoint.py, metrics.py).
+Not here: the loss (loss.py), the order of the data (data.py), files (checkpoint.py, metrics.py), several processes
+(distributed.py).
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from transformer import checkpoint
+from transformer import checkpoint, distributed, random_state
 from transformer.data import Batch, DataOrder
-from transformer.distributed import SingleProcess
 from transformer.loss import loss_sum
-from transformer.metrics import Metrics, peak_memory
+from transformer.metrics import Metrics, numbers, peak_memory
 from transformer.model import ModelConfig
+from transformer.optimizer import build_optimizer
+from transformer.terminal import Interruption, Progress
+from transformer.train_config import PUBLISHED, TrainConfig
 
+__all__ = ["PUBLISHED", "Data", "Diverged", "TrainConfig", "Trainer", "next_token_objective"]
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a model is trained. The defaults are the quick recipe for the sentence."""
-
-    steps: int = 3000  # optimizer steps at most
-    stop_loss: float | None = 1e-5  # training ends at a step whose loss is this or less, nats a target; null: never
-    batch_size: int = 4  # examples an optimizer step, over all processes
-    micro_batch_size: int | None = None  # examples in memory at once, a process; null: all. The gradients are the same
-    optimizer: Literal["adam", "adamw"] = "adam"
-    learning_rate: float = 1e-2  # after warm-up
-    beta1: float = 0.9  # memory of the gradient's mean, in Adam
-    beta2: float = 0.95  # memory of the gradient's square, in Adam
-    eps: float = 1e-8  # added to the root of the square, in Adam
-    weight_decay: float = 0.0  # of matrices; embeddings, norms and biases never decay. AdamW: decoupled, Adam: L2
-    warmup_steps: int = 10  # over which the learning rate rises linearly
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate after warm-up, down to its minimum
-    min_learning_rate: float = 0.0  # at the last step of the cosine
-    clip_norm: float | None = 1.0  # longest gradient, over all parameters, in the 2-norm; null: any
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer stay float32
-    device: str = "cpu"  # cpu, cuda, cuda:1, mps, xpu
-    seed: int = 0  # of the data order, dropout and, on the command line, the initial weights
-    log_interval: int = 1  # steps between readings of the loss: each waits for the device
-    eval_interval: int = 0  # steps between evaluations on the validation split; 0: at the end only
-    save_interval: int = 1000  # steps between checkpoints; 0: at the end only
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+CHECKPOINT = "checkpoint.pt"
 
 
 class Data(Protocol):
-    """What a trainer trains on: examples, and how some of them become a batch."""
+    """What a trainer trains on: examples, and how some of them become a batch.
+
+    A `tokenizer` with `to_dict()`, where there is one, goes into the checkpoints.
+    """
 
     train: Sequence
     validation: Sequence
@@ -65,7 +45,7 @@ class Data(Protocol):
     def batch(self, examples: Sequence, /) -> Batch: ...
 
 
-Objective = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # the sum of the losses of a batch, its count of targets
+Objective = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # of a batch: the sum of its losses, its count of targets
 
 
 def next_token_objective(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -74,13 +54,14 @@ def next_token_objective(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor
 
 
 class Diverged(FloatingPointError):
-    """The loss or a weight is no longer finite."""
+    """A loss or a weight is not finite."""
 
 
 class Trainer:
-    """Trains `model` on `data.train`, by the sum of losses and the count of targets that `objective` gives.
+    """Trains `model` on `data.train` by what `objective` says of a batch: the sum of its losses, its count of targets.
 
-    With a `folder`, writes metrics.jsonl and checkpoint.pt there.
+    `step` makes one optimizer step. `train` makes all of them and, with a `folder`, writes metrics.jsonl and
+    checkpoint.pt there. The caller's random state is never touched. Raises ValueError for a device that is not there.
     """
 
     def __init__(
@@ -93,25 +74,31 @@ class Trainer:
         folder: str | Path | None = None,
     ) -> None:
         self.data, self.config, self.objective = data, config, objective
-        self.device = torch.device(config.device)
-        self.processes = SingleProcess()
+        self.device = usable_device(config.device)
+        self.processes = distributed.processes()
         self.model = model.to(self.device)
-        self.network = self.processes.wrap(self.model)  # the same, with gradients averaged over the processes
+        self.network = self.processes.wrap(self.model)  # the same, for training
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, config)
         self.order = DataOrder(len(data.train), config.seed)
+        self.random = random_state.seeded(config.seed + self.processes.rank, self.device)
         self.folder = None if folder is None else Path(folder)
-        self.metrics = Metrics(self.folder and self.folder / "metrics.jsonl")
+        self.metrics = Metrics(self.metrics_path())
+        self.gradient_norm: Tensor | None = None  # before clipping
         self.steps_done = 0
-        self.loss = math.inf  # of the last step that was read
-        with preserved_random_state(self.device):
-            torch.manual_seed(config.seed)
-            self.random = random_state(self.device)
+        self.seconds = 0.0  # spent in `train`
+        self.loss = math.inf  # the last one read
+        self.validated = self.saved = -1  # the steps done then
+
+    def metrics_path(self) -> Path | None:
+        if self.processes.rank > 0:
+            return Path(os.devnull)  # the first process writes for all
+        return None if self.folder is None else self.folder / "metrics.jsonl"
 
     # one step
 
     def step(self) -> Tensor:
-        """One optimizer step on the next window of examples. The mean loss of its targets, before the step."""
+        """One optimizer step on the next window of examples; the mean loss of its targets, before the step."""
         with self.own_random_state():
             self.train_mode()
             self.zero_grad()
@@ -123,104 +110,100 @@ class Trainer:
             self.tick()
         return total / count
 
+    @contextmanager
+    def own_random_state(self) -> Iterator[None]:
+        """Dropout draws from a state of the trainer's own: no sampling between two steps disturbs it."""
+        with random_state.preserved(self.device):
+            random_state.restore(self.random, self.device)
+            try:
+                yield
+            finally:
+                self.random = random_state.current(self.device)
+
     def train_mode(self) -> None:
-        if not self.model.training:
-            self.model.train()
+        if not self.network.training:
+            self.network.train()
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def window(self) -> list:
+        """The examples of one step."""
         return [self.data.train[i] for i in self.order.window(self.config.batch_size)]
 
     def accumulate(self, examples: Sequence) -> tuple[Tensor, Tensor]:
-        """Adds up the gradients of the window's losses; the sum of these and the count of targets, at least 1."""
-        total = count = torch.zeros((), device=self.device)
-        for part in self.micro_batches(examples):
-            loss, targets = self.compute(part)
-            loss.backward()
-            total, count = total + loss.detach(), count + targets
+        """Adds up the gradients of the window's losses; their sum and the count of targets (at least 1)."""
+        mine, weight = self.processes.share(examples)
+        *others, last = self.micro_batches(mine)
+        with self.processes.without_averaging(self.network):
+            sums = [self.backward(part, weight) for part in others]
+        sums.append(self.backward(last, weight))
+        total, count = self.processes.sum(*(torch.stack(values).sum() for values in zip(*sums, strict=True)))
         return total, count.clamp(min=1)
 
     def micro_batches(self, examples: Sequence) -> list[Sequence]:
         size = self.config.micro_batch_size or len(examples)
         return [examples[i : i + size] for i in range(0, len(examples), size)]
 
-    def compute(self, examples: Sequence) -> tuple[Tensor, Tensor]:
+    def backward(self, examples: Sequence, weight: float) -> tuple[Tensor, Tensor]:
+        total, count = self.compute(self.network, examples)
+        total = total * weight
+        total.backward()
+        return total.detach(), count * weight
+
+    def compute(self, model: nn.Module, examples: Sequence) -> tuple[Tensor, Tensor]:
         batch = self.data.batch(examples).to(self.device)
         with self.autocast():
-            return self.objective(self.network, batch)
+            return self.objective(model, batch)
 
     def autocast(self) -> AbstractContextManager:
         if self.config.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.config.precision))
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def normalise(self, count: Tensor) -> None:
-        """From the gradient of the sum to that of the mean over the whole window, however it was split."""
+        """From the gradient of the sum to that of the mean over the whole window, however it was shared and split."""
+        scale = self.processes.count / count  # averaging has divided by the processes already
         for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad.div_(count)
+                parameter.grad.mul_(scale)
 
     def clip(self) -> None:
         if self.config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+            self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
 
     def set_learning_rate(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.steps_done)
 
-    def learning_rate(self, step: int) -> float:
-        """Of the step after `step` others."""
+    def learning_rate(self, done: int) -> float:
+        """Of the step that follows `done` others."""
         c = self.config
-        if step < c.warmup_steps:
-            return c.learning_rate * (step + 1) / c.warmup_steps
+        if done < c.warmup_steps:
+            return c.learning_rate * (done + 1) / c.warmup_steps
         if c.schedule == "constant":
             return c.learning_rate
-        done = (step - c.warmup_steps) / max(1, c.steps - 1 - c.warmup_steps)
-        return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
+        fraction = (done - c.warmup_steps) / max(1, c.steps - 1 - c.warmup_steps)
+        return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * (1 + math.cos(math.pi * fraction)) / 2
 
     def tick(self) -> None:
         self.steps_done += 1
 
-    # many steps
-
-    def train(self) -> None:
-        """Steps until the loss is at most `stop_loss`, or `steps` are done."""
-        started = time.perf_counter()
-        while self.steps_done < self.config.steps and not self.learned():
-            loss = self.step()
-            self.loss = loss.item()
-            self.metrics.write([{"step": self.steps_done, "loss": self.loss}])
-        seconds = time.perf_counter() - started
-        self.metrics.write(
-            [
-                {
-                    "step": self.steps_done,
-                    "validation_loss": self.evaluate(self.data.validation),
-                    "seconds": seconds,
-                    "peak_memory": peak_memory(self.device),
-                }
-            ]
-        )
-        if self.folder:
-            self.save(self.folder / "checkpoint.pt")
-
-    def learned(self) -> bool:
-        return self.config.stop_loss is not None and self.loss <= self.config.stop_loss
+    # evaluation
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence) -> float:
-        """Mean loss over all targets of the examples, in eval mode; model, mode and random state are left as found."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        with preserved_random_state(self.device), self.eval_mode():
-            for i in range(0, len(examples), self.config.batch_size):
-                loss, count = self.compute(examples[i : i + self.config.batch_size])
-                sums += torch.stack((loss, count)).to(sums)
-        return (sums[0] / sums[1].clamp(min=1)).item()
+        """Mean loss over all targets of the examples, in eval mode. Mode, weights and random state stay as they are."""
+        mine, weight = self.processes.share(examples)
+        size = self.config.micro_batch_size or self.config.batch_size
+        with random_state.preserved(self.device), self.eval_mode():
+            sums = [self.compute(self.model, mine[i : i + size]) for i in range(0, len(mine), size)]
+        total, count = self.processes.sum(*(weight * torch.stack(values).sum() for values in zip(*sums, strict=True)))
+        return (total / count.clamp(min=1)).item()
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
+        """Every module gets its own mode back: some may be frozen in eval mode."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -229,90 +212,152 @@ class Trainer:
             for module, mode in modes:
                 module.training = mode
 
+    # many steps
+
+    def train(self) -> None:
+        """Steps until a loss of at most `stop_loss`, or until `steps` are done; then evaluates and saves.
+
+        Ctrl-C lets the step end, saves, and raises KeyboardInterrupt. Raises Diverged when a loss or a weight is not
+        finite, ProcessLost when another process of the training has ended; the last checkpoint remains in both cases.
+        """
+        begun = time.perf_counter() - self.seconds
+        self.start_writing()
+        interrupted = False
+        with self.noticing_lost_processes(), Interruption() as interruption, Progress(self.config.steps) as progress:
+            while not self.finished() and not interrupted:
+                self.record(self.step())
+                self.seconds = time.perf_counter() - begun
+                if self.due(self.config.log_interval):
+                    self.read()
+                    progress.update(self.steps_done, self.loss)
+                    interrupted = self.processes.any(interruption.asked)
+                if self.due(self.config.eval_interval):
+                    self.validate()
+                if self.due(self.config.save_interval):
+                    self.save_checkpoint()
+            self.read()
+            if not interrupted:
+                self.validate()
+            self.save_checkpoint()
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def finished(self) -> bool:
+        learned = self.config.stop_loss is not None and self.loss <= self.config.stop_loss
+        return learned or self.steps_done >= self.config.steps
+
+    def due(self, interval: int) -> bool:
+        return interval > 0 and self.steps_done % interval == 0
+
+    def record(self, loss: Tensor) -> None:
+        """Of the step just done. Nothing here waits for the device."""
+        rate = self.learning_rate(self.steps_done - 1)
+        self.metrics.add(step=self.steps_done, loss=loss, learning_rate=rate, gradient_norm=self.gradient_norm)
+
+    def read(self) -> None:
+        """Waits for the device, and writes the metrics of the steps since the last reading."""
+        for record in self.metrics.read():
+            if not math.isfinite(record["loss"]):
+                raise Diverged(f"the loss is {record['loss']} at step {record['step']}{self.advice(record['step'])}")
+            self.loss = record["loss"]
+
+    def validate(self) -> None:
+        if len(self.data.validation) == 0 or self.validated == self.steps_done:
+            return
+        self.read()
+        loss = self.evaluate(self.data.validation)
+        memory = peak_memory(self.device)
+        self.metrics.write([dict(step=self.steps_done, validation_loss=loss, seconds=self.seconds, peak_memory=memory)])
+        self.validated = self.steps_done
+
+    def start_writing(self) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics.restart(self.steps_done)
+        if self.steps_done == 0 and self.config.eval_interval:
+            self.validate()
+
+    def advice(self, step: int) -> str:
+        rate = self.learning_rate(step - 1)
+        return (
+            f" (learning rate {rate:.3g}); {self.last_checkpoint()}. "
+            "Try a lower learning_rate, a longer warm-up (warmup_steps) or clipping (clip_norm)"
+        )
+
+    def last_checkpoint(self) -> str:
+        if self.folder is None or self.saved < 0:
+            return "no checkpoint has been saved"
+        return f"{self.folder / CHECKPOINT} holds step {self.saved}"
+
     @contextmanager
-    def own_random_state(self) -> Iterator[None]:
-        """Dropout draws from a random state of the trainer's own, which nobody else disturbs."""
-        with preserved_random_state(self.device):
-            set_random_state(self.random, self.device)
-            try:
-                yield
-            finally:
-                self.random = random_state(self.device)
+    def noticing_lost_processes(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if self.processes.count == 1 or not distributed.lost_another_process(error):
+                raise
+            who = f"process {self.processes.rank} of {self.processes.count}"
+            raise distributed.ProcessLost(
+                f"{who} stops at step {self.steps_done + 1}: another has ended. {self.last_checkpoint()}. {error}"
+            ) from error
 
     # to a checkpoint and back
 
+    def save_checkpoint(self) -> None:
+        """Into the folder, if there is one; what is not finite never replaces what is."""
+        if self.folder is None or self.saved == self.steps_done:
+            return
+        self.read()
+        if not all(numbers([parameter.isfinite().all() for parameter in self.model.parameters()])):
+            raise Diverged(f"a weight is not finite after step {self.steps_done}{self.advice(self.steps_done)}")
+        self.save(self.folder / CHECKPOINT)
+        self.saved = self.steps_done
+
     def save(self, path: str | Path) -> None:
+        """Everything needed to go on from here, or to load the model. Raises CheckpointError."""
         config = getattr(self.model, "config", None)
-        tokenizer = getattr(self.data, "tokenizer", None)
-        checkpoint.save(
-            path,
+        tokenizer: Any = getattr(self.data, "tokenizer", None)
+        state = dict(
             model=self.model.state_dict(),
             config=asdict(config) if isinstance(config, ModelConfig) else None,
             tokenizer=tokenizer.to_dict() if hasattr(tokenizer, "to_dict") else None,
             training=asdict(self.config),
             trainer=self.state_dict(),
         )
+        if self.processes.rank == 0:
+            checkpoint.save(path, **state)
 
     def resume(self, path: str | Path) -> None:
+        """Goes on where the training that saved `path` was, as if it had never stopped. Raises CheckpointError."""
         state = checkpoint.load(path)
+        if state.get("trainer") is None:
+            raise checkpoint.CheckpointError(f"{path} holds no state of a trainer to resume from")
         checkpoint.load_weights(self.model, state["model"])
         self.load_state_dict(state["trainer"])
+        self.saved = self.steps_done
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps_done": self.steps_done,
             "loss": self.loss,
+            "seconds": self.seconds,
             "optimizer": self.optimizer.state_dict(),
             "order": self.order.state_dict(),
-            "random": self.random,
+            "random": self.processes.gather(self.random),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A process beyond those that saved keeps the random state that the seed gave it."""
         self.order.load_state_dict(state["order"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_done, self.loss, self.random = state["steps_done"], state["loss"], state["random"]
+        self.steps_done, self.loss, self.seconds = state["steps_done"], state["loss"], state["seconds"]
+        if self.processes.rank < len(state["random"]):
+            self.random = state["random"][self.processes.rank]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    groups = decay_groups(model, config.weight_decay)
-    fused = torch.device(config.device).type in ("cpu", "cuda")
-    return kind(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay. Vectors (norms, biases) do not, nor do embeddings: a rare token would fade between its uses.
-
-    A head tied to the token embedding is that embedding.
-    """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decays = [p for p in trained if p.dim() >= 2 and id(p) not in embeddings]
-    keeps = [p for p in trained if p.dim() < 2 or id(p) in embeddings]
-    groups = [{"params": decays, "weight_decay": weight_decay}, {"params": keeps, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-RandomState = dict[str, Tensor]
-
-
-def random_state(device: torch.device) -> RandomState:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def set_random_state(state: RandomState, device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type in state and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state[device.type], device)
-
-
-@contextmanager
-def preserved_random_state(device: torch.device) -> Iterator[None]:
-    state = random_state(device)
+def usable_device(name: str) -> torch.device:
     try:
-        yield
-    finally:
-        set_random_state(state, device)
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used by torch {torch.__version__}: {reason}") from None

@@ -1,0 +1,33 @@
+"""Adam and AdamW over the parameters that are trained, and which of these decay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformer.trainer import TrainConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    groups = decay_groups(model, config.weight_decay)
+    fused = torch.device(config.device).type in ("cpu", "cuda")  # one kernel for all parameters
+    return kind(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; vectors (norms, biases) do not, nor embeddings, whose rare rows would fade between their uses.
+
+    A head tied to the token embedding is that embedding. Frozen parameters are in no group.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("the model has no parameter to train")
+    decaying = [p for p in trained if p.dim() >= 2 and id(p) not in embeddings]
+    lasting = [p for p in trained if p.dim() < 2 or id(p) in embeddings]
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": lasting, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
