@@ -10,10 +10,10 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +37,8 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
     result: Any
+    before: Any = None  # what `watch` saw
+    after: Any = None
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -49,18 +51,17 @@ class Call:
 
 
 @contextmanager
-def recorded(model: nn.Module) -> Iterator[list[Call]]:
-    """Records every module's calls, in the order in which they finish.
+def recorded(model: nn.Module, watch: Callable[[], Any] = lambda: None) -> Iterator[list[Call]]:
+    """Records every module's calls, in the order in which they finish, and what `watch()` was before and after each.
 
     Wraps `forward` rather than hooking: some code calls it directly. A module under several names has its first.
     """
     calls: list[Call] = []
-    counts: Counter[str] = Counter()
     wrapped = []
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             wrapped.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = _recording(module.forward, name or type(model).__name__, calls, counts)
+            module.__dict__["forward"] = _recording(module.forward, name or type(model).__name__, calls, watch)
     try:
         yield calls
     finally:
@@ -70,12 +71,14 @@ def recorded(model: nn.Module) -> Iterator[list[Call]]:
                 module.__dict__["forward"] = before
 
 
-def _recording(forward: Callable, name: str, calls: list[Call], counts: Counter[str]) -> Callable:
+def _recording(forward: Callable, name: str, calls: list[Call], watch: Callable[[], Any]) -> Callable:
+    numbers = count()
+
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        given, named = copied(args), copied(kwargs)
-        nth, counts[name] = counts[name], counts[name] + 1
+        call = Call(name, next(numbers), copied(args), copied(kwargs), None, watch())
         result = forward(*args, **kwargs)
-        calls.append(Call(name, nth, given, named, copied(result)))
+        call.result, call.after = copied(result), watch()
+        calls.append(call)
         return result
 
     return wrapped
@@ -164,6 +167,13 @@ def first_bad(model: nn.Module, run: Callable[[], Any], bad: Callable[[Tensor], 
         if any(map(bad, call.outputs)) and not any(map(bad, call.inputs)):
             return locate(model, call.module)
     return None
+
+
+def first_changing(model: nn.Module, run: Callable[[], Any], watch: Callable[[], Any]) -> Where | None:
+    """The first module, in execution order, whose call changes what `watch()` sees: a random state, a weight."""
+    with recorded(model, watch) as calls:
+        run()
+    return next((locate(model, call.module) for call in calls if call.before != call.after), None)
 
 
 def locate(model: nn.Module, name: str) -> Where:
