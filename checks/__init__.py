@@ -12,7 +12,8 @@ from pathlib import Path
 
 # Themes in the order in which they run: each may need those before it.
 THEMES = (
-    "contract", "causality", "masking", "modes", "initialization", "gradients", "numerics", "portability",
+    "contract", "modes", "causality", "masking", "positions",
+    "initialization", "gradients", "numerics", "portability",
     "loss", "generation", "training", "checkpoint", "spec", "sanity",
 )  # fmt: skip
 

@@ -1,0 +1,83 @@
+"""Models with a part switched off: a block passed by, a head silenced. What then does not change was never used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.expect import NotApplicable
+from checks.precision import precise
+from checks.where import each, tensors
+
+
+def siblings(model: nn.Module) -> list[list[str]]:
+    """Modules of one class, with parts of their own, in one list: blocks, heads, experts. Outermost first."""
+    found = []
+    for name, parent in model.named_modules():
+        if isinstance(parent, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            classes: dict[type, list[str]] = {}
+            for child, module in parent.named_children():
+                if any(True for _ in module.children()) and any(True for _ in module.parameters()):
+                    classes.setdefault(type(module), []).append(f"{name}.{child}".lstrip("."))
+            found += [names for names in classes.values() if len(names) > 1]
+    return found
+
+
+@contextmanager
+def replaced(module: nn.Module, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """The module with its forward wrapped: some code calls it directly."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = wrap(module.forward)
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+def passed_by(forward: Callable) -> Callable:
+    """The module's input instead of its output; zeros where their shapes differ."""
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        given = tensors((args, kwargs))
+        outputs = count()
+
+        def first(out: Tensor) -> Tensor:
+            if not out.is_floating_point() or next(outputs) > 0:
+                return out
+            return given[0] if given and given[0].shape == out.shape else out * 0
+
+        return each(forward(*args, **kwargs), first)
+
+    return instead
+
+
+def with_input(change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Callable]:
+    """A wrapper that changes the first tensor that goes in."""
+
+    def wrap(forward: Callable) -> Callable:
+        return lambda x, *args, **kwargs: forward(change(x), *args, **kwargs)
+
+    return wrap
+
+
+def one_block(subject: Any, scheme: tuple[float, float] | None) -> nn.Module:
+    """The subject with a single block, built so or with the others deleted from their list."""
+    model = precise(subject, scheme, **(dict(n_layer=1) if subject.can_vary("n_layer") else {}))
+    for names in siblings(model)[:1]:
+        blocks = model.get_submodule(names[0].rpartition(".")[0])
+        if not isinstance(blocks, nn.ModuleList | nn.Sequential):
+            raise NotApplicable("the blocks have names: none of them can be left out", blocks=names)
+        del blocks[1:]
+    try:
+        with torch.no_grad():
+            subject.logits(model, subject.tokens(1, 2))
+    except Exception as error:
+        raise NotApplicable(f"the subject does not run with one block: {error}") from None
+    return model

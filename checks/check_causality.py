@@ -1,0 +1,413 @@
+"""No token changes what was said before it, on any path through the model, and every token can change what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from checks.ablation import one_block, replaced
+from checks.expect import Bound, NotApplicable, advise, drawn, expect_close, fail, farthest, needs, note
+from checks.influence import (
+    EVAL,
+    TRAIN,
+    Changes,
+    Operations,
+    Way,
+    call,
+    changes,
+    every_id,
+    influence,
+    length,
+    lengths,
+    measure,
+)
+from checks.leaks import expect_no_leak, in_deviations
+from checks.padding import SIDES, ragged
+from checks.precision import precise, precision, shared, spread
+from checks.subject import EXISTENCE
+from checks.windows import declared_windows, in_reach, window
+
+CONTRACT = (
+    "check_contract.check_logits_have_shape",
+    "check_contract.check_every_length_is_read",
+    "check_contract.check_logits_are_finite",
+    "check_contract.check_earlier_calls_leave_no_trace",
+    "check_modes.check_eval_repeats_itself",
+)
+CAUSAL = "check_causality.check_future_cannot_change_past"
+
+DROPOUT = 0.2
+EXTREME = 20  # times every weight
+LONG = 131  # tokens: past the powers of two at which tables, masks and caches are cut
+LONGEST_TRIED = 1024
+SEEN = 1e-3  # standard deviations of the logits: what a token in reach moves at least (clean models: 0.018)
+
+
+def expect_causal(subject: Any) -> None:
+    if not subject.causal:
+        raise NotApplicable("declared as not causal")
+
+
+@needs(*CONTRACT)
+def check_future_cannot_change_past(subject: Any) -> None:
+    """Changing a token leaves every logit before it bit for bit as it was, at every length and for every pair."""
+    expect_causal(subject)
+    model, T = precise(subject), length(subject)
+    tried = changes(subject, every_id(subject, T, seed=subject.seed))
+    moves = expect_no_leak(subject, model, tried)
+    pairs = influence(moves, tried.place)
+    unit = spread(call(subject, model, tried.plain[:64]))
+    note(influence=in_deviations(pairs, unit), length=T, bound=0.0, leaking_pairs=0)
+    for T in reversed(lengths(subject, model)):
+        expect_no_leak(subject, model, tried_at(subject, T, rows=4))
+        expect_no_leak(subject, model, tried_at(subject, T, rows=1), alone=True)
+
+
+def tried_at(subject: Any, T: int, *, rows: int) -> Changes:
+    return changes(subject, every_id(subject, T, rows=rows, seed=subject.seed + T))
+
+
+@needs(CAUSAL)
+def check_future_cannot_change_past_in_training(subject: Any) -> None:
+    """In train mode, with dropout and without, under one seed, a token leaves every logit before it as it was."""
+    expect_causal(subject)
+    for dropout in (0.0, DROPOUT):
+        model = precise(subject, dropout=dropout)
+        way = Way(f"in train mode with dropout {dropout:g}", training=True)
+        for T in reversed(lengths(subject, model)):
+            tried = tried_at(subject, T, rows=3)
+            expect_no_leak(subject, model, tried, way, likely=("causal-mask-dropped-on-a-branch",))
+
+
+@needs(CAUSAL)
+def check_future_cannot_change_past_under_a_mask(subject: Any) -> None:
+    """With a padding mask (all real, padded right, padded left), a real token leaves every real logit before it."""
+    expect_causal(subject)
+    expect_takes_mask(subject)
+    model = precise(subject)
+    for side in SIDES:
+        for way in (EVAL, TRAIN):
+            for T in reversed(lengths(subject, model)):
+                tokens = every_id(subject, T, rows=6, seed=subject.seed + T)
+                mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
+                expect_no_leak(
+                    subject, model, changes(subject, tokens, mask), way, likely=("pad-mask-replaces-causal",)
+                )
+
+
+def expect_takes_mask(subject: Any) -> None:
+    if not subject.takes_mask:
+        raise NotApplicable("the subject takes no padding mask")
+
+
+@needs(CAUSAL)
+def check_future_cannot_change_past_with_extreme_weights(subject: Any) -> None:
+    """With every weight twenty times as large, a token still leaves the logits before it as they were."""
+    expect_causal(subject)
+    model = precise(subject)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(EXTREME)
+    tried = changes(subject, every_id(subject, length(subject), rows=8, seed=subject.seed))
+    logits = call(subject, model, tried.plain[:64])
+    if not bool(logits.isfinite().all()):
+        raise NotApplicable(f"with weights × {EXTREME} the logits overflow: nothing to compare")
+    bound = precision(subject).bound(logits, single=2e-5)
+    expect_no_leak(subject, model, tried, bound=bound, exact=False, likely=("mask-fill-not-negative-enough",))
+
+
+@needs(CAUSAL)
+def check_future_cannot_change_past_in_long_sequences(subject: Any) -> None:
+    """At block sizes beyond a hundred tokens, a token leaves every logit before it bit for bit as it was."""
+    expect_causal(subject)
+    varies = subject.can_vary("block_size")
+    T = max(LONG, subject.sizes.block_size) if varies else min(subject.sizes.block_size, LONGEST_TRIED)
+    if T <= length(subject):
+        raise NotApplicable(f"the block size is fixed at {T}: every pair was tried")
+    model = precise(subject, **(dict(block_size=T) if varies else {}))
+    for n in (T, T - 1, 2 * T // 3):
+        tokens = subject.tokens(1, n, seed=subject.seed)
+        places = telling_places(n)
+        tried = changes(subject, tokens, places=places[:: max(n // LONG, 1)], alternatives=1)
+        expect_no_leak(subject, model, tried, likely=("causal-hardcoded-length",))
+
+
+def telling_places(T: int) -> list[int]:
+    """Around each power of two, and the last two."""
+    around = {2**k + d for k in range(1, T.bit_length()) for d in (-1, 0, 1)} | {T - 2, T - 1}
+    return sorted(place for place in around if 0 < place < T)
+
+
+@needs(CAUSAL)
+def check_future_cannot_change_past_by_another_attention(subject: Any) -> None:
+    """On PyTorch's plain attention kernel, and without any fused kernel, a token leaves every logit before it."""
+    expect_causal(subject)
+    if not uses_fused_attention(subject, precise(subject)):
+        raise NotApplicable("attention is computed step by step: there is no second path")
+    plain = Way("on PyTorch's plain attention kernel", inside=partial(sdpa_kernel, SDPBackend.MATH))
+    expect_causal_with_and_without_masks(subject, precise(subject), plain)
+    with without_fused_attention():
+        model = precise(subject)
+    if not uses_fused_attention(subject, model):
+        away = Way("built where PyTorch has no fused attention")
+        expect_causal_with_and_without_masks(subject, model, away, likely=("causal-mask-only-in-the-fused-path",))
+
+
+def expect_causal_with_and_without_masks(subject: Any, model: nn.Module, way: Way, **finding: Any) -> None:
+    T = length(subject)
+    tokens = every_id(subject, T, rows=6, seed=subject.seed)
+    expect_no_leak(subject, model, changes(subject, tokens), way, **finding)
+    for side in SIDES if subject.takes_mask else ():
+        mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
+        expect_no_leak(subject, model, changes(subject, tokens, mask), way, **finding)
+
+
+def uses_fused_attention(subject: Any, model: nn.Module) -> bool:
+    operations = Operations()
+    with operations:
+        call(subject, model, subject.tokens(1, length(subject)))
+    return any("scaled_dot_product" in name for name, *_ in operations.log)
+
+
+@contextmanager
+def without_fused_attention() -> Iterator[None]:
+    """Code that asks PyTorch with `hasattr` whether it has fused attention is told that it has not."""
+    fused = F.scaled_dot_product_attention
+    del F.scaled_dot_product_attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused
+
+
+@needs(CAUSAL)
+def check_future_cannot_change_past_into_a_cache(subject: Any) -> None:
+    """Read into an empty key-value cache, a token leaves every logit before it bit for bit as it was."""
+    expect_causal(subject)
+    model = precise(subject)
+    if subject.new_cache(model, 1) is None:
+        raise NotApplicable("the subject has no key-value cache")
+    way = Way("read into an empty key-value cache", cached=True)
+    for T in reversed(lengths(subject, model)):
+        likely = ("prefill-unmasked-when-cache-given", "sdpa-topleft-alignment")
+        expect_no_leak(subject, model, tried_at(subject, T, rows=2), way, likely=likely)
+
+
+@needs(CAUSAL)
+def check_future_cannot_change_past_in_low_precision(subject: Any) -> None:
+    """In float32, bfloat16 and float16, where the subject takes them, a token leaves every logit before it."""
+    expect_causal(subject)
+    refused = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = subject.amplified(seed=subject.seed, dtype=dtype)
+        tried = tried_at(subject, length(subject), rows=6)
+        name = str(dtype).removeprefix("torch.")
+        try:
+            logits = call(subject, model, tried.plain[:8])
+        except RuntimeError as error:
+            refused[name] = str(error)
+            continue
+        bound = Bound(64 * torch.finfo(dtype).eps * spread(logits), f"64 roundings in {name}")
+        expect_no_leak(subject, model, tried, Way(f"in {name}"), bound=bound, likely=("finfo-min-plus-bias",))
+    note(refused=refused)
+    if len(refused) == 3:
+        raise NotApplicable("the subject takes no precision but its own", **refused)
+
+
+@st.composite
+def rewritings(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
+    """A batch whose rows go on differently after a cut: how many rows, how long, padded where, in which mode."""
+    T = draw(st.integers(2, length(subject)))
+    return dict(
+        T=T,
+        cut=draw(st.integers(1, T - 1)),
+        rows=draw(st.integers(1, 4)),
+        future=draw(st.sampled_from(("other tokens", "one token repeated", "reversed"))),
+        padding=draw(st.sampled_from((None, *SIDES) if subject.takes_mask else (None,))),
+        training=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@needs(CAUSAL, f"{CAUSAL}_in_training", f"{CAUSAL}_under_a_mask")
+@drawn(when=expect_causal, case=rewritings)
+def check_rewritten_future_cannot_change_past(subject: Any, case: dict[str, Any]) -> None:
+    """Whatever a sequence goes on with after a cut, in whatever batch, mode and padding, the logits before it stay."""
+    tokens = subject.tokens(case["rows"], case["T"], seed=case["seed"])
+    mask = None
+    if case["padding"] is not None:
+        mask = ragged(case["rows"], case["T"], case["padding"], seed=case["seed"]).to(subject.device)
+    cuts = torch.full((len(tokens),), case["cut"], device=subject.device)
+    tried = Changes(tokens, rewritten(subject, tokens, case), cuts, mask)
+    expect_no_leak(subject, shared(subject), tried, TRAIN if case["training"] else EVAL)
+
+
+def rewritten(subject: Any, tokens: Tensor, case: dict[str, Any]) -> Tensor:
+    """The tokens with another future from the cut on."""
+    past, future = tokens[:, : case["cut"]], tokens[:, case["cut"] :]
+    others = subject.tokens(*future.shape, seed=case["seed"] + 1)
+    new = {"other tokens": others, "one token repeated": others[:, :1].expand_as(future), "reversed": future.flip(1)}
+    return torch.cat((past, new[case["future"]]), dim=1)
+
+
+@needs(CAUSAL)
+def check_later_tokens_get_no_gradient(subject: Any) -> None:
+    """No logit has a gradient with respect to the embedding of a later token: the Jacobian is lower triangular."""
+    expect_causal(subject)
+    model, T = precise(subject), length(subject)
+    tokens = subject.tokens(1, T, seed=subject.seed)
+    with watched_embeddings(model, tokens) as embeddings:
+        logits = subject.logits(model, tokens)[0]
+    if not embeddings or not logits.requires_grad:
+        raise NotApplicable("no module takes the token ids and gives their embeddings")
+    jacobian = torch.stack([sizes_of_gradients(logits, embedding) for embedding in embeddings]).sum(dim=0)
+    note(jacobian=[[float(f"{x:.3g}") for x in row] for row in jacobian], length=T)
+    later = jacobian.triu(1).nan_to_num(nan=torch.inf)
+    if bool(later.any()):
+        t, s = (int(i) for i in later.nonzero()[0])
+        fail(
+            f"the logits at position {t} have a gradient of {float(jacobian[t, s]):.3g} with respect to the embedding "
+            f"of token {s}, after it, although changing that token changes nothing there: training sees the future",
+            likely=("future-gradient-leak",),
+            advice="Look for x + (y - y.detach()), straight-through estimators and custom backward functions.",
+            first={"t": t, "s": s},
+        )
+
+
+@contextmanager
+def watched_embeddings(model: nn.Module, tokens: Tensor) -> Iterator[list[Tensor]]:
+    """Cuts the graph behind every module that turns just these tokens into vectors; yields the vectors as leaves."""
+    found: list[Tensor] = []
+
+    def wrap(forward: Any) -> Any:
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and not a.is_floating_point()]
+            if isinstance(out, Tensor) and out.is_floating_point() and any(same_tokens(a, tokens) for a in given):
+                out = out.detach().requires_grad_()
+                found.append(out)
+            return out
+
+        return watching
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if not any(True for _ in module.children()):
+                stack.enter_context(replaced(module, wrap))
+        yield found
+
+
+def same_tokens(given: Tensor, tokens: Tensor) -> bool:
+    return given.numel() == tokens.numel() and bool((given.flatten() == tokens.flatten()).all())
+
+
+def sizes_of_gradients(logits: Tensor, embedding: Tensor) -> Tensor:
+    """[T, T], row t, column s: the largest gradient of a random sum of the logits at t at the embedding of token s."""
+    weights = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(0)).to(logits)
+    rows = []
+    for t in range(len(logits)):
+        (gradient,) = torch.autograd.grad(logits[t] @ weights, embedding, retain_graph=True, allow_unused=True)
+        gradient = torch.zeros_like(embedding) if gradient is None else gradient
+        time = next(axis for axis, size in enumerate(embedding.shape) if size == len(logits))
+        rows.append(gradient.abs().movedim(time, 0).flatten(1).amax(dim=1))
+    return torch.stack(rows)
+
+
+@needs(*CONTRACT)
+def check_past_reaches_every_later_position(subject: Any) -> None:
+    """Changing a token changes the logits at its own and at every later position (within a window, if there is one)."""
+    expect_causal(subject)
+    T = length(subject)
+    reach = torch.zeros(T, T, dtype=torch.float64)
+    for scheme in EXISTENCE:
+        model = precise(subject, scheme)
+        tried = changes(subject, subject.tokens(2, T, seed=subject.seed), alternatives=3)
+        unit = spread(call(subject, model, tried.plain[:1]))
+        reach = reach.maximum(influence(measure(subject, model, tried, EVAL), tried.place).cpu() / unit)
+        silent = in_reach(subject, model, T) & ~(reach > SEEN)
+        if not bool(silent.any()):
+            break
+    note(influence=in_deviations(reach, 1.0), least=float(reach[in_reach(subject, model, T)].min()), bound=SEEN)
+    if bool(silent.any()):
+        fail_past_unseen(reach, silent)
+
+
+def fail_past_unseen(reach: Tensor, silent: Tensor) -> None:
+    t, s = (int(i) for i in silent.nonzero()[0])
+    T, farthest_seen = len(reach), max(int((pair := (reach > SEEN).nonzero())[:, 0].sub(pair[:, 1]).max()), 0)
+    band = bool((reach > SEEN).eq(torch.ones(T, T).tril().triu(-farthest_seen).bool()).all())
+    says = f"token {s} does not reach the logits at position {t}: changing it moves them by {float(reach[t, s]):.3g}"
+    if band and farthest_seen == 0:
+        says = "the logits at a position depend on its own token alone: nothing of the past is read"
+    elif band:
+        says = f"the logits depend on the last {farthest_seen + 1} tokens alone: older ones are never read"
+    fail(
+        f"{says} standard deviations of the logits, expected more than {SEEN:.0e}; "
+        f"{int(silent.sum())} of {T * (T + 1) // 2} pairs are silent",
+        likely=("attention-sees-itself-only", "first-token-never-seen", "window-sign-error"),
+        advice="A sliding window is recognised by an attribute or a field of the configuration named `window`.",
+        first={"t": t, "s": s},
+        influence=in_deviations(reach, 1.0),
+    )
+
+
+@needs(CAUSAL)
+def check_prefix_gives_the_same_logits(subject: Any) -> None:
+    """Reading only the first t tokens gives the same logits for them as reading all, for every t."""
+    expect_causal(subject)
+    model, T = precise(subject), length(subject)
+    tokens = every_id(subject, T, rows=6, seed=subject.seed)
+    whole = call(subject, model, tokens)
+    bound, margin = precision(subject).bound(whole), 0.0
+    for t in lengths(subject, model):
+        prefix = tokens[:, :t].contiguous()
+        got = call(subject, model, prefix)
+        margin = max(margin, farthest(got, whole[:, :t]))
+        expect_close(
+            got,
+            whole[:, :t],
+            bound=bound,
+            says=f"the first {t} of {T} tokens read by themselves give other logits than read with the rest",
+            likely=("position-reversed", "causal-hardcoded-length"),
+            advice="Positions and masks must be counted from the first token, never from the length of the input.",
+            length=t,
+        )
+    note(difference=margin, bound=bound.size)
+
+
+@needs(CAUSAL, "check_causality.check_past_reaches_every_later_position")
+def check_one_block_sees_its_window(subject: Any) -> None:
+    """Where a window of w tokens is declared, one block sees just the last w (or w and itself), at every position."""
+    expect_causal(subject)
+    T = length(subject)
+    model = one_block(subject, EXISTENCE[-1])
+    w = window(subject, model, T)
+    if w is None:
+        raise NotApplicable(f"no window shorter than {T} tokens is declared", **declared_windows(model))
+    tried = changes(subject, subject.tokens(2, T, seed=subject.seed), alternatives=3)
+    seen = influence(measure(subject, model, tried, EVAL), tried.place).cpu() > 0
+    past = torch.ones(T, T, dtype=torch.bool).tril()
+    note(window=w, seen=seen.int().tolist())
+    if bool(seen.eq(past.triu(-w)).all()):
+        advise(f"a token sees itself and {w} before it; in most models a window of {w} counts the token itself")
+        return
+    wrong = (seen != past.triu(1 - w)).nonzero()
+    if len(wrong):
+        t, s = (int(i) for i in wrong[0])
+        does = "sees" if bool(seen[t, s]) else "does not see"
+        fail(
+            f"one block with a window of {w} tokens: position {t} {does} token {s}, {t - s} before it; the last "
+            f"position sees {int(seen[-1].sum())} tokens, expected {w} ({w + 1} where the token itself is not counted)",
+            likely=("window-ignored", "window-off-by-one", "window-sign-error"),
+            first={"t": t, "s": s},
+            window=w,
+        )

@@ -1,0 +1,471 @@
+"""What every language model promises whatever it computes: shapes, lengths, ids, state, and no part without effect."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.ablation import passed_by, replaced, siblings, with_input
+from checks.expect import NotApplicable, Where, advise, expect_close, expect_same, fail, farthest, needs, note
+from checks.holdings import Held, held_outside
+from checks.influence import TRAIN, call, every_id, length
+from checks.padding import SIDES, ragged
+from checks.precision import precise, precision, spread
+from checks.subject import EXISTENCE
+from checks.ties import expect_declared_tie, expect_no_twins, ties
+from checks.where import Call, first_bad, locate, recorded
+
+SHAPE = "check_contract.check_logits_have_shape"
+SMALLEST = 1e-6  # standard deviations of the logits: what a part that matters moves at least (clean models: 0.1)
+
+
+def check_logits_have_shape(subject: Any) -> None:
+    """Token ids [B, T] give floating-point logits [B, T, V], whatever B and T."""
+    model, V, longest = subject.build(seed=subject.seed), subject.sizes.vocab_size, length(subject)
+    for B, T in ((3, longest), (1, longest), (longest, 2), (2, longest - 1), (1, 2)):
+        logits = call(subject, model, subject.tokens(B, max(T, 1), seed=subject.seed))
+        if tuple(logits.shape) != (B, max(T, 1), V):
+            fail(
+                f"{B} rows of {T} tokens gave logits of shape {list(logits.shape)}, expected {[B, T, V]}: "
+                f"rows, positions, one number for each of the {V} symbols",
+                likely=("logits-time-first", "logits-last-position-only"),
+                got=list(logits.shape),
+                expected=[B, T, V],
+            )
+        if not logits.is_floating_point():
+            fail(f"the logits are {logits.dtype}: expected floating-point numbers", likely=("logits-rounded",))
+    note(dtype=str(logits.dtype).removeprefix("torch."))
+
+
+@needs(SHAPE)
+def check_every_length_is_read(subject: Any) -> None:
+    """Every sequence from one token up to the block size is read, to logits at every position."""
+    model, V = subject.build(seed=subject.seed), subject.sizes.vocab_size
+    block = subject.sizes.block_size
+    for T in [*range(1, length(subject) + 1), *([block - 1, block] if block > length(subject) else [])]:
+        try:
+            shape = tuple(call(subject, model, subject.tokens(2, T, seed=subject.seed)).shape)
+        except Exception as error:
+            if T == 1 and isinstance(error, ValueError | AssertionError):
+                advise(f"a sequence of one token is refused: {error}")
+                continue
+            fail(
+                f"a sequence of {T} tokens cannot be read, although the block size is {block}: "
+                f"{type(error).__name__}: {error}",
+                likely=("length-one-squeezed", "block-size-off-by-one"),
+                length=T,
+            )
+        if shape != (2, T, V):
+            fail(
+                f"2 rows of {T} tokens gave logits of shape {list(shape)}, expected {[2, T, V]}",
+                likely=("length-one-squeezed",),
+                length=T,
+            )
+
+
+@needs(SHAPE)
+def check_logits_are_finite(subject: Any) -> None:
+    """Every symbol at every place, the first included, alone or all over, gives finite logits."""
+    T, V = length(subject), subject.sizes.vocab_size
+    everywhere = every_id(subject, T, seed=subject.seed)
+    alone = torch.arange(min(V, 64), device=subject.device)[:, None]
+    models = (subject.build(seed=subject.seed), "as initialized"), (precise(subject), "with large weights")
+    for model, which in models:
+        for tokens in (everywhere, alone.expand(-1, T).contiguous()):
+            expect_finite(subject, model, tokens, which)
+
+
+def expect_finite(subject: Any, model: nn.Module, tokens: Tensor, which: str) -> None:
+    logits = call(subject, model, tokens)
+    bad = (~logits.isfinite()).nonzero()
+    if len(bad):
+        row, t, symbol = (int(i) for i in bad[0])
+        fail(
+            f"the logit of symbol {symbol} at position {t} is {float(logits[row, t, symbol])} {which}, after "
+            f"the tokens {tokens[row, : t + 1].tolist()}; {len(bad)} of {logits.numel()} logits are not finite",
+            where=first_bad(model, lambda: call(subject, model, tokens), lambda x: bool(x.isnan().any())),
+            likely=("mask-positive-inf", "first-token-masked-out", "causal-excludes-self"),
+            first={"t": t, "symbol": symbol},
+            tokens=tokens[row].tolist(),
+        )
+
+
+@needs(SHAPE)
+def check_earlier_calls_leave_no_trace(subject: Any) -> None:
+    """A call gives what it gave before to the bit, whatever was read in between: shorter, masked, in training."""
+    model, fresh = precise(subject), precise(subject)
+    T = length(subject)
+    tokens = subject.tokens(3, T, seed=subject.seed)
+    first = call(subject, model, tokens)
+    for between, interlude in interludes(subject, T):
+        interlude(model)
+        expect_same(
+            call(subject, model, tokens),
+            first,
+            says=f"the same call gives other logits after {between}: the model remembers what it read",
+            likely=("state-leaks-between-calls", "attn-dropout-in-eval"),
+            advice="Look for attributes written in forward: a cache, a mask or a position counter kept on self.",
+            between=between,
+        )
+    expect_same(
+        call(subject, fresh, tokens[:, : T // 2 + 1].contiguous()),
+        call(subject, model, tokens[:, : T // 2 + 1].contiguous()),
+        says="a model that has read before gives other logits than the same model fresh from its seed",
+        likely=("state-leaks-between-calls",),
+    )
+
+
+def interludes(subject: Any, T: int) -> Iterator[tuple[str, Callable[[nn.Module], Any]]]:
+    """What may happen between two equal calls."""
+    others = subject.tokens(3, T, seed=subject.seed + 1)
+    yield "nothing at all", lambda model: None
+    yield "other tokens", lambda model: call(subject, model, others)
+    yield "a shorter sequence", lambda model: call(subject, model, others[:, : max(T // 2, 2)].contiguous())
+    yield "more rows", lambda model: call(subject, model, subject.tokens(5, T, seed=2))
+    yield "a call in train mode", lambda model: call(subject, model, others, way=TRAIN)
+    for side in SIDES if subject.takes_mask else ():
+        mask = ragged(3, T, side, seed=subject.seed).to(subject.device)
+        yield f"a mask with padding: {side}", partial(call, subject, tokens=others, mask=mask)
+
+
+@needs(SHAPE)
+def check_inputs_are_left_alone(subject: Any) -> None:
+    """Reading, in eval and in train mode with its backward, leaves tokens and mask bit for bit as they were."""
+    model, T = subject.build(seed=subject.seed), length(subject)
+    tokens = subject.tokens(3, T, seed=subject.seed)
+    masks = [ragged(3, T, side, seed=subject.seed).to(subject.device) for side in SIDES] if subject.takes_mask else []
+    for mask in (None, *masks):
+        for training in (False, True):
+            given = tokens.clone(), None if mask is None else mask.clone()
+            model.train(training)
+            subject.logits(model, *given).sum().backward()
+            model.eval()
+            for name, before, after in (("tokens", tokens, given[0]), ("mask", mask, given[1])):
+                if before is not None and after is not None and not torch.equal(before, after):
+                    place = [int(i) for i in (before != after).nonzero()[0]]
+                    fail(
+                        f"the {name} handed in were changed: row {place[0]}, position {place[1]} was "
+                        f"{before[tuple(place)].item()} and is now {after[tuple(place)].item()}",
+                        likely=("tokens-changed-in-place", "mask-changed-in-place", "position-ids-mutated-in-place"),
+                        advice="Look for operations in place (a trailing underscore, +=, x[i] = …) on an argument.",
+                        first=dict(row=place[0], position=place[1]),
+                    )
+
+
+@needs(SHAPE, "check_contract.check_every_length_is_read")
+def check_too_long_a_sequence_is_no_silent_error(subject: Any) -> None:
+    """Beyond the block size there is an error, or the same logits as before for the tokens that fit."""
+    model, block = precise(subject), subject.sizes.block_size
+    tokens = subject.tokens(2, block + 2, seed=subject.seed)
+    fits = call(subject, model, tokens[:, :block].contiguous())
+    last = call(subject, model, tokens[:, -block:].contiguous())
+    try:
+        got = call(subject, model, tokens)
+    except Exception as error:
+        if not isinstance(error, ValueError | AssertionError):
+            advise(
+                f"a sequence beyond the block size raises {type(error).__name__}: {error}. A ValueError would say it"
+            )
+        return
+    bound = precision(subject).bound(fits)
+    if got.shape == last.shape and farthest(got, last) <= bound.size:
+        advise(f"of a sequence beyond the block size only the last {block} tokens are read")
+        return
+    if got.shape[:2] != tokens.shape:
+        fail(
+            f"{block + 2} tokens, two beyond the block size, gave logits of shape {list(got.shape)} without an error",
+            likely=("too-long-cut-silently",),
+            got=list(got.shape),
+        )
+    expect_close(
+        got[:, :block],
+        fits,
+        bound=bound,
+        says=f"{block + 2} tokens, two beyond the block size, are read without an error, and the logits of the first "
+        f"{block} are not what they are without the two",
+        likely=("too-long-read-wrong", "causal-hardcoded-length"),
+        advice="Raise a ValueError that names the length and the block size.",
+    )
+
+
+@needs(SHAPE)
+def check_unknown_token_ids_are_refused(subject: Any) -> None:
+    """A token id of the vocabulary size or more raises an error."""
+    if subject.device.type != "cpu":
+        raise NotApplicable("on an accelerator an index out of range kills the process", device=str(subject.device))
+    model, V = subject.build(seed=subject.seed), subject.sizes.vocab_size
+    accepted = [over for over in (V, V + 1, 2 * V, 64 * V) if reads_id(subject, model, over)]
+    if accepted and max(accepted) < 64 * V:
+        advise(f"token ids up to {max(accepted)} are read although the vocabulary size is {V}: the table is padded")
+    elif accepted:
+        fail(
+            f"token id {V} is read without an error, and {max(accepted)} too, although the {V} ids are 0 to {V - 1}",
+            likely=("token-ids-wrapped", "token-ids-clamped"),
+            advice="Look up tokens in nn.Embedding as they are; a clamp or a modulo hides a tokenizer's mistake.",
+            accepted=accepted,
+        )
+    if reads_id(subject, model, -1):
+        advise("token id -1 is read as if it were the last symbol")
+
+
+def reads_id(subject: Any, model: nn.Module, token: int) -> bool:
+    tokens = subject.tokens(2, length(subject), seed=subject.seed)
+    tokens[1, 1] = token
+    try:
+        call(subject, model, tokens)
+    except Exception:
+        return False
+    return True
+
+
+@needs(SHAPE)
+def check_every_tensor_is_registered(subject: Any) -> None:
+    """Every weight is a parameter of the model, and what else it holds follows it to another device."""
+    model = subject.build(seed=subject.seed)
+    outside = held_outside(model)
+    for held in outside:
+        if held.trainable:
+            fail(
+                f"{held.name} holds weights that are no parameters of the model: no optimizer sees them, no state_dict "
+                "saves them, .to() leaves them behind",
+                likely=("parameter-outside-module",),
+                advice="Keep modules in nn.ModuleList or nn.ModuleDict, tensors in nn.Parameter or register_buffer.",
+                name=held.name,
+            )
+    constants = [held for held in outside if isinstance(held.value, Tensor)]
+    if constants and left_behind(subject, model, constants):
+        fail(
+            f"{constants[0].name} is a plain tensor that the forward reads: .to(device) leaves it behind, and the "
+            "forward fails on the other device",
+            likely=("buffer-not-registered",),
+            advice="self.register_buffer(name, tensor, persistent=False) makes it follow the model.",
+            names=[held.name for held in constants],
+        )
+    if constants:
+        names = ", ".join(held.name for held in constants)
+        advise(f"tensors outside parameters and buffers: {names}. A buffer would follow .to() and .double()")
+
+
+def left_behind(subject: Any, model: nn.Module, constants: list[Held]) -> bool:
+    """Whether a forward on another device fails just because of these: the meta device, where nothing is computed."""
+
+    def runs() -> bool:
+        try:
+            subject.logits(model, subject.tokens(2, length(subject)).to("meta"))
+        except Exception:
+            return False
+        return True
+
+    model.to("meta")
+    if runs():
+        return False
+    for held in constants:
+        held.set(held.value.to("meta"))
+    return runs()
+
+
+@needs(SHAPE)
+def check_state_dict_restores_the_model(subject: Any) -> None:
+    """Saved, and loaded into a model from another seed, the weights give the same logits to the bit."""
+    model, tokens = precise(subject), subject.tokens(3, length(subject), seed=subject.seed)
+    other = precise(subject, None, seed=subject.seed + 1)
+    want = call(subject, model, tokens)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    try:
+        other.load_state_dict(torch.load(file, weights_only=True, map_location=subject.device))
+    except Exception as error:
+        fail(
+            f"the model's own state_dict cannot be loaded into another instance: {type(error).__name__}: {error}",
+            likely=("state-dict-does-not-load",),
+        )
+    expect_same(
+        call(subject, other, tokens),
+        want,
+        says="saved and loaded into another instance, the model gives other logits: something is not in its state_dict",
+        where=lambda: first_difference(subject, model, other, tokens),
+        likely=("init-reruns-after-load", "tied-weights-broken", "parameter-outside-module", "buffer-not-registered"),
+        advice="Every tensor that decides the output must be a parameter or a persistent buffer.",
+    )
+
+
+def first_difference(subject: Any, model: nn.Module, other: nn.Module, tokens: Tensor) -> Where | None:
+    """The first module of two models of one architecture whose output differs."""
+    with recorded(model) as one:
+        call(subject, model, tokens)
+    with recorded(other) as two:
+        call(subject, other, tokens)
+    for a, b in zip(one, two, strict=False):
+        if a.module == b.module and any(not torch.equal(x, y) for x, y in zip(a.outputs, b.outputs, strict=False)):
+            return locate(model, a.module)
+    return None
+
+
+@needs(SHAPE, "check_contract.check_state_dict_restores_the_model")
+def check_copies_are_independent(subject: Any) -> None:
+    """A deep copy given other weights equals a model with those weights, and the original stays as it was."""
+    model, other = precise(subject), precise(subject, seed=subject.seed + 1)
+    tokens = subject.tokens(3, length(subject), seed=subject.seed)
+    before, want = call(subject, model, tokens), call(subject, other, tokens)
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise NotApplicable(f"the model cannot be copied: {type(error).__name__}: {error}") from None
+    copied.load_state_dict(other.state_dict())
+    finding: dict[str, Any] = dict(
+        likely=("copy-calls-the-original",),
+        advice="Keep no bound methods, closures or modules in plain attributes: a copy still calls the original's.",
+    )
+    says = "a deep copy that was given the weights of another model does not compute as that one"
+    expect_same(call(subject, copied, tokens), want, says=says, **finding)
+    says = "giving a deep copy other weights changed what the original computes"
+    expect_same(call(subject, model, tokens), before, says=says, **finding)
+
+
+@needs(SHAPE)
+def check_ties_survive(subject: Any) -> None:
+    """Shared weights are one parameter, and still one after loading, copying, converting and training steps."""
+    model = subject.build(seed=subject.seed)
+    expect_declared_tie(subject, model)
+    expect_no_twins(model)
+    tied = ties(model)
+    note(tied=tied)
+    for what, after in tie_trials(subject, model):
+        lost = [names for names in tied if names not in ties(after)]
+        if lost:
+            fail(
+                f"{' and '.join(lost[0])} are one parameter, but {what} they are two: from there on they drift apart",
+                likely=("tied-weights-broken", "tie-lost-by-wrapping"),
+                names=lost[0],
+            )
+
+
+def tie_trials(subject: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model after whatever may part what is tied."""
+    model.load_state_dict(subject.build(seed=subject.seed + 1).state_dict())
+    yield "after load_state_dict", model
+    try:
+        yield "after copy.deepcopy", copy.deepcopy(model)
+    except Exception as error:
+        advise(f"the model cannot be copied: {type(error).__name__}: {error}")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        subject.logits(model.train(), subject.tokens(2, length(subject))).square().mean().backward()
+        optimizer.step()
+    yield "after two training steps", model.eval()
+    yield "after .double()", model.double()
+
+
+@needs(SHAPE)
+def check_every_block_matters(subject: Any) -> None:
+    """Passing by any block, or silencing any of several heads kept in a list, changes the logits."""
+    names = called_siblings(subject, subject.build(seed=subject.seed))
+    if not names:
+        raise NotApplicable("no two modules of one class stand in a list: nothing to leave out")
+    moves = best_moves(subject, {name: (name, passed_by) for name in names})
+    note(moves=moves, bound=SMALLEST)
+    for name, move in moves.items():
+        if move <= SMALLEST:
+            model = subject.build(seed=subject.seed)
+            fail(
+                f"leaving out {name} moves the logits by {move:.3g} standard deviations, expected more than "
+                f"{SMALLEST:.0e}: what it computes is thrown away",
+                where=locate(model, name),
+                likely=("block-output-discarded", "block-never-runs"),
+                module=name,
+            )
+
+
+def called_siblings(subject: Any, model: nn.Module) -> list[str]:
+    """The modules that repeat; fails for a block that never runs although its siblings do."""
+    with recorded(model) as calls:
+        call(subject, model, subject.tokens(2, length(subject), seed=subject.seed))
+    ran = {done.module for done in calls}
+    groups = siblings(model)
+    for names in groups[:1]:
+        idle = [name for name in names if name not in ran]
+        if idle and len(idle) < len(names):
+            fail(
+                f"{idle[0]} never runs, although {names[0] if names[0] not in idle else names[-1]} does",
+                where=locate(model, idle[0]),
+                likely=("block-never-runs",),
+                module=idle[0],
+            )
+    return [name for names in groups for name in names if name in ran]
+
+
+@needs(SHAPE, "check_contract.check_every_block_matters")
+def check_every_head_matters(subject: Any) -> None:
+    """Every head's share of what goes into a projection reaches the logits, and no two heads can be exchanged."""
+    H = subject.sizes.n_head
+    projections = head_projections(subject, subject.build(seed=subject.seed), H)
+    if not projections:
+        raise NotApplicable(f"no projection takes {H} heads side by side", n_head=H)
+    trials = {}
+    for name in projections:
+        for h in range(H):
+            trials[f"head {h} in {name}: silenced"] = name, with_input(partial(silenced, H=H, h=h))
+            if h + 1 < H:
+                trials[f"head {h} in {name}: exchanged with head {h + 1}"] = (
+                    name,
+                    with_input(partial(exchanged, H=H, h=h)),
+                )
+    moves = best_moves(subject, trials)
+    note(least=min(moves.values()), bound=SMALLEST)
+    for what, move in moves.items():
+        if move <= SMALLEST:
+            name = trials[what][0]
+            fail(
+                f"{what}, the logits move by {move:.3g} standard deviations, expected more than {SMALLEST:.0e}",
+                where=locate(subject.build(seed=subject.seed), name),
+                likely=("last-head-dropped", "gqa-heads-collapse-to-one", "heads-all-alike"),
+                module=name,
+            )
+
+
+def head_projections(subject: Any, model: nn.Module, H: int) -> list[str]:
+    """Leaf modules with a matrix that take as many vectors as there are tokens, of the heads' common width."""
+    B, T = 2, length(subject)
+    with recorded(model) as calls:
+        call(subject, model, subject.tokens(B, T, seed=subject.seed))
+    C = subject.sizes.n_embd
+
+    def takes_heads(done: Call) -> bool:
+        module = model if done.module == type(model).__name__ else model.get_submodule(done.module)
+        matrix = any(p.dim() >= 2 for p in module.parameters(recurse=False))
+        return matrix and any(x.shape[-1:] == (C,) and x.numel() == B * T * C for x in done.inputs[:1])
+
+    return list(dict.fromkeys(done.module for done in calls if C % H == 0 and takes_heads(done)))
+
+
+def silenced(x: Tensor, *, H: int, h: int) -> Tensor:
+    heads = x.unflatten(-1, (H, -1)).clone()
+    heads[..., h, :] = 0
+    return heads.flatten(-2)
+
+
+def exchanged(x: Tensor, *, H: int, h: int) -> Tensor:
+    order = [*range(h), h + 1, h, *range(h + 2, H)]
+    return x.unflatten(-1, (H, -1))[..., order, :].flatten(-2)
+
+
+def best_moves(subject: Any, trials: dict[str, tuple[str, Callable]]) -> dict[str, float]:
+    """How far each change of one module's forward moves the logits, in their deviations: the best of the schemes."""
+    best = dict.fromkeys(trials, 0.0)
+    tokens = subject.tokens(2, length(subject), seed=subject.seed)
+    for scheme in EXISTENCE:
+        model = precise(subject, scheme)
+        want = call(subject, model, tokens)
+        for what, (name, wrap) in trials.items():
+            if best[what] <= SMALLEST:
+                with replaced(model.get_submodule(name), wrap):
+                    best[what] = max(best[what], farthest(call(subject, model, tokens), want) / spread(want))
+    return best

@@ -1,0 +1,91 @@
+"""The floating-point type in which a subject can be judged, and how close two of its answers must then be.
+
+Laws are judged in float64, where a difference of 1e-9 is a fact. Some subjects refuse it; some cast to float32 on the
+way (a norm, a softmax, the angles of rotary positions): for these the bounds are those of float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from checks.expect import Bound
+from checks.subject import ABSENCE
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`dtype` is what the weights are converted to, `inside` the coarsest type that the forward computes in."""
+
+    dtype: torch.dtype
+    inside: torch.dtype
+
+    def bound(self, logits: Tensor, *, double: float = 1e-9, single: float = 1e-5) -> Bound:
+        """So many standard deviations of these logits."""
+        factor = double if self.inside == torch.float64 else single
+        return Bound(factor * spread(logits), f"{factor:.0e} standard deviations of the logits, computed in {self}")
+
+    def __str__(self) -> str:
+        return str(self.inside).removeprefix("torch.")
+
+
+def spread(logits: Tensor) -> float:
+    """The standard deviation of all logits, the unit of the laws' bounds; 1 where they are constant."""
+    return float(logits.detach().double().std().nan_to_num()) or 1.0
+
+
+_known: WeakKeyDictionary[Any, Precision] = WeakKeyDictionary()
+
+
+def precision(subject: Any) -> Precision:
+    """The finest type in which the subject runs. Found once by running it."""
+    if subject not in _known:
+        _known[subject] = _probe(subject)
+    return _known[subject]
+
+
+def precise(
+    subject: Any, scheme: tuple[float, float] | None = ABSENCE, *, seed: int | None = None, **sizes: Any
+) -> nn.Module:
+    """An amplified model in the finest type in which the subject runs; the seed is the run's if none is given."""
+    seed = subject.seed if seed is None else seed
+    return subject.amplified(scheme, seed=seed, dtype=precision(subject).dtype, **sizes)
+
+
+_shared: WeakKeyDictionary[Any, nn.Module] = WeakKeyDictionary()
+
+
+def shared(subject: Any) -> nn.Module:
+    """One `precise` model for all the cases that a check draws."""
+    if subject not in _shared:
+        _shared[subject] = precise(subject)
+    return _shared[subject]
+
+
+def _probe(subject: Any) -> Precision:
+    casts = _Casts()
+    try:
+        model = subject.amplified(dtype=torch.float64)
+        with torch.no_grad(), casts:
+            logits = subject.logits(model, subject.tokens(2, subject.sizes.block_size))
+    except Exception:  # whatever a foreign model raises when its halves are of two types
+        return Precision(torch.float32, torch.float32)
+    narrow = casts.seen or logits.dtype != torch.float64
+    return Precision(torch.float64, torch.float32 if narrow else torch.float64)
+
+
+class _Casts(TorchDispatchMode):
+    """Sees a float64 tensor cast to a coarser floating-point type."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+            self.seen = self.seen or (result.is_floating_point() and result.dtype != torch.float64)
+        return result
