@@ -30,9 +30,9 @@ class ModelConfig:
     n_kv_head: int | None = None  # G, key-value heads; None: as many as query heads
     n_hidden: int | None = None  # width of the feed-forward; None: 4 C for gelu, 8/3 C rounded up to 8 for swiglu
     dropout: float = 0.0  # probability, at the embedding, the attention weights and both sublayer outputs
-    positions: Literal["learned", "rotary", "rotary-interleaved"] = "learned"
-    norm: Literal["layer", "rms"] = "layer"
-    feed_forward: Literal["gelu", "swiglu"] = "gelu"
+    positions: Literal["learned", "rotary", "rotary-interleaved"] = "learned"  # how a token knows its place
+    norm: Literal["layer", "rms"] = "layer"  # LayerNorm or RMSNorm, before each part of a block and before the head
+    feed_forward: Literal["gelu", "swiglu"] = "gelu"  # two layers with GELU between, or a gated value
     attention: Literal["fused", "explicit"] = "fused"  # the same numbers, by one kernel or step by step
     bias: bool = True  # biases in projections and norms
     tied: bool = True  # the head shares the token embedding
