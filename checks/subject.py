@@ -5,14 +5,20 @@ How foreign code is met (files, constructors, return forms) is in conventions.py
 
 from __future__ import annotations
 
+import difflib
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from checks.expect import NotApplicable
+
+if TYPE_CHECKING:
+    from checks.conventions.meeting import Met
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,20 @@ class Subject:
     `generate(model, prompt, max_new_tokens, …)`, `train_step(model, optimizer, batch)`, `trainer`, `tokenizer`.
     """
 
-    def __init__(self, name: str, parts: Any, *, seed: int = 0, device: str = "cpu", causal: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Any,
+        *,
+        seed: int = 0,
+        device: str = "cpu",
+        causal: bool = True,
+        met: Met | None = None,
+    ) -> None:
         self.name, self.parts, self.seed, self.causal = name, parts, seed, causal
         self.device = torch.device(device)
-        self.sizes = Sizes()
+        self.met = met  # how foreign code is built and called; None for the reference's own interface
+        self.sizes = Sizes() if met is None else Sizes(**met.sizes)
 
     @classmethod
     def meet(
@@ -55,24 +71,39 @@ class Subject:
         causal: bool = True,
         checkpoint: str | None = None,
     ) -> Subject:
-        """The subject behind `FILE.py[:NAME]`, `NOTEBOOK.ipynb[:NAME]`, `package.module:NAME` or an object.
+        """The subject behind `FILE.py[:NAME]`, `NOTEBOOK.ipynb[:NAME]`, `package.module:NAME`, `bug:ID` or an object.
 
-        `parts` names what lives elsewhere, `{"loss": "train.py:masked_loss"}`; `checkpoint` is a file of weights.
+        An object is a class, a factory, or one model, which is then tested at its own sizes. `parts` are what lives
+        elsewhere, `{"loss": "train.py:masked_loss"}` or functions; `checkpoint` is a file of weights.
         Raises UsageError for whatever cannot be met, with what would settle it.
         """
-        if what == "transformer":
-            return reference(seed=seed, device=device, causal=causal)
-        from checks.conventions import UsageError
+        declared: dict[str, Any] = dict(seed=seed, device=device, causal=causal)
+        if isinstance(what, str) and (what == "transformer" or what.startswith("bug:")):
+            return _own(what, parts, checkpoint, declared)
+        from checks.conventions.meeting import meet
 
-        raise UsageError(f"cannot meet {what!r} yet")
+        met = meet(what, device=device, causal=causal, checkpoint=checkpoint, parts=parts)
+        brought = SimpleNamespace(build_model=lambda **sizes: met.build(sizes), **met.parts)
+        return cls(what if isinstance(what, str) else met.shown, brought, met=met, **declared)
 
     @property
     def header(self) -> str:
         """One line of facts: what was met, how it is built and called, what it brings, what was assumed."""
-        return self.name
+        if self.met is None:
+            return self.name
+        from checks.conventions.meeting import header_of
+
+        return header_of(self.met)
 
     def build(self, *, seed: int = 0, **sizes: Any) -> nn.Module:
-        """A fresh model in eval mode, its weights drawn from the seed; sizes not given are those of `self.sizes`."""
+        """A fresh model in eval mode, its weights drawn from the seed; sizes not given are those of `self.sizes`.
+
+        Of a subject that is one instance (`builds_afresh` is False), that instance as it was. Raises NotApplicable for
+        a size that the subject cannot take.
+        """
+        for name, value in sizes.items():
+            if value != getattr(self.sizes, name) and not self.can_vary(name):
+                raise NotApplicable(f"the model's {name} is fixed at {getattr(self.sizes, name)}", asked=value)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.parts.build_model(**vars(replace(self.sizes, **sizes))).to(self.device).eval()
@@ -92,9 +123,11 @@ class Subject:
         return model
 
     def logits(self, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
-        """[B, T] token ids to [B, T, V]; mask [B, T] is True for real tokens."""
-        given = {name: value for name, value in (("mask", mask), ("cache", cache)) if value is not None}
-        return model(tokens, **given)
+        """[B, T] token ids to [B, T, V], whatever the model returns; mask [B, T] is True for real tokens."""
+        if self.met is None:
+            given = {name: value for name, value in (("mask", mask), ("cache", cache)) if value is not None}
+            return model(tokens, **given)
+        return self.met.logits(model, tokens)
 
     def new_cache(self, model: nn.Module, batch_size: int) -> Any:
         """An empty key-value cache for `logits`, which fills it; None if the subject has no cache."""
@@ -117,7 +150,12 @@ class Subject:
 
     def can_vary(self, name: str) -> bool:
         """Whether `build` can be asked for another size of this name (`n_layer`, …)."""
-        return True
+        return self.met is None or name in self.met.varies
+
+    @property
+    def builds_afresh(self) -> bool:
+        """Whether each `build` is a new model; else it is always the same one, put back to what it was."""
+        return self.met is None or self.met.fresh
 
     def declared(self, what: str) -> Any:
         """What the subject says of itself in its part `declares`, a dict; None where it says nothing of this."""
@@ -125,7 +163,7 @@ class Subject:
 
     def owns(self, filename: str) -> bool:
         """Whether a source file is the subject's own."""
-        return False
+        return self.met is not None and self.met.home.owns(filename)
 
     def reproduce(self, check: Callable) -> str:
         """The command that runs this check alone, with this seed."""
@@ -167,6 +205,29 @@ def amplify(model: nn.Module, gain: float, embedding: float, *, seed: int) -> No
 def reference(**declared: Any) -> Subject:
     """The reference of this project as a subject."""
     return Subject("transformer", reference_parts(), **declared)
+
+
+def _own(what: str, parts: dict[str, Any] | None, checkpoint: str | None, declared: dict[str, Any]) -> Subject:
+    """The reference, or one of its known bugs, with other parts if such are given."""
+    from checks.conventions import UsageError
+    from checks.conventions.meeting import given_parts
+
+    if checkpoint is not None:
+        raise UsageError(f"--checkpoint goes with a model of yours, not with {what}")
+    subject = reference(**declared) if what == "transformer" else _bug(what.removeprefix("bug:")).subject(**declared)
+    vars(subject.parts).update(given_parts(parts or {}))
+    return subject
+
+
+def _bug(id: str) -> Any:
+    from checks.bugs import all_bugs
+    from checks.conventions import UsageError
+
+    known = all_bugs()
+    if id not in known:
+        near = difflib.get_close_matches(id, known, n=5) or sorted(known)[:5]
+        raise UsageError(f"no bug is called {id!r}; among the {len(known)} known ones: {', '.join(near)}")
+    return known[id]
 
 
 def reference_parts(**config: Any) -> SimpleNamespace:

@@ -1,0 +1,410 @@
+"""How a model is called for logits [B, T, V]: its forward's parameters by their names, the rest by trying.
+
+A `Way` is one manner of calling; `Forward` is the one that worked, and how to read what it gives.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.conventions import names
+from checks.conventions.constructing import Callable_
+from checks.conventions.filling import Parameter
+from checks.conventions.reading import Layout, Unreadable, described, pick, recognise
+
+ROWS, LENGTH, SOURCE_LENGTH = 3, 7, 5  # of a probe; B, T and V all differ
+
+TARGETS = frozenset("targets target labels label y ys lmlabels targetids targettokens targetseq gold tgts targ".split())
+SOURCES = frozenset("src source srcids srcseq srctokens srctokenids sourceids encinput encoderinput encoderinputs "
+                    "inputseq encinputs srcsequence encoderinputids x".split())  # fmt: skip
+DECODED = frozenset("tgt trg target targets trgseq tgtseq trgtokenids trgtokens tgttokens decinput decoderinput "
+                    "decoderinputs decinputs targetseq outputseq y decoderinputids tgtids".split())  # fmt: skip
+STARTS = frozenset("startpos startposition pos position offset curpos pastlength startidx tokenoffset".split())
+POSITIONS = frozenset("positions positionids inputpos tokenpositions posids position_ids inputpositions".split())
+CACHES = frozenset("cache kvcache kvcaches past pastkeyvalues pastkvs caches pastkv layerpast mems memory state hidden "
+                   "cachekv presents".split())  # fmt: skip
+HEADS = ("generator", "lm_head", "head", "project", "projection", "proj", "to_logits", "unembed", "output_layer",
+         "fc_out", "hidden_state_to_token", "out_proj", "output", "out", "decoder", "linear", "fc", "projection_layer",
+         "final_layer", "classifier", "embed_out", "unembedding")  # fmt: skip
+METHODS = ("forward_inference", "logits", "get_logits", "forward_logits", "predict", "forward_pass", "__call__")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One manner of calling a model on tokens [B, T]; `run(model, tokens, **more)` gives what the model gives."""
+
+    says: str  # forward(idx, targets)
+    run: Callable[..., Any]
+    assumed: str = ""
+    padded: bool = False  # shorter sequences are padded to the block size on the right
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The way that gave logits, and their layout."""
+
+    way: Way
+    layout: Layout
+    vocabulary: int  # width of what comes back
+    returns: str  # (Tensor [3, 7, 17], None)
+    keep: int | None = None  # ids of the vocabulary that are the subject's; the rest is padding's
+    differentiable: bool = True
+    assumed: tuple[str, ...] = ()
+    more: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)  # a causal mask where the model wants one
+
+    def raw(self, model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        given = {name: make(tokens) for name, make in self.more.items()}
+        return self.way.run(model, tokens, **{**given, **more})
+
+    def read(self, output: Any, B: int, T: int) -> Tensor:
+        return self.layout_of(output, B, T)[..., : self.keep]
+
+    def layout_of(self, output: Any, B: int, T: int) -> Tensor:
+        return pick(output, self.layout, B, T, self.vocabulary)
+
+    def logits(self, model: nn.Module, tokens: Tensor, **more: Any) -> Tensor:
+        """[B, T] to [B, T, V]. Raises Unreadable for an output without them."""
+        return self.read(self.raw(model, tokens, **more), *tokens.shape)
+
+
+class Uncallable(Exception):
+    """No way of calling gave logits; the attempts, the most telling first."""
+
+    def __init__(self, attempts: list[tuple[Way, Exception]]) -> None:
+        super().__init__(str(attempts[0][1]) if attempts else "no way to call it")
+        self.attempts = attempts
+
+
+def meet_forward(model: nn.Module, vocabulary: int | None, block_size: int, device: Any, keep: int | None) -> Forward:
+    """Tries the ways on a small batch. Raises Uncallable."""
+    length = min(LENGTH, block_size)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(keep or vocabulary or 2, (ROWS, length), generator=generator).to(device)
+    attempts: list[tuple[Way, Exception]] = []
+    for way in ways(model, keep or vocabulary or 2, block_size):
+        found = _attempt(model, way, tokens, vocabulary, keep, attempts)
+        if found is not None:
+            return found
+    attempts.sort(key=lambda attempt: not isinstance(attempt[1], Unreadable))
+    raise Uncallable(attempts)
+
+
+def _attempt(
+    model: nn.Module, way: Way, tokens: Tensor, vocabulary: int | None, keep: int | None, attempts: list
+) -> Forward | None:
+    """One way, and what can be made of it: with a head on hidden states, with one more token where one is dropped."""
+    B, T = tokens.shape
+    try:
+        with torch.no_grad():
+            output = way.run(model, tokens)
+        layout, logits = recognise(output, B, T, vocabulary)
+    except Unreadable as problem:
+        attempts.append((way, problem))
+        if problem.short:
+            return _attempt(model, _one_more(way), tokens, vocabulary, keep, attempts)
+        if problem.hidden and vocabulary is not None:
+            for other in _with_head(model, way):
+                if (found := _attempt(model, other, tokens, vocabulary, keep, attempts)) is not None:
+                    return found
+        return None
+    except Exception as error:
+        attempts.append((way, error))
+        return None
+    return Forward(
+        way, layout, logits.shape[1] if layout.says == "[B, V, T]" else logits.shape[-1], described(output), keep,
+        assumed=(way.assumed,) if way.assumed else (),
+    )  # fmt: skip
+
+
+def parameters_of(model: nn.Module) -> list[Parameter]:
+    """Of its forward, or of the function behind it."""
+    function = model.function if isinstance(model, Callable_) else model.forward
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return [Parameter("tokens")]
+    return [
+        Parameter(
+            p.name,
+            names.MISSING if p.default is p.empty else p.default,
+            None if p.annotation is p.empty else p.annotation,
+        )
+        for p in found
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ] or [Parameter("tokens")]
+
+
+def ways(model: nn.Module, vocabulary: int, block_size: int) -> Iterator[Way]:
+    """The manners of calling to try, the plainest first."""
+    if type(model).forward is nn.Module.forward:
+        yield from _methods(model, vocabulary)
+        return
+    parameters = parameters_of(model)
+    direct = list(_direct(parameters, vocabulary))
+    yield from direct
+    for way in direct[:1]:
+        yield _padded(way, block_size)
+    if any(names.squash(p.name) in STARTS for p in parameters):
+        yield _one_by_one(parameters)
+    if hasattr(model, "setup_caches"):
+        yield from (_prepared(way, block_size) for way in direct[:2])
+    if isinstance(model, Callable_):
+        yield _row_by_row()
+    yield from _methods(model, vocabulary)
+
+
+Argument = Callable[[Tensor, nn.Module], Any]
+
+
+def _direct(parameters: list[Parameter], vocabulary: int) -> Iterator[Way]:
+    first, rest = parameters[0], parameters[1:]
+    plain = [names.squash(p.name) for p in parameters]
+    second = next((i for i, name in enumerate(plain[1:], 1) if name in DECODED), None)
+    if plain[0] in SOURCES and second is not None and parameters[second].default is names.MISSING:
+        yield from _encoder_decoder(parameters, second, vocabulary)
+    required = [p for p in rest if p.default is names.MISSING]
+    choices = [list(_choices(p)) for p in required]
+    targets = next((p for p in rest if names.squash(p.name) in TARGETS and p not in required), None)
+    extra: list[list[tuple[Parameter, Argument]]] = [[]]
+    if targets is not None:
+        extra.append([(targets, lambda x, m: x.clone())])
+    for more, chosen in product(extra, product(*choices)):
+        given = [*zip(required, chosen, strict=True), *more]
+        says = ", ".join([first.name, *(p.name for p, _ in given)])
+        yield Way(f"forward({says})", _caller(first, given))
+
+
+def _choices(parameter: Parameter) -> Iterator[Argument]:
+    """What a required parameter of forward may want."""
+    name = names.squash(parameter.name)
+    if name in TARGETS or name in DECODED:
+        yield lambda x, m: x.clone()
+    elif name in STARTS:
+        yield lambda x, m: 0
+        yield lambda x, m: torch.arange(x.shape[1], device=x.device)
+    elif name in POSITIONS:
+        yield lambda x, m: torch.arange(x.shape[1], device=x.device)
+        yield lambda x, m: torch.arange(x.shape[1], device=x.device).expand(x.shape).contiguous()
+    elif "mask" in name or name == "ignore":
+        yield from _masks()
+    elif name in CACHES:
+        yield lambda x, m: None
+        yield lambda x, m: m.init_hidden(x.shape[1])
+        yield lambda x, m: m.init_hidden(x.shape[0])
+    elif name in ("training", "train", "istraining", "usecache", "inference"):
+        yield lambda x, m: False
+    else:
+        size = names.size_of(parameter.name)
+        if size == "block_size":
+            yield lambda x, m: x.shape[1]
+        yield lambda x, m: None
+
+
+def _masks() -> Iterator[Argument]:
+    yield lambda x, m: None
+    yield lambda x, m: causal(x)
+    yield lambda x, m: torch.zeros_like(causal(x), dtype=torch.float32).masked_fill(~causal(x), -torch.inf)
+    yield lambda x, m: torch.zeros_like(x, dtype=torch.bool)
+    yield lambda x, m: causal(x)[None, None].expand(x.shape[0], 1, -1, -1)
+
+
+def causal(tokens: Tensor) -> Tensor:
+    """[T, T], True where a query may look."""
+    T = tokens.shape[1]
+    return torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+
+
+def _caller(first: Parameter, given: list[tuple[Parameter, Argument]]) -> Callable[..., Any]:
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        arguments = {p.name: make(tokens, model) for p, make in given}
+        return model(tokens, **{**arguments, **more})
+
+    return run
+
+
+# -- encoders with decoders: a fixed source, the same for every row
+
+
+def source(tokens: Tensor, vocabulary: int) -> Tensor:
+    """[B, 5]: the sentence that is always translated."""
+    ids = torch.arange(1, SOURCE_LENGTH + 1, device=tokens.device) % vocabulary
+    return ids.expand(tokens.shape[0], -1).contiguous()
+
+
+SEEN_SOURCES: tuple[Callable[[Tensor], Any], ...] = (
+    lambda s: None,
+    lambda s: torch.ones(s.shape[0], 1, 1, s.shape[1], dtype=torch.bool, device=s.device),
+    lambda s: torch.ones(s.shape[0], 1, s.shape[1], dtype=torch.bool, device=s.device),
+    lambda s: torch.zeros(s.shape[1], s.shape[1], dtype=torch.bool, device=s.device),
+)
+SEEN_TARGETS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda x: None,
+    lambda x: causal(x)[None, None].expand(x.shape[0], -1, -1, -1),
+    lambda x: causal(x)[None].expand(x.shape[0], -1, -1),
+    lambda x: ~causal(x),
+)
+
+
+def _encoder_decoder(parameters: list[Parameter], second: int, vocabulary: int) -> Iterator[Way]:
+    first, decoded = parameters[0], parameters[second]
+    required = [p for p in parameters if p.default is names.MISSING and p not in (first, decoded)]
+    of_source = [p for p in required if "mask" in p.name and any(s in p.name for s in ("src", "source", "enc", "mem"))]
+    of_target = [p for p in required if "mask" in p.name and p not in of_source]
+    others = [p for p in required if p not in of_source + of_target]
+    for of_s, of_t in _mask_pairs(bool(of_source or of_target)):
+
+        def run(model: nn.Module, tokens: Tensor, of_s: Any = of_s, of_t: Any = of_t, **more: Any) -> Any:
+            fixed = source(tokens, vocabulary)
+            given = {**{p.name: of_s(fixed) for p in of_source}, **{p.name: of_t(tokens) for p in of_target}}
+            given |= {p.name: next(_choices(p))(tokens, model) for p in others}
+            return model(**{first.name: fixed, decoded.name: tokens}, **{**given, **more})
+
+        says = ", ".join(p.name for p in (first, decoded, *required))
+        yield Way(f"forward({says})", run, f"{first.name} is a fixed source")
+
+
+def _mask_pairs(any_masks: bool) -> Iterator[tuple[Any, Any]]:
+    """Masks of source and target that go together; None and None last, as it may mean no causal mask."""
+    if any_masks:
+        yield from zip(SEEN_SOURCES[1:], SEEN_TARGETS[1:], strict=True)
+        yield SEEN_SOURCES[1], SEEN_TARGETS[2]
+    yield SEEN_SOURCES[0], SEEN_TARGETS[0]
+
+
+def _methods(model: nn.Module, vocabulary: int) -> Iterator[Way]:
+    """Models without a forward of that kind: encode, decode and project, or a method that gives logits."""
+    parts = [getattr(model, name, None) for name in ("encode", "decode", "project")]
+    if callable(parts[0]) and callable(parts[1]):
+        head = parts[2] or next((h for n in HEADS if (h := getattr(model, n, None)) is not None and callable(h)), None)
+        for of_s, of_t in _mask_pairs(True):
+
+            def run(model: nn.Module, tokens: Tensor, of_s: Any = of_s, of_t: Any = of_t, **more: Any) -> Any:
+                fixed = source(tokens, vocabulary)
+                seen = of_s(fixed)
+                memory = model.encode(fixed, seen)  # type: ignore[operator]
+                arguments = _in_order(model.decode, memory, seen, tokens, of_t(tokens))
+                hidden = model.decode(**arguments)  # type: ignore[operator]
+                return getattr(model, "project", head)(hidden) if head is not None else hidden  # type: ignore[misc]
+
+            yield Way("encode, decode, project", run, "a fixed source")
+    for name in METHODS:
+        method = getattr(type(model), name, None)
+        if inspect.isfunction(method) and name != "forward":
+            yield from _method(name, method)
+
+
+def _method(name: str, method: Callable) -> Iterator[Way]:
+    required = [
+        Parameter(p.name) for p in list(inspect.signature(method).parameters.values())[1:]
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]  # fmt: skip
+    for chosen in product(*(list(_choices(p)) for p in required[1:])):
+
+        def run(model: nn.Module, tokens: Tensor, chosen: Any = chosen, **more: Any) -> Any:
+            given = {p.name: make(tokens, model) for p, make in zip(required[1:], chosen, strict=True)}
+            return getattr(model, name)(tokens, **{**given, **more})
+
+        yield Way(f"{name}({', '.join(p.name for p in required)})", run)
+
+
+def _in_order(decode: Any, memory: Any, seen: Any, tokens: Tensor, causal_mask: Any) -> dict[str, Any]:
+    """The arguments of a decode method, told apart by name."""
+    given = {}
+    for name in inspect.signature(decode).parameters:
+        plain = names.squash(name)
+        if "mask" in plain:
+            given[name] = causal_mask if any(w in plain for w in ("tgt", "trg", "target", "dec")) else seen
+        elif plain in DECODED or plain in ("tokens", "idx"):
+            given[name] = tokens
+        elif any(w in plain for w in ("enc", "memory", "mem", "src")):
+            given[name] = memory
+    return given
+
+
+# -- ways made of other ways
+
+
+def _one_more(way: Way) -> Way:
+    """For a model that itself cuts the last token off its input."""
+
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        return way.run(model, torch.cat((tokens, tokens[:, -1:]), dim=1), **more)
+
+    return replace(
+        way, run=run, assumed="; ".join(filter(None, (way.assumed, "it drops the last token: one is added")))
+    )
+
+
+def _with_head(model: nn.Module, way: Way) -> Iterator[Way]:
+    """For a model that gives hidden states and has a head beside."""
+    for name in HEADS:
+        if callable(getattr(model, name, None)):
+
+            def run(model: nn.Module, tokens: Tensor, name: str = name, **more: Any) -> Any:
+                output = way.run(model, tokens, **more)
+                hidden = output["last_hidden_state"] if isinstance(output, dict) else output
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+                return getattr(model, name)(hidden)
+
+            yield replace(way, says=f"{name}({way.says})", run=run, assumed=f"{name} makes logits of hidden states")
+
+
+def _padded(way: Way, block_size: int) -> Way:
+    """For a model that reads exactly block-size tokens."""
+
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        B, T = tokens.shape
+        filled = torch.cat((tokens, tokens.new_zeros(B, max(block_size - T, 0))), dim=1)
+        return _cut(way.run(model, filled, **more), B, filled.shape[1], T)
+
+    return replace(
+        way, run=run, padded=True, assumed="it reads block-size tokens: shorter ones are padded at the right"
+    )
+
+
+def _cut(output: Any, B: int, S: int, T: int) -> Any:
+    """The first T positions of everything that has S."""
+    if isinstance(output, tuple | list):
+        return [_cut(item, B, S, T) for item in output]
+    if isinstance(output, Tensor) and output.dim() == 3 and output.shape[:2] == (B, S):
+        return output[:, :T]
+    if isinstance(output, Tensor) and output.dim() == 2 and output.shape[0] == B * S:
+        return output.view(B, S, -1)[:, :T]
+    return output
+
+
+def _one_by_one(parameters: list[Parameter]) -> Way:
+    start = next(p.name for p in parameters if names.squash(p.name) in STARTS)
+
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        steps = []
+        for t in range(tokens.shape[1]):
+            output = model(tokens[:, t : t + 1].contiguous(), **{start: t}, **more)
+            step = output[0] if isinstance(output, tuple | list) else output
+            steps.append(step.view(tokens.shape[0], 1, step.shape[-1]))
+        return torch.cat(steps, dim=1)
+
+    return Way(f"forward({parameters[0].name}, {start})", run, "it reads one token at a time")
+
+
+def _row_by_row() -> Way:
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        rows = [torch.as_tensor(model(row.tolist(), **more)) for row in tokens]
+        return torch.stack(rows)
+
+    return Way("f(ids)", run, "it reads one row of ids at a time")
+
+
+def _prepared(way: Way, block_size: int) -> Way:
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        model.setup_caches(tokens.shape[0], block_size)  # type: ignore[operator]
+        return way.run(model, tokens, **more)
+
+    return replace(way, run=run, assumed="setup_caches(B, block size) before each call")

@@ -1,0 +1,188 @@
+"""Which model is meant: `FILE.py[:NAME]`, `NOTEBOOK.ipynb[:NAME]`, `package.module:NAME`, and the one model of a file."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from checks.conventions import names
+from checks.conventions.home import Home, installed
+from checks.conventions.loading import load_file, load_module, package_of
+from checks.conventions.stubs import Stub
+from checks.conventions.usage import UsageError, shown
+
+SUFFIXES = (".py", ".ipynb")
+FACTORIES = ("build_model", "make_model", "create_model", "get_model", "build_transformer", "load_model")
+FORMS = "FILE.py[:NAME], NOTEBOOK.ipynb[:NAME] or package.module:NAME"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A module brought in for a subject, and the name asked of it ("" for the one model)."""
+
+    home: Home
+    module: ModuleType
+    name: str
+    shown: str  # model.py, package.module
+
+    def has(self, name: str) -> bool:
+        return getattr(self.module, name, None) is not None
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        return vars(self.module)
+
+
+def named(spec: str) -> Named:
+    """Loads what `spec` names. Raises UsageError for what is not there or does not load."""
+    path, name = split(spec)
+    if path is not None:
+        return _from_file(path, name)
+    module, _, name = spec.partition(":")
+    file = _source_of(module, spec)
+    if file is not None and not installed(str(file)):
+        return _from_file(file, name, as_module=module)
+    home = Home()
+    return Named(home, load_module(home, module), name, module)
+
+
+def split(spec: str) -> tuple[Path | None, str]:
+    """A file and a name; no file for `package.module[:NAME]`. File names may contain colons themselves."""
+    candidates = [(spec, "")] + [(spec[:i], spec[i + 1 :]) for i, letter in enumerate(spec) if letter == ":"][::-1]
+    for path, name in candidates:
+        if path.endswith(SUFFIXES) and os.path.isfile(path):
+            return Path(path).resolve(), name
+    path, name = next(((p, n) for p, n in candidates if p.endswith(SUFFIXES)), ("", ""))
+    if path or os.sep in spec:
+        where = path or spec
+        if os.path.isdir(where):
+            raise UsageError(f"{where} is a folder; expected {FORMS}")
+        raise UsageError(f"no file {where} (from {os.getcwd()}); expected {FORMS}")
+    return None, ""
+
+
+def _source_of(module: str, spec: str) -> Path | None:
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise UsageError(f"cannot read {spec!r} as a model: expected {FORMS}")
+    here = os.getcwd()
+    relative = Path(here, *module.split("."))
+    for file in (relative.with_suffix(".py"), relative / "__init__.py"):
+        if file.is_file():
+            return file
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        found = None
+    if found is None:
+        raise UsageError(f"no module {module!r} here or installed; expected {FORMS}")
+    return Path(found.origin) if found.origin and found.origin.endswith(".py") else None
+
+
+def _from_file(file: Path, name: str, as_module: str = "") -> Named:
+    home = home_of(file)
+    module = load_file(home, file, (name,) if name else ())
+    return Named(home, module, name, as_module or shown(str(file)))
+
+
+def home_of(file: Path) -> Home:
+    root, dotted = (file.parent, file.stem) if file.suffix == ".ipynb" else package_of(file)
+    home = Home(file, root)
+    home.main = dotted
+    return home
+
+
+# -- the model in a module
+
+
+def asked_for(found: Named) -> list[Any]:
+    """What can be the model, the likeliest first: what NAME names, else the file's factory, classes, instances."""
+    if found.name:
+        return [_by_name(found)]
+    scope = {k: v for k, v in found.scope.items() if not k.startswith("_") and not isinstance(v, Stub)}
+    if callable(scope.get("build_model")):
+        return [scope["build_model"]]
+    classes = _tops(found, [v for v in scope.values() if _is_model_class(v) and v.__module__ == found.module.__name__])
+    factories = [v for k, v in scope.items() if inspect.isfunction(v) and _is_factory(k, v, found)]
+    instances = [v for v in scope.values() if isinstance(v, nn.Module)]
+    others = [v for v in scope.values() if _is_model_class(v) and found.home.owns(inspect_file(v))]
+    candidates = classes or instances or _tops(found, others)
+    return list(dict.fromkeys([*factories, *candidates]))
+
+
+def inspect_file(cls: type) -> str:
+    forward = getattr(cls, "forward", None)
+    code = getattr(forward, "__code__", None)
+    return code.co_filename if code is not None else "<frozen"
+
+
+def _by_name(found: Named) -> Any:
+    value: Any = found.module
+    for part in found.name.split("."):
+        value = getattr(value, part, None)
+    if value is None or isinstance(value, Stub):
+        there = ", ".join(_candidates(found)) or "no model"
+        why = f" ({value._why})" if isinstance(value, Stub) else ""
+        raise UsageError(f"{found.shown} has no {found.name}{why}; it has {there}")
+    if not callable(value):
+        raise UsageError(
+            f"{found.shown}:{found.name} is {type(value).__name__}: expected a class, a factory or a model"
+        )
+    return value
+
+
+def _candidates(found: Named) -> list[str]:
+    scope = found.scope
+    return [k for k, v in scope.items() if _is_model_class(v) or (inspect.isfunction(v) and _is_factory(k, v, found))]
+
+
+def _is_model_class(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, nn.Module) and value is not nn.Module
+
+
+def _is_factory(name: str, function: Callable, found: Named) -> bool:
+    """A function that makes a model: by its name, or by two sizes among its parameters and a class's name as its own."""
+    if function.__module__ != found.module.__name__:
+        return False
+    if name in FACTORIES or name.startswith(("build_", "make_", "create_")) and "model" in name + "transformer":
+        return name in FACTORIES or "model" in name or "transformer" in name
+    parameters = inspect.signature(function).parameters
+    sizes = {size for p in parameters if (size := names.size_of(p))} - {"dropout"}
+    return name[0].isupper() and len(sizes) >= 3
+
+
+def _tops(found: Named, classes: list[type]) -> list[type]:
+    """Classes that no other class of the module uses: not blocks, heads and norms."""
+    if len(classes) < 2:
+        return classes
+    mine = {cls.__name__ for cls in classes}
+    used: set[str] = set()
+    for source in found.home.sources.values():
+        for node in source.body:
+            if isinstance(node, ast.ClassDef) and node.name in mine:
+                used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id != node.name}
+    tops = [cls for cls in classes if cls.__name__ not in used]
+    return sorted(tops or classes, key=lambda cls: -_likeness(cls))
+
+
+def _likeness(cls: type) -> int:
+    """How much a class looks like a whole language model: by its name and by its constructor."""
+    name = cls.__name__.lower()
+    words = ("lm", "gpt", "llama", "languagemodel", "causal", "transformer", "model")
+    return sum(word in name for word in words)
+
+
+def main_file(value: Any) -> str:
+    """The source file that defines an object's class, or the function itself."""
+    target = value if inspect.isclass(value) or inspect.isfunction(value) else type(value)
+    module = sys.modules.get(target.__module__)
+    return getattr(module, "__file__", None) or ""

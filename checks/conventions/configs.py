@@ -1,0 +1,213 @@
+"""Where a model's configuration comes from: its class, one beside it, a dictionary in the file, or what is asked of it."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from checks.conventions import names
+from checks.conventions.filling import CONFIG_NAMES, Filling, Parameter, Settings, signature_of
+from checks.conventions.home import Home
+
+LIKE_A_CONFIG = ("config", "args", "params", "hyper", "setting", "options", "cfg")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to come by a configuration: what to call it, and how it is made."""
+
+    says: str
+    make: Callable[[Filling], Any]
+
+
+def options(parameter: Parameter, target: Callable, scope: Mapping[str, Any], home: Home) -> Iterator[Option]:
+    """Ways to make what a parameter like `config` wants, the surest first."""
+    seen: list[type] = []
+    for cls in _classes(parameter, target, scope, home):
+        if cls not in seen:
+            seen.append(cls)
+            yield Option(cls.__name__, lambda filling, cls=cls: make(cls, filling, scope))
+    if (default := getattr(target, "get_default_config", None)) is not None:
+        yield Option("get_default_config()", lambda filling: _set_sizes(default(), filling))
+    for name, value in list(scope.items()):
+        if isinstance(value, dict) and sized(value) >= 2:
+            yield Option(name, lambda filling, value=value: Settings(filling, value))
+        elif not name.startswith("_") and not isinstance(value, nn.Module) and sized(_plain_vars(value)) >= 2:
+            yield Option(name, lambda filling, value=value: Settings(filling, _plain_vars(value)))
+    for literal in _dictionaries(home, scope):
+        yield Option("a dictionary", lambda filling, literal=literal: Settings(filling, literal))
+    yield Option("a configuration with what it reads", Settings)
+
+
+def _classes(parameter: Parameter, target: Callable, scope: Mapping[str, Any], home: Home) -> Iterator[type]:
+    annotated = resolve(parameter.kind, scope)
+    if annotated is not None and is_config(annotated):
+        yield annotated
+    if inspect.isclass(declared := getattr(target, "config_class", None)):
+        yield declared
+    found = {v for v in scope.values() if inspect.isclass(v) and is_config(v) and home.owns(_file(v))}
+    found |= {
+        cls for module in _beside(home) for cls in vars(module).values() if inspect.isclass(cls) and is_config(cls)
+    }
+    yield from sorted(found, key=lambda cls: (-_affinity(cls, target), -sized(_fields(cls)), cls.__name__))
+
+
+def _affinity(cls: type, target: Callable) -> bool:
+    """GPTConfig goes with GPT."""
+    name = cls.__name__.lower().replace("config", "").replace("args", "")
+    return bool(name) and name in target.__name__.lower()
+
+
+def _beside(home: Home) -> Iterator[ModuleType]:
+    """Modules called something like config beside the file."""
+    if home.file is None:
+        return
+    for path in sorted(home.file.parent.glob("*.py")):
+        if not path.stem.lower().endswith(("config", "configs", "conf", "configuration", "args")):
+            continue
+        package = home.main.rpartition(".")[0] if home.main else ""
+        with contextlib.suppress(Exception):
+            yield importlib.import_module(f"{package}.{path.stem}" if package else path.stem)
+
+
+def _file(cls: type) -> str:
+    for value in vars(cls).values():
+        code = getattr(inspect.unwrap(value) if inspect.isfunction(value) else value, "__code__", None)
+        if code is not None and not code.co_filename.startswith("<"):
+            return code.co_filename
+    return "" if cls.__module__ == "builtins" else getattr(inspect.getmodule(cls), "__file__", None) or "subject"
+
+
+def resolve(kind: Any, scope: Mapping[str, Any]) -> type | None:
+    """The class behind an annotation: of a string, of `Optional[X]`."""
+    if isinstance(kind, str):
+        try:
+            kind = eval(kind, dict(scope))
+        except Exception:
+            return None
+    if typing.get_origin(kind) is not None:
+        kind = next((a for a in typing.get_args(kind) if inspect.isclass(a) and a is not type(None)), None)
+    return kind if inspect.isclass(kind) else None
+
+
+def is_config(cls: type) -> bool:
+    if issubclass(cls, nn.Module | BaseException) or cls.__module__ in ("builtins", "typing"):
+        return False
+    named = any(word in cls.__name__.lower() for word in LIKE_A_CONFIG)
+    return (named or dataclasses.is_dataclass(cls) or hasattr(cls, "model_fields")) and (
+        named or sized(_fields(cls)) >= 2
+    )
+
+
+def _fields(cls: type) -> set[str]:
+    with contextlib.suppress(TypeError, ValueError):
+        parameters = {p.name for p in signature_of(cls).parameters}
+        return parameters | {n for c in cls.__mro__[:-1] for n in (*vars(c), *vars(c).get("__annotations__", ()))}
+    return set()
+
+
+def sized(given: Iterable[str]) -> int:
+    """How many different sizes the names stand for."""
+    return len({size for name in given if isinstance(name, str) and (size := names.size_of(name))} - {"dropout"})
+
+
+def _plain_vars(value: Any) -> dict[str, Any]:
+    if inspect.isclass(value) or inspect.ismodule(value) or inspect.isroutine(value):
+        return {}
+    return {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("_")}
+
+
+def make(cls: type, filling: Filling, scope: Mapping[str, Any]) -> Any:
+    """An instance of a configuration class; nested configurations too."""
+    signature = signature_of(cls)
+    nested = {
+        p.name: kind for p in signature.parameters
+        if (kind := resolve(p.kind, scope)) is not None and is_config(kind) and kind is not cls and sized(_fields(kind))
+    }  # fmt: skip
+    before = len(filling.missing)
+    given = filling.arguments(signature)
+    del filling.missing[before:]  # a required field that nothing fills: let the class speak for itself
+    given.update({name: make(kind, filling, scope) for name, kind in nested.items()})
+    config = cls(**given)
+    if not signature.parameters or signature.takes_anything:
+        _set_sizes(config, filling, done=given)
+    return config
+
+
+def _set_sizes(config: Any, filling: Filling, done: Iterable[str] = ()) -> Any:
+    """Overwrites the sizes among the attributes of a configuration that was made without them."""
+    attributes = {**{k: v for c in type(config).__mro__[:-1] for k, v in vars(c).items()}, **_plain_vars(config)}
+    known = {k: v for k, v in attributes.items() if not k.startswith("_") and not callable(v)}
+    wanted = {**dict.fromkeys(filling.spelled), **known}
+    for name, default in wanted.items():
+        if name in done or isinstance(default, property):
+            continue
+        value = filling.value(Parameter(name, default), wanted)
+        if value is not names.MISSING:
+            with contextlib.suppress(AttributeError, TypeError):
+                setattr(config, name, value)
+    return config
+
+
+# -- what the code says about its configuration
+
+
+def spelled(home: Home) -> frozenset[str]:
+    """Names of settings that the subject's code reads: `config.n_layer`, `self.cfg["n_layer"]`, `kwargs.get("x")`."""
+    found: set[str] = set()
+    for source in home.sources.values():
+        for statement in source.body:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Attribute) and _is_config(node.value):
+                    found.add(node.attr)
+                elif (
+                    isinstance(node, ast.Subscript) and _is_config(node.value) and isinstance(node.slice, ast.Constant)
+                ):
+                    found.add(str(node.slice.value))
+                elif (
+                    isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_config(node.func.value)
+                ):
+                    found |= {
+                        a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)
+                    }
+    return frozenset(name for name in found if names.size_of(name))
+
+
+def _is_config(node: ast.expr) -> bool:
+    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    plain = names.squash(name)
+    return plain in CONFIG_NAMES or plain == "kwargs" or plain.endswith(("config", "cfg"))
+
+
+def _dictionaries(home: Home, scope: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Dictionary literals with sizes as keys, wherever they stand: example configurations in `main()`."""
+    for source in home.sources.values():
+        for statement in source.body:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Dict) and sized(k.value for k in node.keys if isinstance(k, ast.Constant)) >= 3:
+                    yield {
+                        key.value: _evaluate(value, scope)
+                        for key, value in zip(node.keys, node.values, strict=True)
+                        if isinstance(key, ast.Constant) and isinstance(key.value, str)
+                    }
+
+
+def _evaluate(node: ast.expr, scope: Mapping[str, Any]) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        pass
+    try:
+        return eval(compile(ast.Expression(node), "<setting>", "eval"), dict(scope))
+    except Exception:
+        return None

@@ -1,0 +1,258 @@
+"""A class or factory turned into `build(sizes) -> model`: the ways to do it, the surest first."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from checks.conventions import configs, names
+from checks.conventions.configs import Option
+from checks.conventions.filling import Filling, Parameter, Settings, signature_of
+from checks.conventions.home import Home
+from checks.conventions.taking import pure
+
+# What is tried when a constructor refuses the first filling: names of models instead of sizes, as many key-value
+# heads as heads.
+VARIANTS: tuple[dict[str, Any], ...] = ({}, {"modeltype": None, "preset": None, "version": None, "modelname": None})
+INITIALIZERS = ("init_weights", "initialize_weights", "reset_parameters", "initialize", "init_parameters")
+
+
+class Unfillable(Exception):
+    """A constructor wants what no size gives: `missing` names the parameters."""
+
+    def __init__(self, missing: list[str]) -> None:
+        super().__init__(f"nothing to give for {', '.join(missing)}")
+        self.missing = missing
+
+
+class NotAModel(TypeError):
+    """What was built cannot be called on tokens."""
+
+
+@dataclass
+class Recipe:
+    """One way to build a model from sizes."""
+
+    target: Callable
+    says: str  # GPTConfig(vocab_size, block_size), once built
+    home: Home
+    causal: bool
+    options: dict[str, Option]  # for each parameter that is a configuration
+    special: Mapping[str, Any] = field(default_factory=dict)
+    varies: dict[str, str] = field(default_factory=dict)  # parameter -> size
+    assumed: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, sizes: Mapping[str, Any]) -> nn.Module:
+        """A fresh model. Raises Unfillable, NotAModel, or what the subject's code raises."""
+        filling = Filling(sizes, self.causal, configs.spelled(self.home), self.special)
+        with self.home:
+            self.settle(sizes, filling)
+            model = self._call(filling)
+            model = as_module(model, self.home)
+            self._initialize(model)
+        self.varies, self.assumed = filling.used, filling.assumed
+        return model
+
+    def _call(self, filling: Filling) -> Any:
+        signature = signature_of(self.target)
+        given, scope = {}, self.scope
+        for parameter in signature.parameters:
+            if parameter.name in self.options:
+                given[parameter.name] = self.options[parameter.name].make(filling)
+        rest = type(signature)(
+            tuple(p for p in signature.parameters if p.name not in given), signature.takes_anything and not given
+        )
+        given |= filling.arguments(rest)
+        for name in list(filling.missing):
+            parameter = next((p for p in rest.parameters if p.name == name), None)
+            part = _part(parameter, filling, scope) if parameter is not None else None
+            if part is not None:
+                given[name] = part
+                filling.missing.remove(name)
+        required = [p.name for p in rest.parameters if p.default is names.MISSING and p.name not in given]
+        if required:
+            raise Unfillable(required)
+        return _apply(self.target, given)
+
+    @property
+    def scope(self) -> Mapping[str, Any]:
+        return scope_of(self.target, self.home)
+
+    def settle(self, sizes: Mapping[str, Any], filling: Filling | None = None) -> None:
+        """Sets the sizes that the file's functions read as globals, and what is computed from them."""
+        if self.home.file is None:
+            return
+        for name, module in list(self.home.modules_now().items()):
+            source = self.home.sources.get(name)
+            if source is not None:
+                set_globals(module, source.body, sizes, filling or Filling(sizes, self.causal))
+
+    def _initialize(self, model: nn.Module) -> None:
+        """Calls what the class has for it and its constructor does not: weights on the meta device, or by hand."""
+        name = next((n for n in INITIALIZERS if _by_hand(type(model), n, self.home)), None)
+        on_meta = any(p.is_meta for p in model.parameters())
+        if on_meta:
+            model.to_empty(device="cpu")
+        if name is not None:
+            getattr(model, name)()
+            self.home.remark(f"{name}() called after construction")
+
+
+def _by_hand(cls: type, name: str, home: Home) -> bool:
+    """Whether a class of the subject has an initializer without arguments that its constructor never calls."""
+    method = next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
+    if not inspect.isfunction(method) or not home.owns(method.__code__.co_filename):
+        return False
+    required = [p for p in list(inspect.signature(method).parameters.values())[1:] if p.default is p.empty]
+    makers = [vars(c)["__init__"] for c in cls.__mro__ if inspect.isfunction(vars(c).get("__init__"))]
+    return not required and not any(name in _names_in(maker.__code__) for maker in makers)
+
+
+def _names_in(code: Any) -> set[str]:
+    inner = [c for c in code.co_consts if inspect.iscode(c)]
+    return {*code.co_names, *(n for c in inner for n in _names_in(c))}
+
+
+def _apply(target: Callable, given: Mapping[str, Any]) -> Any:
+    """Calls with keywords, positions where the signature allows only those."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return target(**given)
+    positional = [p.name for p in parameters.values() if p.kind == p.POSITIONAL_ONLY]
+    named = {k: v for k, v in given.items() if k not in positional}
+    return target(*(given[name] for name in positional if name in given), **named)
+
+
+def _part(parameter: Parameter, filling: Filling, scope: Mapping[str, Any]) -> Any:
+    """A required part that is no number: a tokenizer's sizes, or a module of a class in the file."""
+    plain = names.squash(parameter.name)
+    if "token" in plain and plain.endswith(("izer", "ize")):
+        return Settings(filling)
+    kind = configs.resolve(parameter.kind, scope)
+    if kind is None or not issubclass(kind, nn.Module) or kind is nn.Module:
+        return None
+    classes = [v for v in scope.values() if inspect.isclass(v) and issubclass(v, kind)]
+    classes.sort(key=lambda cls: (not (filling.causal and "decoder" in cls.__name__.lower()), cls is not kind))
+    for cls in classes:
+        with contextlib.suppress(Exception):
+            inner = Filling(filling.sizes, filling.causal, filling.spelled, filling.special)
+            part = _apply(cls, inner.arguments(signature_of(cls)))
+            filling.used.update(inner.used)
+            return part
+    return None
+
+
+def scope_of(target: Callable, home: Home) -> Mapping[str, Any]:
+    """The names that the target's own module sees."""
+    module = home.modules_now().get(target.__module__) or inspect.getmodule(target)
+    return vars(module) if module is not None else getattr(target, "__globals__", {})
+
+
+def recipes(target: Callable, home: Home, causal: bool) -> Iterator[Recipe]:
+    """The ways to build with `target`, the surest first: each choice of configuration, then the variants."""
+    with home:
+        signature, scope = signature_of(target), scope_of(target, home)
+        wants = [p for p in signature.parameters if wants_config(p, scope)]
+        choices = [list(configs.options(p, target, scope, home)) for p in wants]
+    fixed = not signature.parameters and not signature.takes_anything
+    for special in VARIANTS:
+        for chosen in product(*choices):
+            options = {p.name: option for p, option in zip(wants, chosen, strict=True)}
+            yield Recipe(target, "", home, causal, options, special)
+        if fixed:
+            return
+
+
+def wants_config(parameter: Parameter, scope: Mapping[str, Any]) -> bool:
+    kind = configs.resolve(parameter.kind, scope)
+    if kind is not None and issubclass(kind, nn.Module | str | int | float):
+        return False
+    annotated = kind is not None and configs.is_config(kind)
+    given = parameter.default is not names.MISSING and parameter.default is not None
+    if given and not annotated and not parameter.is_config:
+        return False
+    return annotated or (parameter.is_config and not isinstance(parameter.default, str | int | float))
+
+
+class Callable_(nn.Module):
+    """A plain function or object that gives logits, as a module without parameters."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def as_module(built: Any, home: Home) -> nn.Module:
+    """The model in what a factory gave."""
+    if isinstance(built, nn.Module):
+        return built
+    if isinstance(built, tuple | list):
+        for item in built:
+            if isinstance(item, nn.Module):
+                home.remark(f"the factory gives {len(built)} values: the {type(item).__name__} is the model")
+                return item
+    if callable(built) and not inspect.isclass(built):
+        return Callable_(built)
+    raise NotAModel(f"got {type(built).__name__}, which is neither an nn.Module nor callable")
+
+
+# -- sizes as globals
+
+
+def set_globals(module: ModuleType, body: list[ast.stmt], sizes: Mapping[str, Any], filling: Filling) -> None:
+    scope = vars(module)
+    changed = set()
+    for name in sorted(free_names(body)):
+        if name in filling.used or hasattr(builtins, name):
+            continue
+        current = scope.get(name, names.MISSING)
+        if not _can_be_set(current):
+            continue
+        value = filling.value(Parameter(name, None if current is names.MISSING else current), ())
+        if value is not names.MISSING and (current is not names.MISSING or names.size_of(name)):
+            scope[name] = value
+            changed.add(name)
+    for statement in body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            target = statement.targets[0].id
+            read = {n.id for n in ast.walk(statement.value) if isinstance(n, ast.Name)}
+            if target not in changed and read & changed and pure(statement.value):
+                with contextlib.suppress(Exception):
+                    code = compile(ast.Expression(statement.value), "<global>", "eval", dont_inherit=True)
+                    scope[target] = eval(code, scope)
+                    changed.add(target)
+
+
+def _can_be_set(value: Any) -> bool:
+    from checks.conventions.stubs import Stub
+
+    if value is names.MISSING or isinstance(value, Stub | torch.device):
+        return True
+    return isinstance(value, int | float | str) and not isinstance(value, bool)
+
+
+def free_names(body: list[ast.stmt]) -> set[str]:
+    """Names that functions read and do not themselves define: globals."""
+    found: set[str] = set()
+    for statement in body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+                stored |= {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
+                loaded = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+                found |= loaded - stored
+    return found

@@ -1,0 +1,286 @@
+"""A subject's file, notebook or module brought in, on the terms of its home and under nobody's name but its own."""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import importlib
+import importlib.machinery
+import json
+import linecache
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from checks.conventions import names
+from checks.conventions.home import Home, installed, random_state_kept
+from checks.conventions.stubs import Stub, stub_for
+from checks.conventions.taking import STUB, SoftImports, definitions, dropped, is_script
+from checks.conventions.usage import UsageError, own_frames, place, shown, what_happened
+
+LOADING_SECONDS = 30.0
+# What the machine lacks is excused, what the code gets wrong is not.
+LACKS = (OSError, ImportError, SystemExit, EOFError)
+LACKING = ("cuda", "nvidia", "gpu", "nccl", "default process group", "no package metadata", "not compiled")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The code of one module: a tree for a file, one a cell for a notebook."""
+
+    trees: tuple[ast.Module, ...]
+    filenames: tuple[str, ...]
+
+    @property
+    def body(self) -> list[ast.stmt]:
+        return [statement for tree in self.trees for statement in tree.body]
+
+
+class SubjectLoader(importlib.machinery.SourceFileLoader):
+    """Runs one of the subject's own files; leaves no bytecode behind."""
+
+    def __init__(self, home: Home, fullname: str, path: str, wanted: tuple[str, ...] = ()) -> None:
+        super().__init__(fullname, path)
+        self.home, self.wanted = home, wanted
+
+    def exec_module(self, module: ModuleType) -> None:
+        text = importlib.util.decode_source(self.get_data(self.path))
+        tree = ast.parse(text, self.path)
+        source = Source((tree,), (self.path,))
+        self.home.sources[module.__name__] = source
+        fresh = dict(vars(module))
+        if not is_script(tree):
+            try:
+                return run(source, module, self.home)
+            except BaseException as error:
+                if not excused(error, self.home):
+                    raise
+                why = f"{place(error, self.home)} raised {type(error).__name__} at import"
+                vars(module).clear()
+                vars(module).update(fresh)
+        else:
+            why = f"{shown(self.path)} works at import"
+        take(source, module, self.home, self.wanted, why)
+
+
+def excused(error: BaseException, home: Home) -> bool:
+    """Whether the machine is to blame: a file, library, device, network or argument that is not there."""
+    return isinstance(error, LACKS) or any(word in str(error).lower() for word in LACKING)
+
+
+def run(source: Source, module: ModuleType, home: Home) -> None:
+    for tree, filename in zip(source.trees, source.filenames, strict=True):
+        code = _compile(SoftImports().visit(tree), filename)
+        vars(module)[STUB] = _Stands(home, filename)
+        exec(code, vars(module))
+
+
+def take(source: Source, module: ModuleType, home: Home, wanted: tuple[str, ...], why: str) -> None:
+    """Definitions only; an assignment that fails is passed over, and said."""
+    left: list[int] = []
+    flags = _future(source)
+    for tree, filename in zip(source.trees, source.filenames, strict=True):
+        kept = definitions(tree, wanted)
+        left += dropped(tree, kept)
+        vars(module)[STUB] = _Stands(home, filename)
+        for statement in SoftImports().visit(kept).body:
+            if not _define(statement, filename, flags, module):
+                left.append(statement.lineno)
+    lines = f", not line{'s' * (len(left) > 1)} {_ranges(left)}" if left else ""
+    home.remark(f"{why}: took its imports, classes, functions and constants{lines}")
+
+
+def _define(statement: ast.stmt, filename: str, flags: int, module: ModuleType) -> bool:
+    """Runs one statement. What a definition needs of statements that were left out is a size or a stand-in."""
+    definition = not isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Expr | ast.If | ast.Try)
+    code = _compile(ast.Module([statement], []), filename, flags)
+    for _ in range(30):
+        try:
+            exec(code, vars(module))
+            return True
+        except NameError as error:
+            if not definition or not error.name or error.name in vars(module):
+                if definition:
+                    raise
+                return False
+            vars(module)[error.name] = _assumed(error.name)
+        except Exception:
+            if definition or isinstance(statement, ast.Try):
+                raise
+            return False
+    return False
+
+
+def _assumed(name: str) -> Any:
+    size = names.size_of(name)
+    return names.DEFAULTS[size] if size else Stub(name, "its line was not run")
+
+
+def _compile(tree: ast.AST, filename: str, flags: int = 0) -> Any:
+    return compile(ast.fix_missing_locations(tree), filename, "exec", flags, dont_inherit=True)  # type: ignore[call-overload]
+
+
+def _future(source: Source) -> int:
+    asked = {a.name for s in source.body if isinstance(s, ast.ImportFrom) and s.module == "__future__" for a in s.names}
+    return sum(getattr(__future__, name).compiler_flag for name in asked)
+
+
+def _ranges(lines: list[int]) -> str:
+    shown_lines = sorted(set(lines))
+    return ", ".join(map(str, shown_lines[:6])) + (" …" if len(shown_lines) > 6 else "")
+
+
+class _Stands:
+    """Called by an import of the subject that failed: gives stand-ins, or raises what is the subject's own fault."""
+
+    def __init__(self, home: Home, filename: str) -> None:
+        self.home, self.filename = home, filename
+
+    def __call__(self, asked: tuple[tuple[str, str, str], ...], error: Exception) -> tuple[Any, ...]:
+        if self._own_fault(error):
+            raise error
+        found = tuple(self._one(module, name, error) for module, name, _ in asked)
+        if any(isinstance(value, Stub) for value in found):
+            self.home.remark(f"{asked[0][0]} could not be imported: a stand-in is used")
+        return found
+
+    def _own_fault(self, error: Exception) -> bool:
+        if isinstance(error, ModuleNotFoundError):
+            return False
+        if isinstance(error, ImportError):
+            return error.path is not None and not installed(error.path)
+        deeper = [frame for frame in own_frames(error, self.home) if frame.filename != self.filename]
+        broken = isinstance(error, SyntaxError) and self.home.owns(error.filename or "<frozen")
+        return broken or bool(deeper)
+
+    def _one(self, module: str, name: str, error: Exception) -> Any:
+        top = sys.modules.get(module.partition(".")[0])
+        if not name:
+            return top if top is not None else stub_for(module.partition(".")[0], "", error)
+        real = sys.modules.get(module)
+        return getattr(real, name) if real is not None and hasattr(real, name) else stub_for(module, name, error)
+
+
+# -- the three kinds of source
+
+
+def load_file(home: Home, file: Path, wanted: tuple[str, ...] = ()) -> ModuleType:
+    """A `.py` file under its own name, or its dotted name inside its package, or a notebook."""
+
+    def load() -> ModuleType:
+        if file.suffix == ".ipynb":
+            return _notebook(home, file, wanted)
+        return _by_name(home, file, wanted)
+
+    return _loaded(home, load, shown(str(file)))
+
+
+def load_module(home: Home, name: str) -> ModuleType:
+    """An importable module; the working directory is importable too."""
+    return _loaded(home, lambda: importlib.import_module(name), name)
+
+
+def _loaded(home: Home, load: Callable[[], ModuleType], what: str) -> ModuleType:
+    try:
+        with random_state_kept(), home.bounded(LOADING_SECONDS), home:
+            return load()
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what} could not be loaded\n  {what_happened(error, home)}") from None
+
+
+def package_of(file: Path) -> tuple[Path, str]:
+    """The folder from which the file is imported and its dotted name: packages by __init__.py or relative imports."""
+    up = _relative_levels(file)
+    parts, folder = [file.stem], file.parent
+    while (up > 0 or (folder / "__init__.py").exists()) and folder.name.isidentifier() and folder != folder.parent:
+        parts.insert(0, folder.name)
+        folder, up = folder.parent, up - 1
+    return folder, ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def _relative_levels(file: Path) -> int:
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return 0
+    return max((node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)), default=0)
+
+
+def _by_name(home: Home, file: Path, wanted: tuple[str, ...]) -> ModuleType:
+    _, dotted = package_of(file)
+    package, _, _ = dotted.rpartition(".")
+    if package:
+        try:
+            importlib.import_module(package)
+        except Exception as error:
+            _bare(home, file, package, error)
+    name = dotted if dotted.replace(".", "").isidentifier() else "subject"
+    if file.name == "__init__.py" and name in sys.modules:
+        return sys.modules[name]
+    loader = SubjectLoader(home, name, str(file), wanted)
+    spec = importlib.machinery.ModuleSpec(name, loader, origin=str(file))
+    spec.has_location = True
+    module = importlib.util.module_from_spec(spec)
+    home.names.add(name)
+    sys.modules[name] = module
+    loader.exec_module(module)
+    return sys.modules.get(name, module)
+
+
+def _bare(home: Home, file: Path, package: str, error: Exception) -> None:
+    """Packages without what their __init__.py does: the file itself may not need it."""
+    parts = package.split(".")
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        if name not in sys.modules:
+            module = ModuleType(name)
+            module.__path__ = [str(file.parents[len(parts) - depth])]
+            sys.modules[name] = module
+            home.names.add(name)
+    home.remark(f"{package}/__init__.py was passed over: {type(error).__name__}: {str(error)[:80]}")
+
+
+def _notebook(home: Home, file: Path, wanted: tuple[str, ...]) -> ModuleType:
+    try:
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{shown(str(file))} is not a notebook: no JSON with cells") from None
+    trees, filenames = [], []
+    for number, cell in enumerate(cells, start=1):
+        if cell.get("cell_type") != "code":
+            continue
+        text, filename = _plain_python("".join(cell["source"])), f"{file}[cell {number}]"
+        linecache.cache[filename] = len(text), None, text.splitlines(keepends=True), filename
+        try:
+            trees.append(ast.parse(text, filename))
+            filenames.append(filename)
+        except SyntaxError as error:
+            home.remark(f"cell {number} was passed over: {error.msg}")
+    module = ModuleType(file.stem)
+    module.__file__ = str(file)
+    home.names.add(module.__name__)
+    sys.modules[module.__name__] = module
+    home.sources[module.__name__] = source = Source(tuple(trees), tuple(filenames))
+    take(source, module, home, wanted, f"{shown(str(file))} is a notebook")
+    return module
+
+
+def _plain_python(text: str) -> str:
+    """A cell without its magics, every line in its place."""
+    lines = text.splitlines()
+    first = lines[0].strip() if lines else ""
+    if first.startswith("%%") and not first.startswith(("%%time", "%%capture", "%%timeit", "%%prun")):
+        return ""
+    return "\n".join("pass" if line.startswith(("%", "!", "?")) else _without_magic(line) for line in lines) + "\n"
+
+
+def _without_magic(line: str) -> str:
+    stripped = line.lstrip()
+    if stripped.startswith(("%", "!")) or stripped.endswith("?"):
+        return line[: len(line) - len(stripped)] + "pass"
+    return line

@@ -1,0 +1,98 @@
+"""What a built model says of its own sizes: by its configuration, its tables and its repeated parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from checks.conventions import names
+
+HOLDERS = ("config", "cfg", "args", "params", "hparams", "model_args", "conf")
+
+
+def sizes(model: nn.Module) -> dict[str, int | None]:
+    """Sizes that can be told from outside; None for those that cannot."""
+    found: dict[str, int | None] = dict.fromkeys(names.SIZES[:5])
+    for name, value in _declared(model):
+        size = names.size_of(name)
+        if size in found and found[size] is None and value > 0:
+            found[size] = value
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    if tables:
+        token = tables[0]
+        found["vocab_size"] = found["vocab_size"] or token.num_embeddings
+        found["n_embd"] = token.embedding_dim
+    positions = _position_rows(model, tables)
+    if positions is not None:
+        found["block_size"] = positions if found["block_size"] is None else min(found["block_size"], positions)
+    found["n_layer"] = _repeated(model) or found["n_layer"]
+    return found
+
+
+def _declared(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Integers by name: of the configuration that the model keeps, then of the model itself and its parts."""
+    for holder in (*(getattr(model, name, None) for name in HOLDERS), model, *list(model.modules())[1:]):
+        values = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+        for name, value in list(values.items()):
+            if isinstance(value, int) and not isinstance(value, bool):
+                yield str(name), value
+
+
+def _position_rows(model: nn.Module, tables: list[nn.Embedding]) -> int | None:
+    """Rows of a table of positions: a second embedding of the same width, or a parameter or buffer named for it."""
+    if len(tables) > 1 and tables[1].embedding_dim == tables[0].embedding_dim:
+        return tables[1].num_embeddings
+    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        if tensor.dim() in (2, 3) and any(w in name.rpartition(".")[2].lower() for w in ("pos", "pe")):
+            rows = [n for n in tensor.shape[:-1] if n > 1]
+            if len(rows) == 1:
+                return int(rows[0])
+    return None
+
+
+def _repeated(model: nn.Module) -> int | None:
+    """The length of the longest list of modules of one class."""
+    lengths = []
+    for module in model.modules():
+        children = list(module.children())
+        if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict) and children:
+            cls, count = Counter(type(c) for c in children).most_common(1)[0]
+            if count > 1 and any(True for _ in children[0].parameters()) and not issubclass(cls, nn.Linear):
+                lengths.append(count)
+    return lengths[0] if lengths else None
+
+
+def head_place(model: nn.Module, width: int) -> str:
+    """` (model.head: Linear to 50257)`, the module that makes logits of that width."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == width:
+            return f" ({name} is a Linear to {width})"
+    return ""
+
+
+class Restored:
+    """One model, as it was: weights, buffers, dtype and what requires a gradient, at every call.
+
+    The same object each time: a copy may share what it should not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.state = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in model.state_dict().items()}
+        tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+        self.kept = {name: (t.detach().clone(), t.requires_grad) for name, t in tensors}
+
+    def __call__(self) -> nn.Module:
+        tensors: list[tuple[str, Any]] = [*self.model.named_parameters(), *self.model.named_buffers()]
+        for name, tensor in tensors:
+            if name in self.kept:
+                before, gradient = self.kept[name]
+                tensor.data = before.clone()
+                tensor.grad = None
+                if tensor.is_leaf:
+                    tensor.requires_grad_(gradient)
+        return self.model

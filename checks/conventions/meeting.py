@@ -1,0 +1,371 @@
+"""A subject met: which model, how it is built and called, in which sizes, and what its file brings along."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.conventions import measuring, names
+from checks.conventions.calling import Forward, Uncallable, Way, meet_forward, parameters_of
+from checks.conventions.choosing import Named, asked_for, named
+from checks.conventions.constructing import Callable_, NotAModel, Recipe, Unfillable, recipes
+from checks.conventions.filling import signature_of
+from checks.conventions.home import Home, SubjectHang
+from checks.conventions.reading import Unreadable
+from checks.conventions.usage import UsageError, place, shown, what_happened
+
+SEARCH_SECONDS = 20.0  # for all attempts to build and call
+# Tried in turn where a constructor refuses the first: widths with larger heads, fewer heads, round lengths.
+OTHER_SIZES: tuple[dict[str, int], ...] = (
+    {}, {"n_embd": 64}, {"n_head": 2}, {"n_embd": 128, "n_head": 2}, {"n_embd": 256, "n_head": 2},
+    {"block_size": 16, "n_embd": 64}, {"block_size": 32, "n_embd": 64}, {"n_layer": 4},
+)  # fmt: skip
+PARTS = ("loss", "generate", "train_step", "trainer", "tokenizer")
+
+
+@dataclass
+class Met:
+    """What is known of a subject once one model of it was built and gave logits."""
+
+    home: Home
+    shown: str  # model.py:GPT
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    sizes: dict[str, Any]
+    varies: frozenset[str]  # sizes that can be asked for
+    forward: Forward
+    constructor: str  # GPTConfig(vocab_size, block_size)
+    fresh: bool = True  # whether each build is a new model
+    recipe: Recipe | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
+    longest: int | None = None  # tokens that the model reads at most, if it has such a limit
+    assumed: list[str] = field(default_factory=list)
+
+    def logits(self, model: nn.Module, tokens: Tensor, **more: Any) -> Tensor:
+        with self.home:
+            return self.forward.logits(model, tokens, **more)
+
+
+@dataclass
+class Trial:
+    """One attempt that failed: how it was built, and why not."""
+
+    target: Any
+    recipe: Recipe | None
+    error: Exception
+    built: bool
+
+    @property
+    def rank(self) -> tuple[bool, bool]:
+        return (not self.built, isinstance(self.error, Unfillable))
+
+
+def meet(
+    what: Any, *, device: Any, causal: bool, checkpoint: str | None = None, parts: Mapping[str, Any] | None = None
+) -> Met:
+    """Meets a spec or an object. Raises UsageError."""
+    if isinstance(what, str):
+        found = named(what)
+        targets, home, label = asked_for(found), found.home, found.shown
+        if not targets:
+            raise UsageError(_nothing(found))
+    else:
+        found, home, targets = None, Home(), [what]
+        label = _label(what)
+    met, trials = _first(targets, home, device, causal, label, name=found.name if found else label)
+    if len(met) > 1:
+        raise UsageError(_several(label, [m.shown for m in met]))
+    if not met:
+        raise UsageError(explain(trials, home, label))
+    if found is not None:
+        met[0].parts = parts_of(found)
+    met[0].parts.update(given_parts(parts or {}))
+    return met[0]
+
+
+def given_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts that live elsewhere: `FILE:NAME` loaded, anything else as it is. Raises UsageError."""
+    return {name: _given_part(name, value) for name, value in parts.items()}
+
+
+def _given_part(name: str, value: Any) -> Any:
+    if name not in PARTS:
+        raise UsageError(f"no part is called {name!r}: a subject may bring {', '.join(PARTS)}")
+    if not isinstance(value, str):
+        return value
+    found = named(value)
+    part = getattr(found.module, found.name or name, None)
+    if part is None or not (callable(part) or name == "tokenizer"):
+        there = ", ".join(k for k, v in found.scope.items() if inspect.isfunction(v)) or "no functions"
+        raise UsageError(f"{found.shown} has no {found.name or name} to use as {name}; it has {there}")
+    return guarded(part, found.home)
+
+
+def guarded(function: Any, home: Home) -> Any:
+    """A function of the subject's that runs on the terms of its home."""
+    if not inspect.isfunction(function):
+        return function
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with home:
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _label(what: Any) -> str:
+    target = what if inspect.isclass(what) or inspect.isroutine(what) else type(what)
+    return getattr(target, "__name__", type(what).__name__)
+
+
+def _first(
+    targets: list[Any], home: Home, device: Any, causal: bool, label: str, name: str
+) -> tuple[list[Met], list[Trial]]:
+    """Those of the targets that can be built and give logits; a factory's success settles it."""
+    met: list[Met] = []
+    trials: list[Trial] = []
+    deadline = time.monotonic() + SEARCH_SECONDS
+    for target in targets:
+        tried = len(trials)
+        found = _try_target(target, home, device, causal, trials, deadline)
+        if found is None:
+            if len(trials) > tried and isinstance(trials[-1].error, SubjectHang):
+                break
+            continue
+        found.shown = label if label == name else f"{label}:{name or _label(target)}"
+        met.append(found)
+        if inspect.isfunction(target):
+            break
+    return met, trials
+
+
+def _try_target(target: Any, home: Home, device: Any, causal: bool, trials: list[Trial], deadline: float) -> Met | None:
+    if isinstance(target, nn.Module):
+        return _try_instance(target, home, device, trials)
+    if not inspect.isclass(target) and not inspect.isroutine(target) and not callable(target):
+        return None
+    everything = list(recipes(target, home, causal))
+    for sizes in OTHER_SIZES:
+        for recipe in everything:
+            if time.monotonic() > deadline:
+                return None
+            met = _try_recipe(recipe, sizes, device, trials)
+            if met is not None:
+                return met
+            if isinstance(trials[-1].error, SubjectHang):
+                return None
+        if all(isinstance(t.error, Unfillable) for t in trials if t.target is target):
+            return None
+    return None
+
+
+def _try_recipe(recipe: Recipe, changed: Mapping[str, Any], device: Any, trials: list[Trial]) -> Met | None:
+    asked = {**names.DEFAULTS, "device": str(device), **changed}
+    asked["padding"] = asked["vocab_size"]
+    built = False
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = recipe.build({**asked, "vocab_size": asked["vocab_size"]})
+            keep = None
+            if _has_padding(recipe):  # its padding id is one more than the ids that the checks use
+                keep = asked["vocab_size"]
+                model = recipe.build({**asked, "vocab_size": keep + 1})
+        built = True
+        return _met(recipe, model.to(device).eval(), asked, keep, device)
+    except (Exception, Unfillable) as error:
+        trials.append(Trial(recipe.target, recipe, error, built))
+        return None
+
+
+def _has_padding(recipe: Recipe) -> bool:
+    return any(names.squash(name) in names.PADDING for name in recipe.assumed)
+
+
+def _met(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int | None, device: Any) -> Met:
+    varies = frozenset(recipe.varies.values())
+    measured = measuring.sizes(model)
+    sizes = {k: asked[k] for k in names.SIZES}
+    for size in names.SIZES:
+        if size not in varies and measured.get(size) is not None:
+            sizes[size] = measured[size]
+    vocabulary = None if "vocab_size" not in varies else asked["vocab_size"] + (keep is not None)
+    with recipe.home:
+        forward, sizes["vocab_size"] = _forward(recipe, model, vocabulary, sizes, keep, asked, device)
+    longest = sizes["block_size"] if "block_size" in varies else measured.get("block_size")
+    if longest is None or longest > MOST_TOKENS:
+        sizes["block_size"] = names.DEFAULTS["block_size"] if longest is None else MOST_TOKENS
+
+    def build(wanted: Mapping[str, Any]) -> nn.Module:
+        full = {**asked, **wanted}
+        full["padding"] = full["vocab_size"]
+        return recipe.build({**full, "vocab_size": full["vocab_size"] + (keep is not None)})
+
+    constructor = _constructor(recipe)
+    return Met(recipe.home, "", build, sizes, varies, forward, constructor, True, recipe, longest=longest)
+
+
+MOST_TOKENS = 64  # of a model whose length is fixed: more would cost minutes and show no more
+
+
+def _forward(
+    recipe: Recipe, model: nn.Module, vocabulary: int | None, sizes: dict, keep: int | None, asked: dict, device: Any
+) -> tuple[Forward, int]:
+    """How to call it, and its vocabulary, which may be padded up from the one asked for."""
+    block = min(sizes["block_size"], MOST_TOKENS) if "block_size" not in recipe.varies.values() else sizes["block_size"]
+    try:
+        forward = meet_forward(model, vocabulary, block, device, keep)
+    except Uncallable:
+        if vocabulary is None or keep is not None:
+            raise
+        forward = meet_forward(model, None, block, device, None)
+        given = forward.vocabulary
+        if not _padded_up(recipe, asked, given, block, device):
+            raise VocabularyIgnored(asked["vocab_size"], given, measuring.head_place(model, given)) from None
+        recipe.home.remark(f"vocabulary padded from {asked['vocab_size']} to {given}")
+    return forward, keep or forward.vocabulary
+
+
+def _padded_up(recipe: Recipe, asked: dict[str, Any], given: int, block: int, device: Any) -> bool:
+    """Whether a larger vocabulary than asked for is that one, rounded up: it grows with the vocabulary asked for."""
+    more = asked["vocab_size"] + 300
+    if given < asked["vocab_size"]:
+        return False
+    with contextlib.suppress(Exception):
+        other = recipe.build({**asked, "vocab_size": more}).to(device).eval()
+        return more <= meet_forward(other, None, block, device, None).vocabulary < more + 300
+    return False
+
+
+class VocabularyIgnored(Exception):
+    """The constructor takes a vocabulary size and the logits have another."""
+
+    def __init__(self, asked: int, given: int, where: str) -> None:
+        super().__init__(f"asked for a vocabulary of {asked}, the logits have {given}{where}")
+
+
+def _constructor(recipe: Recipe) -> str:
+    name = getattr(recipe.target, "__name__", "model")
+    chosen = ", ".join(option.says for option in recipe.options.values())
+    filled = ", ".join(dict.fromkeys(recipe.varies))
+    return f"{chosen or name}({filled})"
+
+
+def _try_instance(model: nn.Module, home: Home, device: Any, trials: list[Trial]) -> Met | None:
+    """One model at its own sizes, put back to what it was before each use."""
+    try:
+        model = model.to(device)
+        measured = measuring.sizes(model)
+        sizes = {**names.DEFAULTS, **{k: v for k, v in measured.items() if v is not None}}
+        longest = measured.get("block_size")
+        sizes["block_size"] = min(longest or names.DEFAULTS["block_size"], MOST_TOKENS)
+        training, again = model.training, measuring.Restored(model)
+        with home:
+            forward = meet_forward(model.eval(), measured.get("vocab_size"), sizes["block_size"], device, None)
+        model.train(training)
+        sizes["vocab_size"] = forward.vocabulary
+    except (Exception, Uncallable) as error:
+        trials.append(Trial(model, None, error, True))
+        return None
+    return Met(
+        home, "", lambda wanted: again(), sizes, frozenset(), forward, "one instance, at its own sizes",
+        fresh=False, longest=longest,
+    )  # fmt: skip
+
+
+def parts_of(found: Named) -> dict[str, Any]:
+    """What the file itself defines beside the model: functions called loss, generate, train_step; a tokenizer."""
+    parts = {}
+    for name in PARTS:
+        value = found.scope.get(name)
+        own = getattr(value, "__module__", None) == found.module.__name__ or name == "tokenizer"
+        if value is not None and own and (callable(value) or name == "tokenizer") and not isinstance(value, nn.Module):
+            parts[name] = guarded(value, found.home)
+    return parts
+
+
+# -- what is said when it does not work
+
+
+def _nothing(found: Named) -> str:
+    there = ", ".join(k for k, v in found.scope.items() if inspect.isfunction(v) and not k.startswith("_")) or "none"
+    return (
+        f"{found.shown} has no model: no nn.Module class, no instance and no build_model (functions: {there})\n"
+        f"{factory('…')}"
+    )
+
+
+def _several(label: str, candidates: list[str]) -> str:
+    listed = "\n".join(f"    --model {name}" for name in candidates)
+    return f"{label} has several models; say which:\n{listed}"
+
+
+def factory(call: str) -> str:
+    """The three lines that settle how a model is built."""
+    return (
+        "  what settles it: a factory in that file (or one beside it)\n"
+        "    def build_model(vocab_size, block_size):\n"
+        f"        return {call}"
+    )
+
+
+def explain(trials: list[Trial], home: Home, label: str) -> str:
+    """Why nothing could be built and called: the attempt that got farthest, and what would settle it."""
+    if not trials:
+        return f"{label}: nothing to try\n{factory('…')}"
+    trial = min(trials, key=lambda t: t.rank)
+    name = _label(trial.target)
+    where = _defined(trial.target, home)
+    if isinstance(trial.error, Unfillable):
+        wanted = [p.name for p in signature_of(trial.target).parameters]
+        gaps = ", ".join(f"{p}=…" for p in trial.error.missing)
+        says = f"{where}{name} cannot be built from sizes: nothing to give for {', '.join(trial.error.missing)}"
+        return f"{says}\n  seen: {name}({', '.join(wanted)})\n{factory(f'{name}({gaps}, …)')}"
+    if not trial.built:
+        said = what_happened(trial.error, home)
+        return f"{where}{name} could not be built from sizes\n  {said}\n{factory(f'{name}(…)')}"
+    if isinstance(trial.error, Uncallable):
+        return f"{where}{name} gave no logits [B, T, V]\n{_attempts(trial.error, home)}\n{_wrapper()}"
+    return f"{where}{name}: {what_happened(trial.error, home)}\n{factory(f'{name}(…)')}"
+
+
+def _attempts(error: Uncallable, home: Home) -> str:
+    lines = []
+    for way, problem in error.attempts[:4]:
+        lines.append(f"  {way.says}: {problem if isinstance(problem, Unreadable) else what_happened(problem, home)}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _wrapper() -> str:
+    return (
+        "  what settles it: a factory whose model takes tokens [B, T] and gives logits for every position\n"
+        "    def build_model(vocab_size, block_size):\n"
+        "        return MyModel(…)  # forward(tokens) -> logits [B, T, vocab_size]"
+    )
+
+
+def _defined(target: Any, home: Home) -> str:
+    """`model.py:29: `, where the class or factory stands."""
+    target = target if inspect.isclass(target) or inspect.isfunction(target) else type(target)
+    code = getattr(target if inspect.isfunction(target) else vars(target).get("__init__"), "__code__", None)
+    if code is None or not home.owns(code.co_filename):
+        return ""
+    return f"{shown(code.co_filename)}:{code.co_firstlineno}: "
+
+
+def header_of(met: Met, more: Iterator[str] | list[str] = ()) -> str:  # type: ignore[assignment]
+    """The line of facts."""
+    facts = [met.shown, met.constructor, f"{met.forward.way.says} → {met.forward.returns}", *more]
+    assumed = [*met.home.remarks, *met.forward.assumed, *met.assumed]
+    return " · ".join(facts + ([f"assumed: {'; '.join(assumed)}"] if assumed else []))
+
+
+__all__ = ["Callable_", "Met", "NotAModel", "Way", "header_of", "meet", "parameters_of", "place"]

@@ -1,0 +1,190 @@
+"""What a constructor's parameter means by its name, as public code names them, and the value that it then gets.
+
+A size is one of `SIZES`; what follows from the sizes (head width, feed-forward width, …) is derived, switches that
+would make a causal model something else are set, and everything else keeps its default.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout")
+# All differ, so that no axis can be mistaken for another.
+DEFAULTS = {"vocab_size": 17, "block_size": 13, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0}
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "…"})()  # no value follows from the sizes
+
+
+def squash(name: str) -> str:
+    """`numLayers`, `num_layers` and `N_LAYERS` are one name."""
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _spelled(before: str, words: str, after: str = "") -> set[str]:
+    """Every way to put one of each together; an empty choice is always among `before` and `after`."""
+    return {
+        b + word + a
+        for b, word, a in itertools.product(["", *before.split()], words.split(), ["", *after.split()])
+    }  # fmt: skip
+
+
+COUNT = "n num number numberof numof nof no total max"
+PLURALS = "s es"
+WIDTH = _spelled(
+    "n d num dim", "embd embed emb embedding embeddings embedded model dmodel", "dim dims size dimension width d"
+) | {
+     "dim", "dims", "width", "channels", "nchannels", "ninp", "dwordvec", "nfeatures", "nunits", "units", "nstate",
+     "modeldim", "modelsize", "residualdim", "dresid", "hdim", "nattn", "dimmodel", "dimension",
+} - {"model", "embedding", "embeddings"}  # fmt: skip
+HIDDEN = _spelled("n d num dim", "hidden", "size dim dims units dimension width") | {"hdim"}
+FEED_FORWARD = _spelled(
+    "n d num dim", "ff ffn mlp feedforward intermediate inner dimfeedforward ffnhidden ffhidden mlphidden "
+    "feedforwardhidden hiddenff", "dim dims size dimension width hiddensize hiddendim hidden"
+) | {"nhid", "dff", "nffn"}  # fmt: skip
+VOCABULARY = _spelled(
+    "n num number numberof d src tgt trg source target enc dec encoder decoder nsrc ntrg ntgt input output padded "
+    "total in out", "vocab vocabulary voc vocabs", "size len length dim count siz"
+) | {"ntoken", "ntokens", "numtokens", "numtoken", "nwords", "numwords", "words", "tokens", "nsymbols", "alphabetsize",
+     "numembeddings", "nclasses", "outputsize", "vocabn", "ntokenvocab"}  # fmt: skip
+CONTEXT = _spelled(
+    "max src tgt trg source target n num maximum input m maxtarget maxsource", "seq sequence context ctx block text",
+    "size len length window windowsize lens"
+) - {"block", "nblock", "numblock", "text", "ntext", "numtext", "maxblock"}  # fmt: skip
+CONTEXT |= {"maxlen", "maxlength", "npositions", "numpositions", "maxpositions", "maxposition", "npos", "nctx", "maxt",
+            "maxpositionembeddings", "maxpositionalembeddings", "positions", "maxtokens", "maxtextlen", "maxpos",
+            "maxseqlens", "trainctx", "trainseqlen", "windowlen", "maxcontextlen", "tokensize"}  # fmt: skip
+LAYERS = _spelled(
+    COUNT, "layer block transformerlayer transformerblock decoderlayer encoderlayer hiddenlayer decoderblock "
+    "encoderblock attnlayer attentionlayer attnblock attentionblock translayer", "s num count"
+) - {"layer", "block"} | {"depth", "n", "ndepth", "encoderdepth", "decoderdepth", "modeldepth"}  # fmt: skip
+HEADS = _spelled(COUNT, "head attentionhead attnhead queryhead qhead selfattentionhead mhahead", "s num count") | {"h"}
+SIZE_OF: dict[str, str] = {
+    name: size
+    for size, names in (
+        ("n_embd", WIDTH), ("n_layer", LAYERS), ("n_head", HEADS), ("block_size", CONTEXT), ("vocab_size", VOCABULARY),
+    )
+    for name in names
+}  # fmt: skip
+HEAD_WIDTH = _spelled("d dim n qk v key value attn", "head", "dim dims size width d") - _spelled("n", "head") | {
+    "dk", "dv", "dq", "dkey", "dvalue", "dkv", "kvchannels", "headdimension", "dimhead", "dhead", "headfeatures",
+}  # fmt: skip
+KEY_VALUE_HEADS = _spelled(COUNT, "kvhead keyvaluehead localhead querygroup kvgroup localkvhead kvattentionhead", "s")
+PADDING = _spelled(
+    "src trg tgt source target", "pad padding padtoken", "id idx index token tokenid value"
+) - {"pad", "padding", "padtoken"}  # fmt: skip
+CAUSAL = {"causal": True, "iscausal": True, "autoregressive": True, "isdecoder": True, "usecausalmask": True,
+          "causalmask": True, "decoderonly": True, "ismasked": True, "bidirectional": False,
+          "isbidirectional": False}  # fmt: skip
+
+
+def size_of(name: str, among: Iterable[str] = ()) -> str | None:
+    """The size that a parameter name stands for. `hidden_dim` is the width only where no other name `among` is."""
+    plain = squash(name)
+    if name == "n":  # N is the number of layers in the paper; n is anything
+        return None
+    if plain in SIZE_OF:
+        return SIZE_OF[plain]
+    if plain in HIDDEN and not any(squash(other) in WIDTH for other in among):
+        return "n_embd"
+    if ("drop" in plain and not plain.startswith(("use", "is", "drop_last", "droplast"))) or plain in ("pdrop",):
+        return "dropout"
+    return None
+
+
+# A derived value: (sizes, default or MISSING) -> value, or MISSING to leave the default.
+Rule = Callable[[Mapping[str, Any], Any], Any]
+
+
+def _whole(rule: Callable[[Mapping[str, Any]], int]) -> Rule:
+    """A number that follows from the sizes; a default of None (or below 1) means "derive it yourself" and stays."""
+    return lambda sizes, default: MISSING if default is None or _below_one(default) else rule(sizes)
+
+
+def _below_one(default: Any) -> bool:
+    return isinstance(default, int) and not isinstance(default, bool) and default < 1
+
+
+def _key_value_heads(sizes: Mapping[str, Any]) -> int:
+    return max(sizes["n_head"] // 2, 1)
+
+
+def _constant(value: Any) -> Rule:
+    """What a parameter without a default gets; one with a default keeps it."""
+    return lambda sizes, default: value if default is MISSING else MISSING
+
+
+def _always(value: Any) -> Rule:
+    return lambda sizes, default: value
+
+
+def _device(sizes: Mapping[str, Any], default: Any) -> Any:
+    return MISSING if default is None else sizes.get("device", "cpu")
+
+
+def _dtype(sizes: Mapping[str, Any], default: Any) -> Any:
+    if isinstance(default, str):
+        return "float32"
+    return MISSING if default in (None, torch.float64) else torch.float32
+
+
+DERIVED: dict[str, Rule] = {
+    **dict.fromkeys(HEAD_WIDTH, _whole(lambda s: s["n_embd"] // s["n_head"])),
+    **dict.fromkeys(KEY_VALUE_HEADS, _whole(_key_value_heads)),
+    **dict.fromkeys(FEED_FORWARD | HIDDEN, _whole(lambda s: 4 * s["n_embd"])),
+    **dict.fromkeys(_spelled("n num d q kv", "latent", "dim size rank"), _whole(lambda s: s["n_embd"] // 2)),
+    **dict.fromkeys(("device", "dev"), _device),
+    **dict.fromkeys(("dtype", "torchdtype", "paramdtype", "modeldtype"), _dtype),
+    **{name: _always(value) for name, value in CAUSAL.items()},
+    **dict.fromkeys(("maxbatchsize", "maxbatch", "maxbs"), _whole(lambda s: 128)),
+    **dict.fromkeys(
+        ("ffmult", "mlpratio", "ffnmult", "rate", "expansion", "feedforwardscaling", "mlpmult", "expansionfactor",
+         "ffnexpansion", "forwardexpansion", "dffmult", "feedforwardmult", "ffratio", "mlpfactor", "ffscale"),
+        _constant(4),
+    ),
+    **dict.fromkeys(("multipleof",), _constant(8)),
+    **dict.fromkeys(
+        ("ropetheta", "ropebase", "theta", "base", "rotarybase", "ropethetabase", "rotaryembbase"), _constant(10_000.0)
+    ),
+    **dict.fromkeys(
+        ("normeps", "layernormeps", "layernormepsilon", "rmsnormeps", "eps", "epsilon", "lneps", "rmseps"),
+        _constant(1e-5),
+    ),
+    **dict.fromkeys(("initializerrange", "initstd", "std"), _constant(0.02)),
+    **dict.fromkeys(("activation", "act", "hiddenact", "activationfunction", "afn", "actfn"), _constant("gelu")),
+    **dict.fromkeys(("batchsize", "bsz", "nbatch", "bs"), _constant(3)),
+    **dict.fromkeys(("nexperts", "numexperts", "experts", "nexpert"), _constant(4)),
+    **dict.fromkeys(("topk", "numexpertspertok", "nexpertsperspertoken", "nactivatedexperts", "numactivatedexperts",
+                     "numexpertspertoken"), _constant(2)),
+    **dict.fromkeys(("windowsize", "slidingwindow", "slidingwindowsize", "attentionwindow"),
+                    _whole(lambda s: s["block_size"])),
+    **dict.fromkeys(_spelled("trg tgt src target", "sos bos eos begin end start", "id idx token tokenid index"),
+                    _constant(0)),
+    **dict.fromkeys(("learningrate", "lr", "lrinit", "weightdecay"), _constant(1e-3)),
+    **dict.fromkeys(("rank", "r", "lorarank"), _constant(4)),
+}  # fmt: skip
+NUMBERS = HEAD_WIDTH | KEY_VALUE_HEADS | FEED_FORWARD | HIDDEN
+SWITCHES = ("bias", "use", "is", "tie", "share", "with", "has", "enable", "qkv", "gradient", "return", "flash", "moe")
+
+
+def value_for(
+    name: str, sizes: Mapping[str, Any], default: Any = MISSING, *, among: Iterable[str] = (), kind: Any = None
+) -> Any:
+    """What a parameter gets that stands for no size; MISSING: its default, and an error if it has none.
+
+    `kind` is its annotation. Padding ids become `sizes["padding"]`, an id that no check uses, if there is one.
+    """
+    plain = squash(name)
+    if plain in PADDING:
+        spare = sizes.get("padding")
+        within = isinstance(default, int) and 0 <= default < sizes["vocab_size"]
+        return spare if spare is not None and (default is MISSING or within) else MISSING
+    if plain in DERIVED:
+        return DERIVED[plain](sizes, default)
+    if default is not MISSING:
+        return MISSING
+    if kind in (bool, "bool") or plain.startswith(SWITCHES):
+        return False
+    return MISSING
