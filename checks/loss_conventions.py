@@ -9,14 +9,15 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable
-from checks.loss_reading import EXACT, ROUGH, Loss, Reading, named_reduction, read, symbols_that_count
+from checks.loss_formula import named_reduction
+from checks.loss_reading import EXACT, ROUGH, Loss, NoGradient, Reading, gradient, read, symbols_that_count
 from checks.where import recorded
 
 VOCABULARY = 17
@@ -43,6 +44,11 @@ DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "log-probabilities": lambda x: x.log_softmax(-1),
     "probabilities": lambda x: x.softmax(-1),
 }
+# What does not depend on the input, of a loss that takes it without a softmax of its own: -Σ q x, -Σ q log x
+SIGNATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "log-probabilities": lambda gradient, x: gradient,
+    "probabilities": lambda gradient, x: gradient * x,
+}
 IGNORED = (-100, -1)
 KINDS = (torch.bool, torch.float32, torch.int64)  # of a mask argument
 MODEL_TARGETS = ("targets", "target", "labels", "label", "y", "tgt", "lm_labels")
@@ -58,11 +64,14 @@ class MetLoss:
     places: int  # targets in the longest row it can be asked about
     domain: str = "logits"
     shift: int = 0  # made up for: its logits at t are trained on its label at t + shift
+    dropped: tuple[int, ...] = ()  # targets of a row that carry no loss by themselves
     masks: str = ""  # "argument", "label -100", "label -1"; empty: it cannot be told what to leave out
     reduction: str = ""  # empty: none that is known
     reading: Reading | None = None  # of the loss as it takes labels; None: it is no cross entropy
     symbols: Tensor = field(default_factory=lambda: torch.arange(VOCABULARY))  # that carry loss as targets
     left_out: tuple[int, ...] = ()  # that do not
+    weighs_symbols: bool = False  # a target counts more or less by its token id
+    also_runs: tuple[str, ...] = ()  # ways of calling it that give something else
     inside_model: bool = False
 
     def __call__(self, logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -72,7 +81,9 @@ class MetLoss:
 
     @property
     def smoothing(self) -> float:
-        return self.reading.smoothing if self.reading and self.reading.smoothing > 1e-3 else 0.0
+        """Probability that the loss gives to symbols other than the target; 0 where it cannot be told from rounding."""
+        reading = self.reading
+        return reading.smoothing if reading and reading.error < EXACT and reading.smoothing > 1e-3 else 0.0
 
 
 def met_loss(subject: Any) -> MetLoss:
@@ -102,27 +113,34 @@ class Form:
     longest: int = PLACES + SPARE  # the longest row of labels
     takes_mask: bool = False
     inside_model: bool = False
+    documented: bool = False  # the subject says how it is called: that it cannot be is its own mistake
 
 
 def recognised(candidates: Any) -> MetLoss:
     """The first form under which the loss is a cross entropy, roughly at least; else the first that runs."""
     fits: list[tuple[float, Trial]] = []
-    errors = []
+    errors: list[str] = []
     for form, (domain, into) in itertools.product(candidates, DOMAINS.items()):
         try:
+            if domain in SIGNATURES and not takes(form, domain):
+                continue
             trial = tried(form, domain, in_domain(form.raw, into))
         except NotApplicable:
             raise
         except Exception as error:
-            errors.append(f"{form.says}, {domain}: {type(error).__name__}: {first_line(error)}")
+            errors.append(f"{form.says}: {type(error).__name__}: {first_line(error)}")
+            if isinstance(error, NoGradient) or form.documented:
+                raise
             continue
         fits.append((trial.reading.error, trial))
         if trial.reading.error < EXACT:
             break
     if not fits:
-        raise NotApplicable("no way of calling the loss was found", tried=errors)
+        raise NotApplicable("no way of calling the loss was found", tried=list(dict.fromkeys(errors)))
     rough = [trial for error, trial in fits if error < ROUGH]
-    return described(rough[0] if rough else fits[0][1])
+    best = fits[-1][1] if fits[-1][0] < EXACT else rough[0] if rough else fits[0][1]
+    others = [t.form.says for _, t in fits if t.domain == best.domain and t.form.says != best.form.says]
+    return replace(described(best), also_runs=tuple(dict.fromkeys(others)) if best.reading.error < EXACT else ())
 
 
 @dataclass(frozen=True)
@@ -149,37 +167,81 @@ def tried(form: Form, domain: str, call: Loss) -> Trial:
     return Trial(form, domain, call, symbols, left_out, read(call, symbols, form.V, places=places))
 
 
+def takes(form: Form, domain: str) -> bool:
+    """Whether the loss takes log-probabilities or probabilities as they are: then its own gradient is simple."""
+    places = min(PLACES, form.longest)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2 * places).view(2, places) % form.V
+    found = []
+    for x in torch.randn(2, 2, places, form.V, generator=generator, dtype=torch.float64):
+        x = DOMAINS[domain](x)
+        found.append(SIGNATURES[domain](gradient(in_domain(form.raw, DOMAINS["logits"]), x, labels, None), x))
+    one, two = found
+    return bool(one.any()) and torch.allclose(one, two, rtol=1e-4, atol=1e-6 * float(one.abs().max()))
+
+
 def described(trial: Trial) -> MetLoss:
     form, call, known = trial.form, trial.call, trial.reading.error < ROUGH
     shift = int(trial.reading.offsets.mode().values) if known and trial.reading.used.any() else 0
-    masks = "argument" if form.takes_mask else next((f"label {i}" for i in IGNORED if leaves_out(trial, i)), "")
+    labels = (*IGNORED, *trial.left_out)
+    masks = "argument" if form.takes_mask else next((f"label {i}" for i in labels if leaves_out(trial, i)), "")
     if masks.startswith("label"):
         call = masking_labels(call, int(masks.split()[1]))
     call, places = unshifted(call, shift), form.longest - abs(shift)
+    dropped = dropped_targets(trial, call, places) if known else ()
     return MetLoss(
-        call, form.says, form.V, places, trial.domain, shift, masks,
-        reduction=reduction(trial, call, places, bool(masks)),
+        call, form.says, form.V, places, trial.domain, shift, dropped, masks,
+        reduction=reduction(trial, call, places, dropped, bool(masks)),
         reading=trial.reading if known else None,
-        symbols=trial.symbols, left_out=trial.left_out, inside_model=form.inside_model,
+        symbols=trial.symbols, left_out=trial.left_out, weighs_symbols=weighs_symbols(trial),
+        inside_model=form.inside_model,
     )  # fmt: skip
 
 
-def reduction(trial: Trial, call: Loss, places: int, masks: bool) -> str:
+def dropped_targets(trial: Trial, call: Loss, places: int) -> tuple[int, ...]:
+    """Targets near the start of every row that carry no loss though nothing masks them: a prompt, say."""
+    used = trial.read(call, places).used.any(0)
+    dropped = [t for t in range(places) if not used[t]]
+    return tuple(dropped) if dropped and max(dropped) < places - 3 else ()
+
+
+def reduction(trial: Trial, call: Loss, places: int, dropped: tuple[int, ...], masks: bool) -> str:
     """Found under a ragged mask where the loss takes one: without, a mean over rows is a mean."""
     mask = torch.ones(2, places, dtype=torch.bool)
     if masks:
-        mask[1, places // 2 :] = False
+        mask[1, places - 2 :] = False
     try:
-        return named_reduction(trial.read(call, places, mask if masks else None).weight, mask, tolerance=0.02)
+        weight = trial.read(call, places, mask if masks else None).weight
     except Exception:
         return ""
+    mask[:, list(dropped)] = False
+    return named_reduction(weight, mask, tolerance=0.02)
+
+
+def weighs_symbols(trial: Trial) -> bool:
+    """Whether the weight of a place goes with the symbol there, as class weights make it."""
+    if len(trial.symbols) < trial.reading.weight.numel():
+        return False
+    backwards = read(trial.call, trial.symbols.flip(0), trial.form.V, places=trial.reading.weight.shape[1])
+    one, two = by_symbol(trial.reading, trial.symbols), by_symbol(backwards, trial.symbols.flip(0))
+    shared = [one[s] / two[s] for s in one if s in two]
+    return len(shared) > 1 and spread(shared) < 1e-3 and spread(list(one.values())) > 1e-2
+
+
+def by_symbol(reading: Reading, symbols: Tensor) -> dict[int, float]:
+    places = zip(symbols.tolist(), reading.weight.flatten().tolist(), reading.used.flatten().tolist(), strict=False)
+    return {symbol: weight for symbol, weight, used in places if used}
+
+
+def spread(values: list[float]) -> float:
+    return max(values) / min(values) - 1
 
 
 def leaves_out(trial: Trial, ignored: int) -> bool:
     """Whether labels of this value carry no loss while others still do."""
     places = min(PLACES, trial.form.longest)
     mask = torch.ones(2, places, dtype=torch.bool)
-    mask[0, 2] = mask[1, 3] = False
+    mask[0, places - 3] = mask[1, places - 2] = False  # late: the first may carry no loss anyway
     try:
         found = trial.read(masking_labels(trial.call, ignored), places, mask)
         return found.error < ROUGH and 0 < int(found.used.sum()) < int(trial.reading.used.sum())
@@ -195,7 +257,7 @@ def first_line(error: Exception) -> str:
 
 
 def in_domain(raw: Loss, into: Callable[[Tensor], Tensor]) -> Loss:
-    return lambda logits, labels, mask: scalar(raw(into(logits), labels, mask))
+    return lambda logits, labels, mask: scalar(raw(into(logits).contiguous(), labels.contiguous(), mask))
 
 
 def masking_labels(call: Loss, ignored: int) -> Loss:
@@ -225,6 +287,8 @@ def unshifted(call: Loss, shift: int) -> Loss:
 
 def scalar(result: Any) -> Tensor:
     """The loss in what a call returned: itself or the first tensor of a tuple; several values are added up."""
+    if isinstance(result, dict):
+        result = (result["loss"],) if "loss" in result else tuple(result.values())
     if isinstance(result, tuple | list):
         result = next(item for item in result if isinstance(item, Tensor) and item.is_floating_point())
     result = result if isinstance(result, Tensor) else torch.as_tensor(result)
@@ -239,19 +303,23 @@ def forms(function: Any, subject: Any) -> Iterator[Form]:
     roles = parameter_roles(function)
     mask = next((name for name, role in roles.items() if role == "mask"), None)
     drops = mask is not None and any(word in mask.lower() for word in ("pad", "ignore", "drop", "exclude"))
-    layouts = ["[B, T, V]"] if "model" in roles.values() else list(LAYOUTS)
+    declared = subject.declared("reduction") is not None
+    layouts = ["[B, T, V]"] if "model" in roles.values() or declared else list(LAYOUTS)
     sizes = dict.fromkeys((VOCABULARY, subject.sizes.vocab_size))
-    for V, layout, kind in itertools.product(sizes, layouts, KINDS if mask else KINDS[:1]):
+    for V, layout, kind in itertools.product(sizes, layouts, KINDS if mask and not declared else KINDS[:1]):
         says = ", ".join(f"{name} {layout}" if role == "logits" else name for name, role in roles.items())
-        yield Form(filled(function, roles, layout, V, kind, drops), f"loss({says})", V, takes_mask=mask is not None)
+        raw = filled(function, roles, layout, V, kind, drops)
+        yield Form(raw, f"loss({says})", V, takes_mask=mask is not None, documented=declared)
 
 
 def filled(function: Any, roles: dict[str, str], layout: str, V: int, kind: torch.dtype, drops: bool) -> Loss:
-    arrange, flat = LAYOUTS[layout], layout == "[B·T, V]"
+    arrange, flat, needs_mask = LAYOUTS[layout], layout == "[B·T, V]", requires(function, "mask", roles)
 
     def raw(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Any:
+        if mask is None and needs_mask:
+            mask = torch.ones_like(labels, dtype=torch.bool)
         if mask is not None:
-            mask = (~mask if drops else mask).to(kind)
+            mask = (~mask if drops else mask).to(kind).contiguous()
         values = {
             "logits": torch.zeros_like(labels) if "model" in roles.values() else arrange(logits),
             "targets": labels.flatten() if flat else labels,
@@ -290,6 +358,12 @@ def parameter_roles(function: Any) -> dict[str, str]:
         if role and role not in taken and (required or role in ("logits", "targets", "mask")):
             roles[parameter.name] = role
     return roles
+
+
+def requires(function: Any, role: str, roles: dict[str, str]) -> bool:
+    called = function.forward if isinstance(function, nn.Module) else function
+    name = next((name for name, found in roles.items() if found == role), None)
+    return name is not None and inspect.signature(called).parameters[name].default is inspect.Parameter.empty
 
 
 def role_of(name: str, taken: list[str]) -> str:

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # logits [B, T, V], labels [B, T], mask [B, T] to a scalar
 
 NOTHING = 1e-5  # a weight below this part of the largest counts as none: a loss may compute in float32
 EXACT, ROUGH = 1e-4, 0.1  # how far a gradient may be from the form: float64 or float32, and bfloat16
+
+
+class NoGradient(TypeError):
+    """The loss was detached, or turned into a number."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Reading:
 
     @property
     def used(self) -> Tensor:
-        return counts(self.weight)
+        """[B, T], whether the place counts at all."""
+        return self.weight > max(NOTHING, self.error) * self.weight.max().clamp(min=1e-300)
 
     @property
     def offsets(self) -> Tensor:
@@ -54,7 +58,7 @@ def counts(weight: Tensor) -> Tensor:
 def read(loss: Loss, symbols: Tensor, V: int, *, rows: int = 2, places: int = 7, mask: Tensor | None = None) -> Reading:
     """Reads a loss over V symbols, with these as labels: they spell out their own place, digit by digit.
 
-    Raises TypeError when the loss has no gradient, and whatever the loss raises.
+    Raises NoGradient when the loss has no gradient, and whatever the loss raises.
     """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, rows, places, V, generator=generator, dtype=torch.float64)
@@ -107,44 +111,6 @@ def gradient(loss: Loss, logits: Tensor, labels: Tensor, mask: Tensor | None) ->
     leaf = logits.clone().requires_grad_()
     value = loss(leaf, labels.clone(), None if mask is None else mask.clone())
     if not value.requires_grad:
-        raise TypeError("the loss has no gradient: it was detached, or turned into a number")
+        raise NoGradient("the loss has no gradient: it was detached, or turned into a number")
     (found,) = torch.autograd.grad(value, leaf, allow_unused=True)
     return torch.zeros_like(leaf) if found is None else found
-
-
-REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # from a mask [B, T] to the weight of each place
-    "mean": lambda m: m.double() / m.sum().clamp(min=1),
-    "sum": lambda m: m.double(),
-    "the sum over rows of each row's mean": lambda m: m.double() / m.sum(1, keepdim=True).clamp(min=1),
-    "the mean over rows of each row's mean": lambda m: m.double() / m.sum(1, keepdim=True).clamp(min=1) / len(m),
-    "the mean over rows of each row's sum": lambda m: m.double() / len(m),
-    "the sum over the unmasked, divided by all positions": lambda m: m.double() / m.numel(),
-}
-USUAL = tuple(REDUCTIONS)[:5]
-
-
-def named_reduction(weight: Tensor, mask: Tensor, tolerance: float = 1e-3) -> str:
-    """The reduction that explains the weights of the places that `mask` keeps; empty if none of these does."""
-    for name, weights in REDUCTIONS.items():
-        if torch.allclose(weight[mask], weights(mask)[mask], rtol=tolerance, atol=0):
-            return name
-    return ""
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """[B, T] of -Σ q log softmax in float64, from the formula alone; q has 1 - smoothing at the target."""
-    x = logits.double()
-    top = x.amax(-1, keepdim=True)
-    log_p = x - top - (x - top).exp().sum(-1, keepdim=True).log()
-    own = -log_p.gather(-1, targets[..., None]).squeeze(-1)
-    if not smoothing:
-        return own
-    return (1 - smoothing) * own + smoothing / (x.shape[-1] - 1) * (-log_p.sum(-1) - own)
-
-
-def expected_gradient(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
-    """[B, T, V] of w (softmax - q), from the formula alone."""
-    V = logits.shape[-1]
-    own = F.one_hot(targets, V).double()
-    q = (1 - smoothing) * own + smoothing / (V - 1) * (1 - own)
-    return weights.double()[..., None] * (logits.double().softmax(-1) - q)
