@@ -112,17 +112,23 @@ def expect_takes_mask(subject: Any) -> None:
 def check_future_cannot_change_past_with_extreme_weights(subject: Any) -> None:
     """With every weight twenty times as large, a token still leaves the logits before it as they were."""
     expect_causal(subject)
-    model = precise(subject)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(EXTREME)
+    model = magnified(subject)
     tried = changes(subject, every_id(subject, length(subject), rows=8, seed=subject.seed))
     logits = call(subject, model, tried.plain[:64])
     if not bool(logits.isfinite().all()):
         raise NotApplicable(f"with weights × {EXTREME} the logits overflow: nothing to compare")
     bound = precision(subject).bound(logits, single=2e-5)
     expect_no_leak(subject, model, tried, bound=bound, exact=False, likely=("mask-fill-not-negative-enough",))
+
+
+def magnified(subject: Any) -> nn.Module:
+    """Weights so large that scores of thousands stand against whatever fills the masked ones."""
+    model = precise(subject)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(EXTREME)
+    return model
 
 
 @needs(CAUSAL)

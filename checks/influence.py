@@ -36,6 +36,7 @@ class Way:
     training: bool = False
     cached: bool = False  # into an empty key-value cache
     inside: Callable[[], AbstractContextManager] = nullcontext
+    more: dict[str, Any] = field(default_factory=dict)  # other arguments of the call
 
 
 EVAL = Way("in eval mode")
@@ -50,7 +51,7 @@ def call(subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor | None = N
         model.train(way.training)
         try:
             cache = subject.new_cache(model, len(tokens)) if way.cached else None
-            return subject.logits(model, tokens, mask, cache)
+            return subject.logits(model, tokens, mask, cache, **way.more)
         finally:
             model.eval()
 

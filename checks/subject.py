@@ -122,12 +122,17 @@ class Subject:
             amplify(model, *scheme, seed=seed)
         return model
 
-    def logits(self, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
-        """[B, T] token ids to [B, T, V], whatever the model returns; mask [B, T] is True for real tokens."""
+    def logits(
+        self, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, cache: Any = None, **more: Any
+    ) -> Tensor:
+        """[B, T] token ids to [B, T, V], whatever the model returns; mask [B, T] is True for real tokens.
+
+        `more` goes to the model as it is: document ids, say.
+        """
         if self.met is None:
             given = {name: value for name, value in (("mask", mask), ("cache", cache)) if value is not None}
-            return model(tokens, **given)
-        return self.met.logits(model, tokens)
+            return model(tokens, **given, **more)
+        return self.met.logits(model, tokens, **more)
 
     def new_cache(self, model: nn.Module, batch_size: int) -> Any:
         """An empty key-value cache for `logits`, which fills it; None if the subject has no cache."""

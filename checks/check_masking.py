@@ -1,0 +1,330 @@
+"""Padding, other rows and other documents change nothing for the real tokens of a row."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from checks.check_causality import CONTRACT, EXTREME, expect_takes_mask, magnified
+from checks.expect import NotApplicable, Where, drawn, expect_close, fail, needs, note
+from checks.influence import EVAL, TRAIN, Way, call, every_id, length, moved
+from checks.padding import SIDES, padded, ragged
+from checks.precision import precise, precision, shared, spread
+from checks.where import first_bad, first_breaking
+
+CONTENT = "check_masking.check_pad_contents_change_nothing"
+ONES = "check_masking.check_mask_of_ones_changes_nothing"
+NAMED_POSITIONS = re.compile(r"(input_?)?pos(ition)?(_?ids?|s)?|token_positions")
+NAMED_DOCUMENTS = re.compile(r"(doc|document|segment|sequence|seq)s?(_ids?)?")
+ADVICE = "A padded key gets weight 0 from every query of its own row: mask[:, None, None, :] over scores [B, H, T, S]."
+
+
+@needs(*CONTRACT)
+def check_mask_of_ones_changes_nothing(subject: Any) -> None:
+    """A mask that marks every token as real gives the logits that no mask gives."""
+    expect_takes_mask(subject)
+    model, T = precise(subject), length(subject)
+    for t in (1, 2, T // 2, T):
+        tokens = subject.tokens(3, max(t, 1), seed=subject.seed)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        want = call(subject, model, tokens)
+        expect_close(
+            call(subject, model, tokens, mask),
+            want,
+            bound=precision(subject).bound(want),
+            says=f"a mask that marks all {t} tokens as real changes the logits",
+            likely=("bool-mask-semantics-inverted", "bool-mask-added-as-float", "pad-mask-replaces-causal"),
+            advice="True means keep for scaled_dot_product_attention and drop for nn.MultiheadAttention.",
+        )
+
+
+@needs(*CONTRACT, ONES)
+def check_pad_contents_change_nothing(subject: Any) -> None:
+    """Whatever ids the padding holds, on either side, in eval and in train mode, real tokens keep their logits."""
+    expect_takes_mask(subject)
+    for model, weights in ((precise(subject), ""), (magnified(subject), f", weights × {EXTREME}")):
+        for side in ("left", "right"):
+            for way in (EVAL, TRAIN):
+                expect_pads_unread(subject, model, side, Way(f"{way.name}{weights}", way.training))
+
+
+def expect_pads_unread(subject: Any, model: nn.Module, side: str, way: Way) -> None:
+    T = length(subject)
+    tokens = every_id(subject, T, rows=8, seed=subject.seed)
+    mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
+    before = call(subject, model, tokens, mask, way)
+    bound = precision(subject).bound(before)
+    for shift in range(1, subject.sizes.vocab_size, 3):
+        other = torch.where(mask, tokens, (tokens + shift) % subject.sizes.vocab_size)
+        after = call(subject, model, other, mask, way)
+        moves = torch.where(mask, moved(before, after), 0.0)
+        hits = (moves > bound.size).nonzero()
+        if len(hits):
+            row, t = (int(i) for i in hits[0])
+            fail(
+                f"other ids in the padding on the {side} change the logits of real tokens: first in row {row} at position "
+                f"{t}, by {float(moves[row, t]) / spread(before):.3g} standard deviations, {way.name}; allowed {bound}",
+                where=pad_reader(subject, model, (tokens, other), mask, way),
+                likely=likely_readers(subject, model, (tokens, other), mask, way, row),
+                advice=ADVICE,
+                first={"row": row, "t": t},
+                mask=mask[row].tolist(),
+            )
+
+
+def likely_readers(
+    subject: Any, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor, way: Way, row: int
+) -> tuple[str, ...]:
+    """A row that is clean by itself gets another row's mask."""
+    one, other = (call(subject, model, x[row : row + 1], mask[row : row + 1], way)[0] for x in tokens)
+    if torch.equal(one[mask[row]], other[mask[row]]):
+        return "mask-repeated-in-wrong-head-batch-order", "pad-mask-on-queries"
+    return "pad-mask-on-queries", "pad-mask-ignored", "mask-fill-not-negative-enough", "bool-mask-added-as-float"
+
+
+def pad_reader(subject: Any, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor, way: Way) -> Where | None:
+    """The first module whose output at a real token depends on what the padding holds."""
+    B, T = mask.shape
+
+    def breaks(one: Tensor, other: Tensor) -> bool:
+        if one.shape[0] != B or T not in one.shape[1:]:
+            return False
+        time = 1 + one.shape[1:].index(T)
+        differ = ((one != other) & ~(one.isnan() & other.isnan())).movedim(time, 1).flatten(2).any(dim=2)
+        return bool((differ & mask).any())
+
+    runs = [lambda x=x: call(subject, model, x, mask, way) for x in tokens]
+    return first_breaking(model, *runs, breaks)
+
+
+@st.composite
+def batches(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
+    """Rows of so many real tokens each, padded to a common length."""
+    real = draw(st.lists(st.integers(1, length(subject)), min_size=1, max_size=4))
+    return dict(real=real, length=draw(st.integers(max(real), length(subject))), seed=draw(st.integers(0, 2**16)))
+
+
+@needs(*CONTRACT, ONES, CONTENT)
+@drawn(when=expect_takes_mask, case=batches)
+def check_right_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> None:
+    """Padded on the right, by however many, the real tokens of a row get the logits of the row by itself."""
+    expect_as_alone(subject, case, "right", likely=("pad-mask-on-queries", "pad-mask-replaces-causal"))
+
+
+@needs(*CONTRACT, ONES, CONTENT)
+@drawn(when=expect_takes_mask, case=batches)
+def check_left_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> None:
+    """Padded on the left, by however many, the real tokens of a row get the logits of the row by itself."""
+    if takes(subject, NAMED_POSITIONS):
+        raise NotApplicable("forward takes positions: with padding on the left they are the caller's to give")
+    expect_as_alone(
+        subject,
+        case,
+        "left",
+        likely=("left-pad-positions-not-from-mask", "pad-mask-ignored"),
+        advice="Count positions from the mask: (mask.cumsum(dim=1) - 1).clamp(min=0).",
+    )
+
+
+def expect_as_alone(subject: Any, case: dict[str, Any], side: str, **finding: Any) -> None:
+    model, real, T = shared(subject), torch.tensor(case["real"]), case["length"]
+    mask = padded(real, T, side).to(subject.device)
+    tokens = subject.tokens(len(real), T, seed=case["seed"])
+    got = call(subject, model, tokens, mask)
+    for row, n in enumerate(case["real"]):
+        want = call(subject, model, tokens[row : row + 1, mask[row]].contiguous())
+        expect_close(
+            got[row, mask[row]],
+            want[0],
+            bound=precision(subject).bound(want),
+            says=f"a row of {n} tokens, with {T - n} more as padding on the {side}, gets other logits than by itself "
+            f"(row {row} of {len(real)})",
+            axes=("real token", "symbol"),
+            row=row,
+            **finding,
+        )
+
+
+def takes(subject: Any, named: re.Pattern) -> str | None:
+    """The name of the parameter of the model's forward that is called so."""
+    try:
+        parameters = inspect.signature(subject.build(seed=subject.seed).forward).parameters
+    except (TypeError, ValueError):
+        return None
+    return next((name for name in parameters if named.fullmatch(name)), None)
+
+
+@needs(*CONTRACT, ONES, CONTENT)
+def check_rows_of_padding_do_no_harm(subject: Any) -> None:
+    """Padding gives finite logits and gradients, and a row that is nothing but padding leaves the others as they were."""
+    expect_takes_mask(subject)
+    T = length(subject)
+    tokens = every_id(subject, T, rows=5, seed=subject.seed)
+    for side in ("right", "left"):
+        mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
+        mask[1] = False
+        for training in (False, True):
+            expect_harmless(subject, tokens, mask, side, training)
+
+
+def expect_harmless(subject: Any, tokens: Tensor, mask: Tensor, side: str, training: bool) -> None:
+    model = precise(subject).train(training)
+    logits = subject.logits(model, tokens, mask)
+    says = f"with padding on the {side} and row 1 nothing but padding, in {'train' if training else 'eval'} mode,"
+    finding: dict[str, Any] = dict(
+        likely=("fully-masked-row-nan",),
+        advice="A softmax over nothing is NaN, and NaN times a zero weight is NaN: let padding see itself, and fill masked "
+        "scores so that no row is empty.",
+    )
+    bad = (~logits.isfinite()).nonzero()
+    if len(bad):
+        row, t = int(bad[0, 0]), int(bad[0, 1])
+        which = "a real token" if bool(mask[row, t]) else "padding"
+        where = first_bad(model, lambda: subject.logits(model, tokens, mask), lambda x: bool((~x.isfinite()).any()))
+        fail(f"{says} the logits of {which} are not finite: first in row {row} at position {t}", where=where, **finding)
+    logits[mask].square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            fail(
+                f"{says} the loss over real tokens gives {name} a gradient that is not finite",
+                **finding,
+                parameter=name,
+            )
+    if not training:
+        rest = [row for row in range(len(tokens)) if row != 1]
+        want = call(subject, model, tokens[rest], mask[rest])
+        bound = precision(subject).bound(want)
+        expect_close(
+            logits[rest], want, bound=bound, says=f"{says} the other rows are not what they are without it", **finding
+        )
+
+
+@needs(*CONTRACT, ONES)
+def check_mask_types_agree(subject: Any) -> None:
+    """A mask of 0 and 1 as int or float means what the bool mask means, or is refused."""
+    expect_takes_mask(subject)
+    model, T = precise(subject), length(subject)
+    tokens = every_id(subject, T, rows=5, seed=subject.seed)
+    refused = []
+    for side in SIDES:
+        mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
+        want = call(subject, model, tokens, mask)
+        for dtype in (torch.int64, torch.uint8, torch.float32, torch.float64):
+            name = str(dtype).removeprefix("torch.")
+            try:
+                got = call(subject, model, tokens, mask.to(dtype))
+            except Exception as error:
+                refused.append(f"{name}: {type(error).__name__}")
+                continue
+            expect_close(
+                got[mask],
+                want[mask],
+                bound=precision(subject).bound(want),
+                says=f"a mask of 0 and 1 as {name} (padding: {side}) is read, and means something else than as bool",
+                axes=("real token", "symbol"),
+                likely=("float-mask-added", "bool-mask-added-as-float"),
+                advice="scaled_dot_product_attention adds a float mask to the scores: convert with .bool() first, or refuse.",
+            )
+    note(refused=sorted(set(refused)))
+
+
+@needs(*CONTRACT)
+def check_packed_documents_stay_apart(subject: Any) -> None:
+    """Documents packed into one row, with their ids given, get the logits of each by itself."""
+    name = takes(subject, NAMED_DOCUMENTS)
+    if name is None:
+        raise NotApplicable("forward takes no document ids")
+    model, T = precise(subject), length(subject)
+    for cuts in ((T // 2,), (1, T // 3), (2, 3, T - 1)):
+        bounds = [0, *cuts, T]
+        tokens = subject.tokens(2, T, seed=subject.seed)
+        ids = torch.zeros_like(tokens)
+        for cut in cuts:
+            ids[:, cut:] += 1
+        got = call(subject, model, tokens, way=Way("with document ids", more={name: ids}))
+        for document, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            want = call(subject, model, tokens[:, start:end].contiguous())
+            expect_close(
+                got[:, start:end],
+                want,
+                bound=precision(subject).bound(want),
+                says=f"document {document} (tokens {start} to {end - 1} of {T}) packed behind others is not read as by itself",
+                likely=("packing-cross-contamination", "packing-positions-not-reset"),
+                advice="Attend where the document ids are equal, and count positions from the start of each document.",
+                document=document,
+            )
+
+
+@st.composite
+def compositions(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
+    """A batch in a certain order, its rows padded or not, in eval or in train mode."""
+    rows = draw(st.integers(2, 5))
+    return dict(
+        order=draw(st.permutations(range(rows))),
+        length=draw(st.integers(1, length(subject))),
+        padding=draw(st.sampled_from((None, "right", "left") if subject.takes_mask else (None,))),
+        training=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@needs(*CONTRACT)
+@drawn(case=compositions)
+def check_rows_do_not_touch(subject: Any, case: dict[str, Any]) -> None:
+    """A row's logits are its own: alone, in another order, beside other rows, in eval and in train mode."""
+    model, order, T = shared(subject), case["order"], case["length"]
+    tokens = subject.tokens(len(order), T, seed=case["seed"])
+    mask = None
+    if case["padding"] is not None:
+        mask = ragged(len(order), T, case["padding"], seed=case["seed"]).to(subject.device)
+    expect_unmoved_by_other_rows(subject, model, tokens, mask, TRAIN if case["training"] else EVAL)
+    whole = call(subject, model, tokens, mask)
+    finding: dict[str, Any] = dict(
+        bound=precision(subject).bound(whole),
+        likely=("head-batch-axes-confused", "batch-statistics", "mask-repeated-in-wrong-head-batch-order"),
+        advice="Look for view or reshape over the batch axis, means over it, and masks repeated in another order.",
+    )
+    got = call(subject, model, tokens[order], None if mask is None else mask[order])
+    expect_close(got, whole[order], says=f"rows in the order {order} get other logits than in their own", **finding)
+    for row in range(len(order)):
+        alone = call(subject, model, tokens[row : row + 1], None if mask is None else mask[row : row + 1])
+        says = f"row {row} of {len(order)} gets other logits in the batch than alone"
+        expect_close(whole[row : row + 1], alone, says=says, **finding)
+
+
+def expect_unmoved_by_other_rows(subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor | None, way: Way) -> None:
+    """At equal shape, under one seed of dropout: other tokens in every other row."""
+    others = subject.tokens(*tokens.shape, seed=subject.seed + 7)
+    before = call(subject, model, tokens, mask, way)
+    bound = precision(subject).bound(before)
+    for row in range(len(tokens)):
+        changed = others.clone()
+        changed[row] = tokens[row]
+        after = call(subject, model, changed, mask, way)
+        move = float(moved(before, after)[row].max())
+        if move > bound.size:
+            fail(
+                f"other tokens in the other rows change the logits of row {row} of {len(tokens)}, by "
+                f"{move / spread(before):.3g} standard deviations, {way.name}; allowed {bound}",
+                where=row_mixer(subject, model, (tokens, changed), mask, way, row),
+                likely=("head-batch-axes-confused", "batch-statistics", "mask-repeated-in-wrong-head-batch-order"),
+                row=row,
+            )
+
+
+def row_mixer(
+    subject: Any, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor | None, way: Way, row: int
+) -> Where | None:
+    """The first module whose output for a row depends on another row."""
+
+    def breaks(one: Tensor, other: Tensor) -> bool:
+        rows = one.shape[:1] == (len(tokens[0]),)
+        return rows and bool(((one[row] != other[row]) & ~(one[row].isnan() & other[row].isnan())).any())
+
+    runs = [lambda x=x: call(subject, model, x, mask, way) for x in tokens]
+    return first_breaking(model, *runs, breaks)
