@@ -14,7 +14,7 @@ from pathlib import Path
 THEMES = (
     "contract", "modes", "causality", "masking", "positions",
     "initialization", "gradients", "numerics", "portability",
-    "loss", "generation", "training", "checkpoint", "spec", "sanity",
+    "loss", "data", "generation", "training", "checkpoint", "spec", "sanity",
 )  # fmt: skip
 
 

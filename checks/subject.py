@@ -220,7 +220,10 @@ def _own(what: str, parts: dict[str, Any] | None, checkpoint: str | None, declar
     if checkpoint is not None:
         raise UsageError(f"--checkpoint goes with a model of yours, not with {what}")
     subject = reference(**declared) if what == "transformer" else _bug(what.removeprefix("bug:")).subject(**declared)
-    vars(subject.parts).update(given_parts(parts or {}))
+    others = given_parts(parts or {})
+    if others:
+        subject.parts.declares = {}  # what the reference says of its own parts holds for no others
+    vars(subject.parts).update(others)
     return subject
 
 
