@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,8 +69,9 @@ def expect_pads_unread(subject: Any, model: nn.Module, side: str, way: Way) -> N
         if len(hits):
             row, t = (int(i) for i in hits[0])
             fail(
-                f"other ids in the padding on the {side} change the logits of real tokens: first in row {row} at position "
-                f"{t}, by {float(moves[row, t]) / spread(before):.3g} standard deviations, {way.name}; allowed {bound}",
+                f"other ids in the padding on the {side} change the logits of real tokens: first in row {row} at "
+                f"position {t}, by {float(moves[row, t]) / spread(before):.3g} standard deviations of the logits, "
+                f"{way.name}; allowed {bound}",
                 where=pad_reader(subject, model, (tokens, other), mask, way),
                 likely=likely_readers(subject, model, (tokens, other), mask, way, row),
                 advice=ADVICE,
@@ -98,8 +101,8 @@ def pad_reader(subject: Any, model: nn.Module, tokens: tuple[Tensor, Tensor], ma
         differ = ((one != other) & ~(one.isnan() & other.isnan())).movedim(time, 1).flatten(2).any(dim=2)
         return bool((differ & mask).any())
 
-    runs = [lambda x=x: call(subject, model, x, mask, way) for x in tokens]
-    return first_breaking(model, *runs, breaks)
+    one, other = (partial(call, subject, model, x, mask, way) for x in tokens)
+    return first_breaking(model, one, other, breaks)
 
 
 @st.composite
@@ -161,7 +164,7 @@ def takes(subject: Any, named: re.Pattern) -> str | None:
 
 @needs(*CONTRACT, ONES, CONTENT)
 def check_rows_of_padding_do_no_harm(subject: Any) -> None:
-    """Padding gives finite logits and gradients, and a row that is nothing but padding leaves the others as they were."""
+    """Padding gives finite logits and gradients, and a row of nothing but padding leaves the others as they were."""
     expect_takes_mask(subject)
     T = length(subject)
     tokens = every_id(subject, T, rows=5, seed=subject.seed)
@@ -178,8 +181,7 @@ def expect_harmless(subject: Any, tokens: Tensor, mask: Tensor, side: str, train
     says = f"with padding on the {side} and row 1 nothing but padding, in {'train' if training else 'eval'} mode,"
     finding: dict[str, Any] = dict(
         likely=("fully-masked-row-nan",),
-        advice="A softmax over nothing is NaN, and NaN times a zero weight is NaN: let padding see itself, and fill masked "
-        "scores so that no row is empty.",
+        advice="A softmax over nothing is NaN, and NaN times a zero weight is NaN: let every padded token see itself.",
     )
     bad = (~logits.isfinite()).nonzero()
     if len(bad):
@@ -198,10 +200,8 @@ def expect_harmless(subject: Any, tokens: Tensor, mask: Tensor, side: str, train
     if not training:
         rest = [row for row in range(len(tokens)) if row != 1]
         want = call(subject, model, tokens[rest], mask[rest])
-        bound = precision(subject).bound(want)
-        expect_close(
-            logits[rest], want, bound=bound, says=f"{says} the other rows are not what they are without it", **finding
-        )
+        says = f"{says} the other rows are not what they are without it"
+        expect_close(logits[rest], want, bound=precision(subject).bound(want), says=says, **finding)
 
 
 @needs(*CONTRACT, ONES)
@@ -228,7 +228,7 @@ def check_mask_types_agree(subject: Any) -> None:
                 says=f"a mask of 0 and 1 as {name} (padding: {side}) is read, and means something else than as bool",
                 axes=("real token", "symbol"),
                 likely=("float-mask-added", "bool-mask-added-as-float"),
-                advice="scaled_dot_product_attention adds a float mask to the scores: convert with .bool() first, or refuse.",
+                advice="scaled_dot_product_attention adds a float mask to the scores: convert with .bool(), or refuse.",
             )
     note(refused=sorted(set(refused)))
 
@@ -247,13 +247,13 @@ def check_packed_documents_stay_apart(subject: Any) -> None:
         for cut in cuts:
             ids[:, cut:] += 1
         got = call(subject, model, tokens, way=Way("with document ids", more={name: ids}))
-        for document, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for document, (start, end) in enumerate(pairwise(bounds)):
             want = call(subject, model, tokens[:, start:end].contiguous())
             expect_close(
                 got[:, start:end],
                 want,
                 bound=precision(subject).bound(want),
-                says=f"document {document} (tokens {start} to {end - 1} of {T}) packed behind others is not read as by itself",
+                says=f"document {document}, tokens {start} to {end - 1} of {T} in a packed row, is not read as by itself",
                 likely=("packing-cross-contamination", "packing-positions-not-reset"),
                 advice="Attend where the document ids are equal, and count positions from the start of each document.",
                 document=document,
@@ -326,5 +326,5 @@ def row_mixer(
         rows = one.shape[:1] == (len(tokens[0]),)
         return rows and bool(((one[row] != other[row]) & ~(one[row].isnan() & other[row].isnan())).any())
 
-    runs = [lambda x=x: call(subject, model, x, mask, way) for x in tokens]
-    return first_breaking(model, *runs, breaks)
+    one, other = (partial(call, subject, model, x, mask, way) for x in tokens)
+    return first_breaking(model, one, other, breaks)
