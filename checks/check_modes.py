@@ -61,8 +61,8 @@ def _masks(subject: Any, tokens: Tensor) -> Iterator[tuple[str, Tensor | None]]:
 
 @needs(*CONTRACT)
 def check_eval_repeats_itself(subject: Any) -> None:
-    """In evaluation mode the same tokens give the same logits, whatever was drawn or read in between."""
-    model, tokens, others = _model(subject), _tokens(subject), _tokens(subject, seed=1)
+    """In evaluation mode the same tokens give the same logits to the bit, whatever the random state."""
+    model, tokens = _model(subject), _tokens(subject)
     for given, mask in _masks(subject, tokens):
         again = partial(_run, subject, model, tokens, mask=mask)
         first = again(1)
@@ -76,14 +76,6 @@ def check_eval_repeats_itself(subject: Any) -> None:
             advice="every F.dropout needs training=self.training, every dropout_p a 0 in evaluation mode, and every "
             "nn.Dropout must be made in __init__",
         )  # fmt: skip
-        _run(subject, model, others, 1, mask)
-        expect_same(
-            again(1),
-            first,
-            says=f"in evaluation mode reading other tokens changes what the same tokens give afterwards ({given})",
-            likely=("eval-updates-running-statistics",),
-            advice="nothing that a forward computes may stay behind in the module, a cache handed in excepted",
-        )
 
 
 @needs(*CONTRACT)

@@ -226,10 +226,19 @@ def line_now() -> Where | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        bugs = file.startswith(os.path.join(OURS, "bugs"))
-        if not file.startswith(TORCH) and (bugs or not file.startswith(OURS)) and not file.startswith("<"):
+        if not file.startswith((TORCH, "<")) and not _is_ours(file):
             owner = frame.f_locals.get("self")
             kind = type(owner).__name__ if owner is not None else ""
             return Where(frame.f_code.co_name, kind, shown(file), frame.f_lineno)
         frame = frame.f_back
     return None
+
+
+def called_by_checks() -> bool:
+    """Whether the caller of the calling function is a check, and not the subject."""
+    return _is_ours(sys._getframe(2).f_code.co_filename)
+
+
+def _is_ours(file: str) -> bool:
+    """The bugs are not: they play the subject."""
+    return file.startswith(OURS) and not file.startswith(os.path.join(OURS, "bugs"))

@@ -1,0 +1,337 @@
+"""Every trainable weight gets the gradient that the forward has, in both modes, and no row gets another row's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.check_causality import watched_embeddings
+from checks.expect import NotApplicable, Where, advise, fail, needs, note
+from checks.precision import precision
+from checks.randomness import seeded
+from checks.subject import ABSENCE, EXISTENCE
+from checks.where import Call, each, locate, recorded
+
+CONTRACT = ("check_contract.check_logits_have_shape",)
+ROWS = 4
+MOST = 24  # parameters whose gradient is compared
+STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+RATE = 0.3
+
+
+def _value(subject: Any, model: nn.Module, tokens: Tensor) -> Tensor:
+    """A fixed random mean of the logits, under a fixed random state: smooth, and every logit matters."""
+    with seeded(subject.seed):
+        logits = subject.logits(model, tokens)
+    return _weighted([logits])
+
+
+def _weighted(outputs: list[Tensor]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
+    for out in outputs:
+        weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
+        total = total + (weights * out).sum() / max(out.numel(), 1) ** 0.5
+    return total
+
+
+def _tokens(subject: Any, seed: int = 0) -> Tensor:
+    return subject.tokens(ROWS, subject.sizes.block_size, seed=subject.seed + seed)
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point() and p.numel()}
+
+
+def _backward(model: nn.Module, objective: Callable[[], Tensor]) -> dict[str, Tensor | None]:
+    """Gradients by parameter name. A graph that cannot be walked back is a finding, not a crash."""
+    model.zero_grad(set_to_none=True)
+    value = objective()
+    if not value.requires_grad:
+        fail(
+            "the logits have no gradient at all: somewhere the graph is cut",
+            likely=("embedding-no-grad",),
+            advice="look for torch.no_grad(), .detach(), .data or .item() in the forward",
+        )
+    try:
+        value.backward()
+    except RuntimeError as error:
+        if "inplace" not in str(error) and "in-place" not in str(error):
+            raise
+        fail(
+            f"backward fails: {str(error).split('. Hint')[0]}",
+            likely=("inplace-op-breaks-autograd",),
+            advice="write x = x + y for x += y, and masked_fill for masked_fill_, where a gradient needs the old x",
+        )
+    return {name: parameter.grad for name, parameter in _trainable(model).items()}
+
+
+@needs(*CONTRACT)
+def check_every_parameter_gets_a_gradient(subject: Any) -> None:
+    """Every trainable parameter gets a finite gradient that is not zero, from one of a few draws of the weights."""
+    draws = (EXISTENCE[1], None, ABSENCE) * 2  # an expert may see no token of one batch, a gate may be shut by one draw
+    missing: dict[str, str] | None = None
+    for number, scheme in enumerate(draws):
+        model = subject.amplified(scheme, seed=subject.seed + number, dtype=torch.float32)
+        without = _without_gradient(subject, model, _tokens(subject, number))
+        missing = without if missing is None else {name: why for name, why in without.items() if name in missing}
+        if not missing:
+            return
+    lone = {name for name, parameter in model.named_parameters() if parameter.numel() == 1}
+    if scalars := sorted(lone & set(missing or {})):
+        advise(f"the scalar {', '.join(scalars)} gets no gradient")
+    left = {name: why for name, why in (missing or {}).items() if name not in lone}
+    if left:
+        _blame_missing(model, left)
+
+
+def _without_gradient(subject: Any, model: nn.Module, tokens: Tensor) -> dict[str, str]:
+    """The parameters without a gradient, and what they have instead."""
+    gradients = _backward(model, partial(_value, subject, model, tokens))
+    for name, gradient in gradients.items():
+        if gradient is not None and not bool(gradient.isfinite().all()):
+            fail(
+                f"the gradient of {name} is not finite, although the logits are",
+                where=_owner(model, name),
+                likely=("softmax-over-nothing",),
+                advice="look for a root or a logarithm of 0, a division by it, or NaN that torch.where only hides",
+                parameter=name,
+            )
+    return {
+        name: "none" if gradient is None else "exactly 0"
+        for name, gradient in gradients.items()
+        if gradient is None or not bool(gradient.any())
+    }
+
+
+def _owner(model: nn.Module, parameter: str) -> Where:
+    return locate(model, parameter.rpartition(".")[0] or type(model).__name__)
+
+
+def _blame_missing(model: nn.Module, missing: dict[str, str]) -> None:
+    first = next(iter(missing))
+    others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+    nothing = all(why == "none" for why in missing.values())
+    fail(
+        f"{first}{others} {'get' if others else 'gets'} no gradient ({missing[first]}): "
+        f"{'they stay' if others else 'it stays'} as drawn, however long the model trains",
+        where=_owner(model, first),
+        likely=("last-block-skipped", "norm-reused", "no-output-projection", "embedding-no-grad") if nothing else
+        ("residual-doubled", "v-detached"),
+        advice="it is not used in the forward, or only under no_grad, or what it computes is thrown away",
+        parameters=missing,
+    )  # fmt: skip
+
+
+@needs(*CONTRACT)
+def check_gradients_equal_finite_differences(subject: Any) -> None:
+    """What backward gives is the slope of what forward computes, for every parameter."""
+    _expect_slopes(subject, _finest(subject).eval(), "")
+
+
+@needs(*CONTRACT, "check_gradients.check_gradients_equal_finite_differences")
+def check_training_gradients_equal_finite_differences(subject: Any) -> None:
+    """In training mode too, under one dropout mask, backward gives the slope of what forward computes."""
+    model = _finest(subject, **(dict(dropout=RATE) if subject.can_vary("dropout") else {})).train()
+    tokens = _tokens(subject)
+    with torch.no_grad():
+        one, two = (_value(subject, model, tokens) for _ in range(2))
+    if not torch.equal(one, two):
+        raise NotApplicable("training forwards under the same seed differ")
+    _expect_slopes(subject, model, " in training mode")
+
+
+def _finest(subject: Any, **sizes: Any) -> nn.Module:
+    return subject.amplified(EXISTENCE[1], seed=subject.seed, dtype=precision(subject).dtype, **sizes)
+
+
+def _expect_slopes(subject: Any, model: nn.Module, mode: str) -> None:
+    tokens, exact = _tokens(subject)[:2], precision(subject).inside == torch.float64
+    value = partial(_value, subject, model, tokens)
+    with seeded(subject.seed):
+        gradients = _backward(model, value)
+    parameters = _trainable(model)
+    largest = max((float(g.norm()) for g in gradients.values() if g is not None), default=0.0)
+    names = _some(list(parameters), subject.seed)
+    flat, margins = [], {}
+    for name in names:
+        gradient, parameter = gradients[name], parameters[name]
+        direction = _direction([parameter], subject.seed)
+        slope = 0.0 if gradient is None else float((gradient * direction[0]).sum())
+        tried = _differences(value, [parameter], direction, slope, largest, exact)
+        if tried.flat and slope:
+            flat.append(name)
+        elif tried.wrong:
+            _blame_slope(name, slope, tried, mode, _culprit(subject, model, tokens, exact))
+        margins[name] = tried.error / tried.bound
+    note(largest_margin=max(margins.values(), default=0.0), parameters=len(names))
+    if flat:
+        advise(
+            f"{', '.join(flat)}: small changes change nothing, yet there is a gradient. A straight-through estimator?"
+        )
+
+
+def _some(names: list[str], seed: int) -> list[str]:
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [names[i] for i in sorted(order[:MOST])]
+
+
+def _direction(tensors: list[Tensor], seed: int) -> list[Tensor]:
+    """A random direction of length 1."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in tensors]
+    length = sum(float(d.pow(2).sum()) for d in drawn) ** 0.5 or 1.0
+    return [d / length for d in drawn]
+
+
+@dataclass
+class _Difference:
+    """A slope by finite differences, and how far autograd's may be from it."""
+
+    slope: float
+    error: float  # of autograd's
+    apart: float  # from the slope at ten times the step
+    bound: float
+    flat: bool = False  # the function does not move at all under small steps
+
+    @property
+    def wrong(self) -> bool:
+        return not self.error <= self.bound
+
+
+def _differences(
+    value: Callable[[], Tensor],
+    tensors: list[Tensor],
+    direction: list[Tensor],
+    slope: float,
+    largest: float,
+    exact: bool,
+) -> _Difference:
+    """Central differences at the step where they agree best with those at ten times the step.
+
+    The bound: 30 times that disagreement, a thousandth of the slope, a millionth of the largest gradient.
+    """
+    relative, floor = (1e-3, 1e-6) if exact else (1e-2, 1e-3)
+    found: dict[float, float] = {}
+
+    def at(step: float) -> float:
+        if step not in found:
+            found[step] = _central(value, tensors, direction, step)
+        return found[step]
+
+    def judged(step: float) -> _Difference:
+        apart = abs(at(step) - at(10 * step))
+        error = abs(slope - at(step))
+        return _Difference(at(step), error, apart, 30 * apart + relative * abs(at(step)) + floor * largest)
+
+    quick = judged(1e-4)
+    if quick.error <= relative * abs(quick.slope) + floor * largest:
+        return quick
+    best = min((judged(step) for step in STEPS[:-1]), key=lambda tried: tried.apart)
+    best.flat = all(at(step) == 0 for step in STEPS[:3])
+    return best
+
+
+def _central(value: Callable[[], Tensor], tensors: list[Tensor], direction: list[Tensor], step: float) -> float:
+    kept = [t.detach().clone() for t in tensors]
+    ends = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            for t, before, d in zip(tensors, kept, direction, strict=True):
+                t.copy_(before + sign * step * d)
+            ends.append(float(value()))
+        for t, before in zip(tensors, kept, strict=True):
+            t.copy_(before)
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+def _blame_slope(name: str, slope: float, tried: _Difference, mode: str, where: Where | None) -> None:
+    share = slope / tried.slope if tried.slope else float("inf")
+    fail(
+        f"the gradient of {name}{mode} is not the slope of the forward: along a random direction backward says "
+        f"{slope:.6g}, finite differences {tried.slope:.6g} (a ratio of {share:.3g}); off by {tried.error:.2g}, "
+        f"allowed {tried.bound:.1e}",
+        where=where,
+        likely=("checkpoint-recompute-rng", "gradient-wrong-in-training") if mode else
+        ("residual-detached", "embedding-no-grad", "head-detached", "v-detached", "backward-of-its-own-wrong"),
+        advice="look for .detach(), .data, torch.no_grad(), an in-place change of a saved tensor, or a backward of its "
+        "own, in what lies between this weight and the logits",
+        parameter=name,
+        backward=slope,
+        differences=tried.slope,
+        bound=tried.bound,
+    )  # fmt: skip
+
+
+def _culprit(subject: Any, model: nn.Module, tokens: Tensor, exact: bool) -> Where | None:
+    """The first module, in execution order, that by itself, at the inputs it had, has a backward unlike its forward."""
+    with torch.no_grad(), seeded(subject.seed), recorded(model) as calls:
+        subject.logits(model, tokens)
+    for call in calls:
+        module = model if call.module == type(model).__name__ else model.get_submodule(call.module)
+        if _wrong_by_itself(module, call, subject.seed, exact):
+            return locate(model, call.module)
+    return None
+
+
+def _wrong_by_itself(module: nn.Module, call: Call, seed: int, exact: bool) -> bool:
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        leaves.append(tensor.clone().requires_grad_())
+        return leaves[-1]
+
+    args, kwargs = each((call.args, call.kwargs), leaf)
+
+    def value() -> Tensor:
+        given, named = each((args, kwargs), torch.clone)
+        outputs: list[Tensor] = []
+        with seeded(seed):
+            each(module(*given, **named), lambda out: outputs.append(out) or out)  # type: ignore[func-returns-value]
+        return _weighted([out for out in outputs if out.is_floating_point()])
+
+    try:
+        everything = leaves + list(_trainable(module).values())
+        with seeded(seed):
+            gradients = torch.autograd.grad(value(), everything, allow_unused=True)
+        direction = _direction(everything, seed)
+        slope = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True) if g is not None)
+        largest = max((float(g.norm()) for g in gradients if g is not None), default=0.0)
+        return _differences(value, everything, direction, slope, largest, exact).wrong
+    except Exception:  # a module may not run outside its model; then it cannot be judged by itself
+        return False
+
+
+@needs(*CONTRACT)
+def check_rows_get_their_own_gradient(subject: Any) -> None:
+    """The loss of one row has no gradient with respect to the embeddings of another."""
+    model, tokens = _finest(subject), _tokens(subject)
+    with watched_embeddings(model, tokens) as embeddings:
+        logits = subject.logits(model, tokens)
+    if not embeddings or not logits.requires_grad:
+        raise NotApplicable("no module takes the token ids and gives their embeddings")
+    for row in range(ROWS):
+        for embedding in embeddings:
+            (gradient,) = torch.autograd.grad(_weighted([logits[row]]), embedding, retain_graph=True, allow_unused=True)
+            if gradient is None or ROWS not in gradient.shape:
+                continue
+            others = gradient.movedim(gradient.shape.index(ROWS), 0).flatten(1).abs().amax(dim=1)
+            others[row] = 0
+            if bool(others.any()):
+                other = int(others.nonzero()[0])
+                fail(
+                    f"the logits of row {row} have a gradient of {float(others[other]):.3g} with respect to the "
+                    f"embeddings of row {other}: rows of a batch teach each other",
+                    likely=("norm-over-batch", "row-gradient-leak"),
+                    advice="look for a mean, a norm or a softmax over the axis of rows, and for views that mix rows "
+                    "and heads",
+                    row=row,
+                    other=other,
+                )
