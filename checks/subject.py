@@ -240,7 +240,7 @@ def _bug(id: str) -> Any:
 
 def reference_parts(**config: Any) -> SimpleNamespace:
     """The parts of the reference, to be replaced one at a time; `config` fixes fields of its ModelConfig."""
-    from transformer import checkpoint, data, loss, trainer
+    from transformer import checkpoint, data, generation, loss, trainer
     from transformer.model import ModelConfig, Transformer
 
     def build_model(**sizes: Any) -> nn.Module:
@@ -249,6 +249,7 @@ def reference_parts(**config: Any) -> SimpleNamespace:
     return SimpleNamespace(
         build_model=build_model,
         loss=loss.next_token_loss,
+        generate=generation.generate,
         objective=trainer.next_token_objective,
         trainer=trainer.Trainer,
         pad_batch=data.pad_batch,
