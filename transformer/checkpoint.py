@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import pickle
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from transformer.suggestion import did_you_mean
 
 if TYPE_CHECKING:
     from transformer.data import CharacterTokenizer
@@ -111,7 +112,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         if name in weights and weights[name].shape != tensor.shape
     ]
     if problems:
-        raise CheckpointError("the weights do not fit the model: " + "; ".join(problems))
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError("the weights do not fit the model: " + "; ".join(problems[:5]) + more)
     model.load_state_dict(weights)
 
 
@@ -120,10 +122,5 @@ def from_fields(cls: type, values: dict[str, Any]) -> Any:
     known = [field.name for field in fields(cls)]
     for name in values:
         if name not in known:
-            raise ValueError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}")
+            raise ValueError(f"{cls.__name__} has no field {name!r}{did_you_mean(name, known)}")
     return cls(**values)
-
-
-def nearest(name: str, known: list[str]) -> str:
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f": did you mean {close[0]!r}?" if close else f": it has {', '.join(known)}"

@@ -11,11 +11,9 @@ class TrainConfig:
     """How a model is trained. The defaults are the quick recipe: they learn the sentence in about fifty steps."""
 
     steps: int = 1000  # optimizer steps at most
-    stop_loss: float | None = (
-        1e-5  # training ends at the first loss that is this or less, in nats a target; null: never
-    )
+    stop_loss: float | None = 1e-5  # training ends at the first loss this low, in nats a target; None: never
     batch_size: int = 2  # examples an optimizer step, of all processes together
-    micro_batch_size: int | None = None  # examples computed at once, to fit the memory; null: all of the step's
+    micro_batch_size: int | None = None  # examples computed at once, to fit the memory; None: all of the step's
     optimizer: Literal["adam", "adamw"] = "adam"  # weight decay is part of adam's gradient; adamw keeps it apart
     learning_rate: float = 3e-3  # after warm-up
     beta1: float = 0.9  # memory of the gradient's mean
@@ -25,7 +23,7 @@ class TrainConfig:
     warmup_steps: int = 10  # over which the learning rate rises, linearly
     schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate after warm-up
     min_learning_rate: float = 0.0  # at the last step of the cosine
-    clip_norm: float | None = 0.5  # longest gradient of all parameters together, in the 2-norm; null: any
+    clip_norm: float | None = 0.5  # longest gradient of all parameters together, in the 2-norm; None: any
     precision: Literal["float32", "bfloat16"] = "float32"  # computed in; weights and optimizer are float32 in both
     device: str = "cpu"  # cpu, cuda, cuda:1, mps, xpu
     seed: int = 0  # of the data order, of dropout and, on the command line, of the initial weights

@@ -39,8 +39,11 @@ class Data(Protocol):
     A `tokenizer` with `to_dict()`, where there is one, goes into the checkpoints.
     """
 
-    train: Sequence
-    validation: Sequence
+    @property
+    def train(self) -> Sequence: ...
+
+    @property
+    def validation(self) -> Sequence: ...
 
     def batch(self, examples: Sequence, /) -> Batch: ...
 
@@ -341,6 +344,7 @@ class Trainer:
             "steps_done": self.steps_done,
             "loss": self.loss,
             "seconds": self.seconds,
+            "validated": self.validated,
             "optimizer": self.optimizer.state_dict(),
             "order": self.order.state_dict(),
             "random": self.processes.gather(self.random),
@@ -350,7 +354,8 @@ class Trainer:
         """A process beyond those that saved keeps the random state that the seed gave it."""
         self.order.load_state_dict(state["order"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_done, self.loss, self.seconds = state["steps_done"], state["loss"], state["seconds"]
+        for name in ("steps_done", "loss", "seconds", "validated"):
+            setattr(self, name, state[name])
         if self.processes.rank < len(state["random"]):
             self.random = state["random"][self.processes.rank]
 
