@@ -31,9 +31,7 @@ def held_outside(model: nn.Module) -> list[Held]:
     known = {id(x) for x in (*model.parameters(), *model.buffers(), *model.modules())}
     found: dict[int, Held] = {}
     for name, module in model.named_modules():
-        registers = ("_parameters", "_buffers", "_modules")
-        plain = {key: value for key, value in vars(module).items() if key not in registers}
-        for held in _search(plain, name, DEPTH, known):
+        for held in _search(vars(module), name, DEPTH, known):
             found.setdefault(id(held.value), held)
     return list(found.values())
 
@@ -54,7 +52,7 @@ def _items(holder: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(holder, list | tuple):
         yield from enumerate(holder)
     elif type(holder).__module__.split(".")[0] not in ("builtins", "torch", "collections", "typing", "types"):
-        yield from getattr(holder, "__dict__", {}).items() if not callable(holder) else ()
+        yield from getattr(holder, "__dict__", {}).items()
 
 
 def _setter(holder: Any, key: Any) -> Callable[[Any], None]:
