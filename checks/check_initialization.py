@@ -34,7 +34,7 @@ def _fresh(subject: Any, seed: int = 0, **sizes: Any) -> nn.Module:
 @needs(*CONTRACT)
 def check_loss_starts_near_uniform(subject: Any) -> None:
     """A model that has learned nothing gives every next token about the same probability: a loss near ln V."""
-    if not _weights_depend_on_the_seed(subject):
+    if not subject.builds_afresh or not _drawn(subject):
         raise NotApplicable("no weight depends on the seed: they may be trained")
     V, losses = subject.sizes.vocab_size, []
     for seed in range(SEEDS):
@@ -69,20 +69,20 @@ def _widest(model: nn.Module) -> dict[str, float]:
     return dict(sorted(spreads.items(), key=lambda item: -item[1])[:3])
 
 
-def _weights_depend_on_the_seed(subject: Any) -> bool:
-    one, other = (dict(_fresh(subject, seed).named_parameters()) for seed in (0, 1))
-    return any(name not in other or _apart(value, other[name]) for name, value in one.items())
+def _drawn(subject: Any) -> set[str]:
+    """The parameters whose values are random: another seed gives others. Of an instance, those that look random."""
+    one = _state(_fresh(subject))
+    if not subject.builds_afresh:
+        return {name for name, value in one.items() if value.dim() > 1 and 2 * len(value.unique()) > value.numel()}
+    other = _state(_fresh(subject, seed=1))
+    return {name for name, value in one.items() if name in other and _apart(value, other[name])}
 
 
 @needs(*CONTRACT)
 def check_layers_start_different(subject: Any) -> None:
     """No two layers, heads or experts start from the same random weights."""
-    one, other = _fresh(subject), _fresh(subject, seed=1)
-    drawn = dict(one.named_parameters())
-    others = dict(other.named_parameters())
-    random = {  # what does not depend on the seed is no copy but a constant: zeros, slopes, an identity
-        name: value for name, value in drawn.items() if name in others and _apart(value, others[name])
-    }
+    model, drawn = _fresh(subject), _drawn(subject)
+    random = {name: value for name, value in model.named_parameters() if name in drawn}
     families: dict[str, list[str]] = defaultdict(list)
     for name in random:
         families[_without_numbers(name)].append(name)
@@ -93,7 +93,7 @@ def check_layers_start_different(subject: Any) -> None:
         for i, first in enumerate(names):
             for second in names[i + 1 :]:
                 if not _apart(random[first], random[second]):
-                    _blame_copy(one, first, second)
+                    _blame_copy(model, first, second)
 
 
 def _without_numbers(name: str) -> str:
@@ -120,6 +120,8 @@ def _blame_copy(model: nn.Module, first: str, second: str) -> None:
 @needs(*CONTRACT)
 def check_seed_decides_the_weights(subject: Any) -> None:
     """The same seed gives the same weights, another seed others."""
+    if not subject.builds_afresh:
+        raise NotApplicable("an instance was handed in: it is not built again")
     one, again, other = (_state(_fresh(subject, seed)) for seed in (0, 0, 1))
     for name, value in one.items():
         if _apart(value, again[name]):
