@@ -25,6 +25,8 @@ CHECKS = Path(__file__).parent
 DEFAULT_MODEL = "transformer"
 SPECS = ("auto", "gpt2", "llama")
 
+OURS = pytest.StashKey[set[str]]()  # the options that are ours in this run
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "--model": dict(
         action="append",
@@ -53,13 +55,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_load_initial_conftests(parser: pytest.Parser) -> Iterator[None]:
+def pytest_load_initial_conftests(early_config: pytest.Config, parser: pytest.Parser) -> Iterator[None]:
     """Options are added after the conftests had their turn: where one defines `--gpu` itself, theirs stays theirs."""
     yield
     group = parser.getgroup("transformer-checks", "transformer-checks")
+    ours = early_config.stash.setdefault(OURS, set())
     for name, attributes in OPTIONS.items():
         with contextlib.suppress(ValueError, argparse.ArgumentError):
             group.addoption(name, **attributes)
+            ours.add(name)
 
 
 @pytest.hookimpl(trylast=True)
@@ -83,14 +87,16 @@ class Run:
         self._subjects: list[Subject] | None = None
 
     def option(self, name: str, default: Any = None) -> Any:
-        """An option's value; another plugin's option of the same name and another type is not ours."""
-        value = self.config.getoption(name.strip("-").replace("-", "_"), None)
+        """An option's value; an option of this name that a conftest defined is not ours to read."""
+        if f"--{name}" not in self.config.stash.get(OURS, ()):
+            return default
+        value = self.config.getoption(OPTIONS[f"--{name}"].get("dest", name.replace("-", "_")))
         return default if value is None else value
 
     @property
     def asked(self) -> bool:
         """Whether the command line is about a subject."""
-        return isinstance(self.option("model"), list) or self.option("gpu") is True
+        return bool(self.option("model") or self.option("gpu"))
 
     @property
     def seed(self) -> int:
@@ -116,7 +122,7 @@ class Run:
             device=self._device(),
             causal=not self.option("not-causal", False),
             checkpoint=self.option("checkpoint"),
-            parts=_parts(self.config.getoption("checks_with", None) or []),
+            parts=_parts(self.option("with", [])),
         )
         if self.option("spec", "auto") not in SPECS:
             raise pytest.UsageError(f"--spec {self.option('spec')}: expected one of {', '.join(SPECS)}")
@@ -141,6 +147,13 @@ class Run:
         return device
 
     # -- collection
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self) -> None:
+        """What is wrong with the command line is said before anything is collected."""
+        self._write_lines("")
+        if self.asked:
+            self.subjects  # noqa: B018
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -237,12 +250,15 @@ class Run:
             self.complaints.append(message)
 
     def _write(self, record: dict[str, Any]) -> None:
+        self._write_lines(lines.line(record) + "\n")
+
+    def _write_lines(self, text: str) -> None:
         path = self.option("verdicts")
         if path is None:
             return
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(lines.line(record) + "\n")
+                file.write(text)
         except OSError as error:
             raise pytest.UsageError(f"--verdicts {path}: {error.strerror}") from None
 

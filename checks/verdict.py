@@ -69,13 +69,15 @@ def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verd
             check(subject)
         except CheckFailed as failure:
             found = failure.finding
-            verdict.outcome, verdict.says, verdict.where = "failed", found.says, found.where
+            verdict.outcome, verdict.says = "failed", found.says
+            verdict.where = found.where or _last_own_line(failure.__context__, subject)
             verdict.evidence, verdict.likely = dict(found.evidence), found.likely
             verdict.advice, verdict.example = found.advice, found.example
         except NotApplicable as reason:
             verdict.outcome, verdict.says, verdict.evidence = "not_applicable", reason.reason, dict(reason.evidence)
         except Exception as error:
-            verdict.outcome, verdict.says, verdict.where = "error", *_crash(error, subject)
+            verdict.outcome, verdict.says = "error", f"{type(error).__name__}: {error}"
+            verdict.where = _last_own_line(error, subject)
     verdict.seconds = round(time.perf_counter() - start, 4)
     verdict.evidence = {**mine.evidence, **verdict.evidence}
     verdict.remarks, verdict.kept = mine.advice, mine.kept
@@ -93,9 +95,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _crash(error: Exception, subject: Any) -> tuple[str, Where | None]:
-    """What to say of an exception, and the last line of the subject's own code that it went through."""
-    frames = traceback.extract_tb(error.__traceback__)
+def _last_own_line(error: BaseException | None, subject: Any) -> Where | None:
+    """The last line of the subject's own code that an exception went through."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
     theirs = [frame for frame in frames if subject.owns(frame.filename)]
-    where = Where(theirs[-1].name, "", theirs[-1].filename, theirs[-1].lineno or 0) if theirs else None
-    return f"{type(error).__name__}: {error}", where
+    return Where(theirs[-1].name, "", theirs[-1].filename, theirs[-1].lineno or 0) if theirs else None

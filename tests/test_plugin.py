@@ -8,6 +8,9 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo  # cannot be imported twice, and each run here forgets what it imported
+
+import checks.subject  # noqa: F401  # imported once for all runs here
 
 pytest_plugins = ("pytester",)
 
@@ -121,7 +124,9 @@ def test_verdict_lines_are_written_as_they_happen(student, pytester):
 
 
 def test_a_process_that_dies_leaves_the_name_of_its_check(pytester):
-    (pytester.path / "dies.py").write_text(CAUSAL.replace("B, T = tokens.shape", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+    (pytester.path / "dies.py").write_text(
+        CAUSAL.replace("B, T = tokens.shape", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    )
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "--model", "dies.py:GPT", "--verdicts", "v.jsonl", *CAUSALITY],
         cwd=pytester.path, capture_output=True,
