@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from checks.expect import NotApplicable
 
 if TYPE_CHECKING:
+    from checks.conventions.masks import MaskForm
     from checks.conventions.meeting import Met
 
 
@@ -135,13 +136,38 @@ class Subject:
         return self.met.logits(model, tokens, **more)
 
     def new_cache(self, model: nn.Module, batch_size: int) -> Any:
-        """An empty key-value cache for `logits`, which fills it; None if the subject has no cache."""
+        """An empty key-value cache for `logits`, which fills it; None if the subject has no cache known here.
+
+        Its `inside_the_model` is True where the model keeps its one cache itself: one text at a time.
+        """
+        if self.met is not None:
+            return self.met.new_cache(model, batch_size)
         create: Any = getattr(model, "new_cache", None)
         return create(batch_size, self.sizes.block_size) if create else None
 
     @property
     def takes_mask(self) -> bool:
-        return True
+        """Whether `logits` takes a padding mask."""
+        return bool(self.mask_forms)
+
+    @property
+    def mask_forms(self) -> tuple[MaskForm, ...]:
+        """The ways to write a padding mask that the model does not refuse: its own first, then other dtypes of it."""
+        if self.met is not None:
+            return self.met.mask_forms
+        from checks.conventions.masks import MaskForm
+
+        return tuple(MaskForm("mask", dtype) for dtype in (torch.bool, torch.int64, torch.float32))
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens the model reads at most; None if it has no such limit. `sizes.block_size` may be less."""
+        return self.sizes.block_size if self.met is None else self.met.longest
+
+    @property
+    def returns(self) -> str:
+        """What stands for logits in what the model returns: "logits", "log-probabilities" or "probabilities"."""
+        return "logits" if self.met is None else self.met.returns
 
     def tokens(self, B: int, T: int, *, seed: int = 0, vocab_size: int | None = None) -> Tensor:
         """Random token ids [B, T], every id as likely."""

@@ -21,15 +21,6 @@ from checks.conventions.reading import Layout, Unreadable, described, pick, reco
 
 ROWS, LENGTH, SOURCE_LENGTH = 3, 7, 5  # of a probe; B, T and V all differ
 
-TARGETS = frozenset("targets target labels label y ys lmlabels targetids targettokens targetseq gold tgts targ".split())
-SOURCES = frozenset("src source srcids srcseq srctokens srctokenids sourceids encinput encoderinput encoderinputs "
-                    "inputseq encinputs srcsequence encoderinputids x".split())  # fmt: skip
-DECODED = frozenset("tgt trg target targets trgseq tgtseq trgtokenids trgtokens tgttokens decinput decoderinput "
-                    "decoderinputs decinputs targetseq outputseq y decoderinputids tgtids".split())  # fmt: skip
-STARTS = frozenset("startpos startposition pos position offset curpos pastlength startidx tokenoffset".split())
-POSITIONS = frozenset("positions positionids inputpos tokenpositions posids position_ids inputpositions".split())
-CACHES = frozenset("cache kvcache kvcaches past pastkeyvalues pastkvs caches pastkv layerpast mems memory state hidden "
-                   "cachekv presents".split())  # fmt: skip
 HEADS = ("generator", "lm_head", "head", "project", "projection", "proj", "to_logits", "unembed", "output_layer",
          "fc_out", "hidden_state_to_token", "out_proj", "output", "out", "decoder", "linear", "fc", "projection_layer",
          "final_layer", "classifier", "embed_out", "unembedding")  # fmt: skip
@@ -151,7 +142,7 @@ def ways(model: nn.Module, vocabulary: int, block_size: int) -> Iterator[Way]:
     yield from direct
     for way in direct[:1]:
         yield _padded(way, block_size)
-    if any(names.squash(p.name) in STARTS for p in parameters):
+    if any(names.squash(p.name) in names.STARTS for p in parameters):
         yield _one_by_one(parameters)
     if hasattr(model, "setup_caches"):
         yield from (_prepared(way, block_size) for way in direct[:2])
@@ -166,12 +157,12 @@ Argument = Callable[[Tensor, nn.Module], Any]
 def _direct(parameters: list[Parameter], vocabulary: int) -> Iterator[Way]:
     first, rest = parameters[0], parameters[1:]
     plain = [names.squash(p.name) for p in parameters]
-    second = next((i for i, name in enumerate(plain[1:], 1) if name in DECODED), None)
-    if plain[0] in SOURCES and second is not None and parameters[second].default is names.MISSING:
+    second = next((i for i, name in enumerate(plain[1:], 1) if name in names.DECODED), None)
+    if plain[0] in names.SOURCES and second is not None and parameters[second].default is names.MISSING:
         yield from _encoder_decoder(parameters, second, vocabulary)
     required = [p for p in rest if p.default is names.MISSING]
     choices = [list(_choices(p)) for p in required]
-    targets = next((p for p in rest if names.squash(p.name) in TARGETS and p not in required), None)
+    targets = next((p for p in rest if names.squash(p.name) in names.TARGETS and p not in required), None)
     extra: list[list[tuple[Parameter, Argument]]] = [[]]
     if targets is not None:
         extra.append([(targets, lambda x, m: x.clone())])
@@ -184,17 +175,17 @@ def _direct(parameters: list[Parameter], vocabulary: int) -> Iterator[Way]:
 def _choices(parameter: Parameter) -> Iterator[Argument]:
     """What a required parameter of forward may want."""
     name = names.squash(parameter.name)
-    if name in TARGETS or name in DECODED:
+    if name in names.TARGETS or name in names.DECODED:
         yield lambda x, m: x.clone()
-    elif name in STARTS:
+    elif name in names.STARTS:
         yield lambda x, m: 0
         yield lambda x, m: torch.arange(x.shape[1], device=x.device)
-    elif name in POSITIONS:
+    elif name in names.POSITIONS:
         yield lambda x, m: torch.arange(x.shape[1], device=x.device)
         yield lambda x, m: torch.arange(x.shape[1], device=x.device).expand(x.shape).contiguous()
     elif "mask" in name or name == "ignore":
         yield from _masks()
-    elif name in CACHES:
+    elif name in names.CACHES:
         yield lambda x, m: None
         yield lambda x, m: m.init_hidden(x.shape[1])
         yield lambda x, m: m.init_hidden(x.shape[0])
@@ -321,7 +312,7 @@ def _in_order(decode: Any, memory: Any, seen: Any, tokens: Tensor, causal_mask: 
         plain = names.squash(name)
         if "mask" in plain:
             given[name] = causal_mask if any(w in plain for w in ("tgt", "trg", "target", "dec")) else seen
-        elif plain in DECODED or plain in ("tokens", "idx"):
+        elif plain in names.DECODED or plain in ("tokens", "idx"):
             given[name] = tokens
         elif any(w in plain for w in ("enc", "memory", "mem", "src")):
             given[name] = memory
@@ -381,7 +372,7 @@ def _cut(output: Any, B: int, S: int, T: int) -> Any:
 
 
 def _one_by_one(parameters: list[Parameter]) -> Way:
-    start = next(p.name for p in parameters if names.squash(p.name) in STARTS)
+    start = next(p.name for p in parameters if names.squash(p.name) in names.STARTS)
 
     def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
         steps = []

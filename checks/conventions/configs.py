@@ -10,7 +10,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -191,15 +191,32 @@ def _is_config(node: ast.expr) -> bool:
 
 def _dictionaries(home: Home, scope: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Dictionary literals with sizes as keys, wherever they stand: example configurations in `main()`."""
+    known = {**scope, "args": SimpleNamespace(**_command_line(home))}
     for source in home.sources.values():
         for statement in source.body:
             for node in ast.walk(statement):
                 if isinstance(node, ast.Dict) and sized(k.value for k in node.keys if isinstance(k, ast.Constant)) >= 3:
-                    yield {
-                        key.value: _evaluate(value, scope)
-                        for key, value in zip(node.keys, node.values, strict=True)
-                        if isinstance(key, ast.Constant) and isinstance(key.value, str)
-                    }
+                    keys = (key.value if isinstance(key, ast.Constant) else None for key in node.keys)
+                    found = {key: _evaluate(value, known) for key, value in zip(keys, node.values, strict=True)}
+                    yield {k: v for k, v in found.items() if isinstance(k, str) and v is not names.MISSING}
+
+
+def _command_line(home: Home) -> dict[str, Any]:
+    """Defaults of the command-line options that the subject's files define."""
+    found = {}
+    for source in home.sources.values():
+        for statement in source.body:
+            for node in ast.walk(statement):
+                if (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Attribute)
+                    and node.func.attr == "add_argument"
+                ):
+                    flag = next((a.value for a in node.args if isinstance(a, ast.Constant)), None)
+                    default = next((k.value for k in node.keywords if k.arg == "default"), None)
+                    if isinstance(flag, str) and default is not None:
+                        found[flag.lstrip("-").replace("-", "_")] = _evaluate(default, {})
+    return found
 
 
 def _evaluate(node: ast.expr, scope: Mapping[str, Any]) -> Any:
@@ -210,4 +227,4 @@ def _evaluate(node: ast.expr, scope: Mapping[str, Any]) -> Any:
     try:
         return eval(compile(ast.Expression(node), "<setting>", "eval"), dict(scope))
     except Exception:
-        return None
+        return names.MISSING

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from checks.conventions import configs, names
 from checks.conventions.configs import Option
 from checks.conventions.filling import Filling, Parameter, Settings, signature_of
 from checks.conventions.home import Home
+from checks.conventions.loading import Source
 from checks.conventions.taking import pure
 
 # What is tried when a constructor refuses the first filling: names of models instead of sizes, as many key-value
@@ -51,17 +54,31 @@ class Recipe:
     special: Mapping[str, Any] = field(default_factory=dict)
     varies: dict[str, str] = field(default_factory=dict)  # parameter -> size
     assumed: dict[str, Any] = field(default_factory=dict)
+    _sizes: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)  # of the models built
+    _settled: dict[str, Any] = field(default_factory=dict)
+    _reads_globals: bool = False
 
     def build(self, sizes: Mapping[str, Any]) -> nn.Module:
         """A fresh model. Raises Unfillable, NotAModel, or what the subject's code raises."""
-        filling = Filling(sizes, self.causal, configs.spelled(self.home), self.special)
+        filling = Filling(sizes, self.causal, self.spelled, self.special)
+        self.varies, self.assumed = filling.used, filling.assumed
         with self.home:
             self.settle(sizes, filling)
-            model = self._call(filling)
-            model = as_module(model, self.home)
+            model = as_module(self._call(filling), self.home)
             self._initialize(model)
-        self.varies, self.assumed = filling.used, filling.assumed
+        self._sizes[model] = dict(sizes)
         return model
+
+    @functools.cached_property
+    def spelled(self) -> frozenset[str]:
+        return configs.spelled(self.home)
+
+    def settle_for(self, model: nn.Module) -> None:
+        """Where sizes are globals, sets them to those that the model was built with."""
+        sizes = self._sizes.get(model)
+        if self._reads_globals and sizes is not None and sizes != self._settled:
+            with self.home:
+                self.settle(sizes)
 
     def _call(self, filling: Filling) -> Any:
         signature = signature_of(self.target)
@@ -95,7 +112,9 @@ class Recipe:
         for name, module in list(self.home.modules_now().items()):
             source = self.home.sources.get(name)
             if source is not None:
-                set_globals(module, source.body, sizes, filling or Filling(sizes, self.causal))
+                changed = set_globals(module, source, sizes, filling or Filling(sizes, self.causal))
+                self._reads_globals |= bool(changed)
+        self._settled = dict(sizes)
 
     def _initialize(self, model: nn.Module) -> None:
         """Calls what the class has for it and its constructor does not: weights on the meta device, or by hand."""
@@ -213,10 +232,11 @@ def as_module(built: Any, home: Home) -> nn.Module:
 # -- sizes as globals
 
 
-def set_globals(module: ModuleType, body: list[ast.stmt], sizes: Mapping[str, Any], filling: Filling) -> None:
+def set_globals(module: ModuleType, source: Source, sizes: Mapping[str, Any], filling: Filling) -> set[str]:
+    """Gives the globals of a module that functions read and that are named like sizes those sizes."""
     scope = vars(module)
-    changed = set()
-    for name in sorted(free_names(body)):
+    changed: set[str] = set()
+    for name in source.free_names:
         if name in filling.used or hasattr(builtins, name):
             continue
         current = scope.get(name, names.MISSING)
@@ -226,7 +246,7 @@ def set_globals(module: ModuleType, body: list[ast.stmt], sizes: Mapping[str, An
         if value is not names.MISSING and (current is not names.MISSING or names.size_of(name)):
             scope[name] = value
             changed.add(name)
-    for statement in body:
+    for statement in source.body if changed else ():
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             target = statement.targets[0].id
             read = {n.id for n in ast.walk(statement.value) if isinstance(n, ast.Name)}
@@ -235,6 +255,7 @@ def set_globals(module: ModuleType, body: list[ast.stmt], sizes: Mapping[str, An
                     code = compile(ast.Expression(statement.value), "<global>", "eval", dont_inherit=True)
                     scope[target] = eval(code, scope)
                     changed.add(target)
+    return changed
 
 
 def _can_be_set(value: Any) -> bool:
@@ -243,16 +264,3 @@ def _can_be_set(value: Any) -> bool:
     if value is names.MISSING or isinstance(value, Stub | torch.device):
         return True
     return isinstance(value, int | float | str) and not isinstance(value, bool)
-
-
-def free_names(body: list[ast.stmt]) -> set[str]:
-    """Names that functions read and do not themselves define: globals."""
-    found: set[str] = set()
-    for statement in body:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-                stored |= {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
-                loaded = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-                found |= loaded - stored
-    return found

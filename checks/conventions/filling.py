@@ -13,10 +13,10 @@ from torch import nn
 from checks.conventions import names
 from checks.conventions.names import MISSING
 
-CONFIG_NAMES = frozenset(
+CONFIG_NAMES = names.words(
     "config cfg conf args params hparams hps modelargs modelconfig opt options settings configuration c gptconfig "
-    "mconf modelparams hyperparams hyperparameters modelcfg hparam argument arguments configs gptconf llamaconfig".split()
-)  # fmt: skip
+    "mconf modelparams hyperparams hyperparameters modelcfg hparam argument arguments configs gptconf"
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ class Signature:
 
 def signature_of(target: Callable) -> Signature:
     """The parameters of a class or function; what `**kwargs` hands on to a base class counts as well."""
-    if inspect.isclass(target) and dataclasses.is_dataclass(target):
-        return _of_fields(target)
     if not inspect.isclass(target):
         return _signature(target, bound=True)
+    maker = next((cls for cls in target.__mro__ if "__init__" in vars(cls)), object)
+    if "__dataclass_params__" in vars(maker) and hasattr(vars(maker)["__init__"], "__code__"):
+        if vars(maker)["__init__"].__code__.co_filename.startswith("<"):  # made by @dataclass, not written
+            return _of_fields(target)
     found: dict[str, Parameter] = {}
     for cls in target.__mro__:
         if "__init__" in vars(cls):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import functools
 import importlib
 import importlib.machinery
 import json
@@ -27,7 +28,7 @@ LACKS = (OSError, ImportError, SystemExit, EOFError)
 LACKING = ("cuda", "nvidia", "gpu", "nccl", "default process group", "no package metadata", "not compiled")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """The code of one module: a tree for a file, one a cell for a notebook."""
 
@@ -37,6 +38,19 @@ class Source:
     @property
     def body(self) -> list[ast.stmt]:
         return [statement for tree in self.trees for statement in tree.body]
+
+    @functools.cached_property
+    def free_names(self) -> tuple[str, ...]:
+        """Names that functions read and do not themselves define: globals."""
+        found: set[str] = set()
+        for statement in self.body:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    named = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+                    stored = {n.id for n in named if not isinstance(n.ctx, ast.Load)}
+                    stored |= {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
+                    found |= {n.id for n in named if isinstance(n.ctx, ast.Load)} - stored
+        return tuple(sorted(found))
 
 
 class SubjectLoader(importlib.machinery.SourceFileLoader):

@@ -14,13 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from checks.conventions import measuring, names
-from checks.conventions.calling import Forward, Uncallable, Way, meet_forward, parameters_of
+from checks.conventions.axes import settle
+from checks.conventions.caches import Cache, Protocol, meet_cache, step
+from checks.conventions.calling import LENGTH, ROWS, Forward, Uncallable, Way, meet_forward, parameters_of
 from checks.conventions.choosing import Named, asked_for, named
 from checks.conventions.constructing import Callable_, NotAModel, Recipe, Unfillable, recipes
 from checks.conventions.filling import signature_of
 from checks.conventions.home import Home, SubjectHang
+from checks.conventions.masks import MaskForm, mask_argument, meet_mask
 from checks.conventions.reading import Unreadable
+from checks.conventions.stubs import Stub
 from checks.conventions.usage import UsageError, place, shown, what_happened
+from checks.expect import NotApplicable
 
 SEARCH_SECONDS = 20.0  # for all attempts to build and call
 # Tried in turn where a constructor refuses the first: widths with larger heads, fewer heads, round lengths.
@@ -28,7 +33,7 @@ OTHER_SIZES: tuple[dict[str, int], ...] = (
     {}, {"n_embd": 64}, {"n_head": 2}, {"n_embd": 128, "n_head": 2}, {"n_embd": 256, "n_head": 2},
     {"block_size": 16, "n_embd": 64}, {"block_size": 32, "n_embd": 64}, {"n_layer": 4},
 )  # fmt: skip
-PARTS = ("loss", "generate", "train_step", "trainer", "tokenizer")
+PARTS = ("loss", "generate", "train_step", "objective", "trainer", "tokenizer", "declares")
 
 
 @dataclass
@@ -46,11 +51,74 @@ class Met:
     recipe: Recipe | None = None
     parts: dict[str, Any] = field(default_factory=dict)
     longest: int | None = None  # tokens that the model reads at most, if it has such a limit
+    device: Any = "cpu"
     assumed: list[str] = field(default_factory=list)
 
-    def logits(self, model: nn.Module, tokens: Tensor, **more: Any) -> Tensor:
+    def logits(
+        self, model: nn.Module, tokens: Tensor, mask: Tensor | None, cache: Cache | None, form: MaskForm | None
+    ) -> Tensor:
+        """[B, T, V]; with a cache, [B, 1, V] of a model that then answers for the last token only."""
+        self.settle(model)
+        given = {}
+        seen = mask if cache is None else cache.seen(mask, tokens)
+        if seen is not None:
+            form = form or self.mask_form
+            whole = cache is None or cache.protocol.whole_mask
+            given[form.argument] = form.encode(seen if whole else seen[:, -tokens.shape[1] :])
         with self.home:
-            return self.forward.logits(model, tokens, **more)
+            if cache is None:
+                return self.forward.logits(model, tokens, **given)
+            return step(self.forward, model, tokens, cache, given)
+
+    @property
+    def mask_form(self) -> MaskForm:
+        if not self.mask_forms:
+            raise NotApplicable("the model takes no padding mask")
+        return self.mask_forms[0]
+
+    @functools.cached_property
+    def mask_forms(self) -> tuple[MaskForm, ...]:
+        """How the model takes a padding mask; () if it takes none."""
+        model = self.build(self.sizes)
+        argument = mask_argument(model, frozenset(self.forward.more))
+        if argument is None:
+            return ()
+        tokens = self.some_tokens()
+        with self.home, torch.no_grad():
+            read = functools.partial(self.forward.logits, model)
+            return meet_mask(argument, read, tokens, self.sizes["vocab_size"])
+
+    @functools.cached_property
+    def protocol(self) -> Protocol | None:
+        """How the model's cache is used; None if it has none that is known here."""
+        model = self.build(self.sizes)
+        with self.home:
+            return meet_cache(self.forward, model, self.home, self.sizes, self.some_tokens())
+
+    def new_cache(self, model: nn.Module, batch_size: int) -> Cache | None:
+        if self.protocol is None:
+            return None
+        with self.home:
+            return self.protocol.new(model, batch_size)
+
+    @functools.cached_property
+    def returns(self) -> str:
+        """What the model gives for logits: "logits", "log-probabilities" or "probabilities"."""
+        model = self.build(self.sizes)
+        with torch.no_grad():
+            logits = self.logits(model, self.some_tokens(), None, None, None).double()
+        if float(logits.logsumexp(-1).abs().max()) < 1e-4:
+            return "log-probabilities"
+        probabilities = bool((logits >= 0).all()) and float((logits.sum(-1) - 1).abs().max()) < 1e-4
+        return "probabilities" if probabilities else "logits"
+
+    def some_tokens(self) -> Tensor:
+        return _tokens(self.sizes, self.device)
+
+    def settle(self, model: nn.Module) -> None:
+        """The globals of the file, where its functions read sizes there, are those of this model."""
+        if self.recipe is not None:
+            self.recipe.settle_for(model)
 
 
 @dataclass
@@ -149,7 +217,7 @@ def _first(
 
 def _try_target(target: Any, home: Home, device: Any, causal: bool, trials: list[Trial], deadline: float) -> Met | None:
     if isinstance(target, nn.Module):
-        return _try_instance(target, home, device, trials)
+        return _try_instance(target, home, device, causal, trials)
     if not inspect.isclass(target) and not inspect.isroutine(target) and not callable(target):
         return None
     everything = list(recipes(target, home, causal))
@@ -174,16 +242,25 @@ def _try_recipe(recipe: Recipe, changed: Mapping[str, Any], device: Any, trials:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = recipe.build({**asked, "vocab_size": asked["vocab_size"]})
-            keep = None
-            if _has_padding(recipe):  # its padding id is one more than the ids that the checks use
-                keep = asked["vocab_size"]
-                model = recipe.build({**asked, "vocab_size": keep + 1})
+            model, keep = _built(recipe, asked)
         built = True
         return _met(recipe, model.to(device).eval(), asked, keep, device)
     except (Exception, Unfillable) as error:
         trials.append(Trial(recipe.target, recipe, error, built))
         return None
+
+
+def _built(recipe: Recipe, asked: dict[str, Any]) -> tuple[nn.Module, int | None]:
+    """A model, and how many of its ids are not padding: its padding id is one more than the ids that checks use."""
+    try:
+        model = recipe.build(asked)
+    except Exception:
+        if not _has_padding(recipe):
+            raise
+    if not _has_padding(recipe):
+        return model, None
+    keep = asked["vocab_size"]
+    return recipe.build({**asked, "vocab_size": keep + 1}), keep
 
 
 def _has_padding(recipe: Recipe) -> bool:
@@ -200,6 +277,8 @@ def _met(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int | No
     vocabulary = None if "vocab_size" not in varies else asked["vocab_size"] + (keep is not None)
     with recipe.home:
         forward, sizes["vocab_size"] = _forward(recipe, model, vocabulary, sizes, keep, asked, device)
+        tokens = _tokens(sizes, device)
+        forward = settle(forward, model, tokens, sizes["vocab_size"], is_causal=recipe.causal)
     longest = sizes["block_size"] if "block_size" in varies else measured.get("block_size")
     if longest is None or longest > MOST_TOKENS:
         sizes["block_size"] = names.DEFAULTS["block_size"] if longest is None else MOST_TOKENS
@@ -210,7 +289,15 @@ def _met(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int | No
         return recipe.build({**full, "vocab_size": full["vocab_size"] + (keep is not None)})
 
     constructor = _constructor(recipe)
-    return Met(recipe.home, "", build, sizes, varies, forward, constructor, True, recipe, longest=longest)
+    return Met(
+        recipe.home, "", build, sizes, varies, forward, constructor, recipe=recipe, longest=longest, device=device
+    )  # fmt: skip
+
+
+def _tokens(sizes: Mapping[str, Any], device: Any) -> Tensor:
+    length = min(LENGTH, sizes["block_size"])
+    generator = torch.Generator().manual_seed(6)
+    return torch.randint(sizes["vocab_size"], (ROWS, length), generator=generator).to(device)
 
 
 MOST_TOKENS = 64  # of a model whose length is fixed: more would cost minutes and show no more
@@ -259,7 +346,7 @@ def _constructor(recipe: Recipe) -> str:
     return f"{chosen or name}({filled})"
 
 
-def _try_instance(model: nn.Module, home: Home, device: Any, trials: list[Trial]) -> Met | None:
+def _try_instance(model: nn.Module, home: Home, device: Any, causal: bool, trials: list[Trial]) -> Met | None:
     """One model at its own sizes, put back to what it was before each use."""
     try:
         model = model.to(device)
@@ -270,14 +357,15 @@ def _try_instance(model: nn.Module, home: Home, device: Any, trials: list[Trial]
         training, again = model.training, measuring.Restored(model)
         with home:
             forward = meet_forward(model.eval(), measured.get("vocab_size"), sizes["block_size"], device, None)
+            sizes["vocab_size"] = forward.vocabulary
+            forward = settle(forward, model, _tokens(sizes, device), forward.vocabulary, is_causal=causal)
         model.train(training)
-        sizes["vocab_size"] = forward.vocabulary
     except (Exception, Uncallable) as error:
         trials.append(Trial(model, None, error, True))
         return None
     return Met(
         home, "", lambda wanted: again(), sizes, frozenset(), forward, "one instance, at its own sizes",
-        fresh=False, longest=longest,
+        fresh=False, longest=longest, device=device,
     )  # fmt: skip
 
 
@@ -286,8 +374,9 @@ def parts_of(found: Named) -> dict[str, Any]:
     parts = {}
     for name in PARTS:
         value = found.scope.get(name)
-        own = getattr(value, "__module__", None) == found.module.__name__ or name == "tokenizer"
-        if value is not None and own and (callable(value) or name == "tokenizer") and not isinstance(value, nn.Module):
+        data = name in ("tokenizer", "declares")
+        own = getattr(value, "__module__", None) == found.module.__name__ or data
+        if value is not None and own and (callable(value) or data) and not isinstance(value, nn.Module | Stub):
             parts[name] = guarded(value, found.home)
     return parts
 

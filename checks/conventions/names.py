@@ -23,6 +23,10 @@ def squash(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 def _spelled(before: str, words: str, after: str = "") -> set[str]:
     """Every way to put one of each together; an empty choice is always among `before` and `after`."""
     return {
@@ -35,31 +39,39 @@ COUNT = "n num number numberof numof nof no total max"
 PLURALS = "s es"
 WIDTH = _spelled(
     "n d num dim", "embd embed emb embedding embeddings embedded model dmodel", "dim dims size dimension width d"
-) | {
-     "dim", "dims", "width", "channels", "nchannels", "ninp", "dwordvec", "nfeatures", "nunits", "units", "nstate",
-     "modeldim", "modelsize", "residualdim", "dresid", "hdim", "nattn", "dimmodel", "dimension",
-} - {"model", "embedding", "embeddings"}  # fmt: skip
+) - {"model", "embedding", "embeddings"} | words(
+    "dim dims width channels nchannels ninp dwordvec nfeatures nunits units nstate modeldim modelsize residualdim "
+    "dresid nattn dimmodel dimension"
+)  # fmt: skip
 HIDDEN = _spelled("n d num dim", "hidden", "size dim dims units dimension width") | {"hdim"}
 FEED_FORWARD = _spelled(
     "n d num dim", "ff ffn mlp feedforward intermediate inner dimfeedforward ffnhidden ffhidden mlphidden "
     "feedforwardhidden hiddenff", "dim dims size dimension width hiddensize hiddendim hidden"
-) | {"nhid", "dff", "nffn"}  # fmt: skip
+) | {"nhid", "nffn"}  # fmt: skip
 VOCABULARY = _spelled(
     "n num number numberof d src tgt trg source target enc dec encoder decoder nsrc ntrg ntgt input output padded "
-    "total in out", "vocab vocabulary voc vocabs", "size len length dim count siz"
-) | {"ntoken", "ntokens", "numtokens", "numtoken", "nwords", "numwords", "words", "tokens", "nsymbols", "alphabetsize",
-     "numembeddings", "nclasses", "outputsize", "vocabn", "ntokenvocab"}  # fmt: skip
+    "total in out",
+    "vocab vocabulary voc vocabs",
+    "size len length dim count siz",
+) | words(
+    "ntoken ntokens numtokens numtoken nwords numwords words tokens nsymbols alphabetsize numembeddings nclasses "
+    "outputsize ntokenvocab"
+)
 CONTEXT = _spelled(
     "max src tgt trg source target n num maximum input m maxtarget maxsource", "seq sequence context ctx block text",
     "size len length window windowsize lens"
 ) - {"block", "nblock", "numblock", "text", "ntext", "numtext", "maxblock"}  # fmt: skip
-CONTEXT |= {"maxlen", "maxlength", "npositions", "numpositions", "maxpositions", "maxposition", "npos", "nctx", "maxt",
-            "maxpositionembeddings", "maxpositionalembeddings", "positions", "maxtokens", "maxtextlen", "maxpos",
-            "maxseqlens", "trainctx", "trainseqlen", "windowlen", "maxcontextlen", "tokensize"}  # fmt: skip
+CONTEXT |= words(
+    "maxlen maxlength npositions numpositions maxpositions maxposition npos nctx maxt maxpositionembeddings "
+    "maxpositionalembeddings positions maxtokens maxtextlen maxpos maxseqlens trainctx trainseqlen windowlen "
+    "maxcontextlen"
+)
 LAYERS = _spelled(
-    COUNT, "layer block transformerlayer transformerblock decoderlayer encoderlayer hiddenlayer decoderblock "
-    "encoderblock attnlayer attentionlayer attnblock attentionblock translayer", "s num count"
-) - {"layer", "block"} | {"depth", "n", "ndepth", "encoderdepth", "decoderdepth", "modeldepth"}  # fmt: skip
+    COUNT,
+    "layer block transformerlayer transformerblock decoderlayer encoderlayer hiddenlayer decoderblock "
+    "encoderblock attnlayer attentionlayer attnblock attentionblock translayer",
+    "s num count",
+) - {"layer", "block"} | words("depth n ndepth encoderdepth decoderdepth modeldepth")
 HEADS = _spelled(COUNT, "head attentionhead attnhead queryhead qhead selfattentionhead mhahead", "s num count") | {"h"}
 SIZE_OF: dict[str, str] = {
     name: size
@@ -68,9 +80,9 @@ SIZE_OF: dict[str, str] = {
     )
     for name in names
 }  # fmt: skip
-HEAD_WIDTH = _spelled("d dim n qk v key value attn", "head", "dim dims size width d") - _spelled("n", "head") | {
-    "dk", "dv", "dq", "dkey", "dvalue", "dkv", "kvchannels", "headdimension", "dimhead", "dhead", "headfeatures",
-}  # fmt: skip
+HEAD_WIDTH = _spelled("d dim n qk v key value attn", "head", "dim dims size width d") - _spelled("n", "head") | words(
+    "dk dv dq dkey dvalue dkv kvchannels headdimension dimhead dhead headfeatures"
+)
 KEY_VALUE_HEADS = _spelled(COUNT, "kvhead keyvaluehead localhead querygroup kvgroup localkvhead kvattentionhead", "s")
 PADDING = _spelled(
     "src trg tgt source target", "pad padding padtoken", "id idx index token tokenid value"
@@ -93,6 +105,22 @@ def size_of(name: str, among: Iterable[str] = ()) -> str | None:
         return "dropout"
     return None
 
+
+# What a parameter of forward is.
+TARGETS = words("targets target labels label y ys lmlabels targetids targettokens targetseq gold tgts")
+SOURCES = words(
+    "src source srcids srcseq srctokens srctokenids sourceids encinput encoderinput encoderinputs inputseq encinputs "
+    "srcsequence encoderinputids x"
+)
+DECODED = words(
+    "tgt trg target targets trgseq tgtseq trgtokenids trgtokens tgttokens decinput decoderinput decoderinputs "
+    "decinputs targetseq outputseq y decoderinputids tgtids"
+)
+STARTS = words("startpos startposition pos position offset curpos pastlength startidx tokenoffset")
+POSITIONS = words("positions positionids inputpos tokenpositions posids inputpositions")
+CACHES = words(
+    "cache kvcache kvcaches past pastkeyvalues pastkvs caches pastkv layerpast mems memory state hidden cachekv presents"
+)
 
 # A derived value: (sizes, default or MISSING) -> value, or MISSING to leave the default.
 Rule = Callable[[Mapping[str, Any], Any], Any]

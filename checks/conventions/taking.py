@@ -38,16 +38,14 @@ IMPURE_PARTS = _words("hub distributed dist multiprocessing")
 
 def is_script(tree: ast.Module) -> bool:
     """Whether importing the file would work: train, read data, parse arguments, open connections."""
-    kept, mine = definitions(tree), _defined(tree)
-    left = {id(node) for node in kept.body}
-    for statement in tree.body:
-        if id(statement) in left or _is_main_guard(statement):
-            continue
-        for call in _calls(statement):
-            name = _last(call.func)
-            if name in WORK or (isinstance(call.func, ast.Name) and name in mine):
-                return True
-    return False
+    left = {id(node) for node in definitions(tree).body}
+    works = _working_functions(tree)
+    return any(
+        _last(call.func) in WORK or (isinstance(call.func, ast.Name) and call.func.id in works)
+        for statement in tree.body
+        if id(statement) not in left and not _is_main_guard(statement)
+        for call in _calls(statement)
+    )
 
 
 def definitions(tree: ast.Module, wanted: Iterable[str] = ()) -> ast.Module:
@@ -68,6 +66,7 @@ class _Keep:
     """Decides statement by statement what defines and what works."""
 
     def __init__(self, tree: ast.Module) -> None:
+        self.idle = {node.name for node in tree.body if _is_function(node)} - _working_functions(tree)
         self.plain_classes = {
             node.name for node in tree.body
             if isinstance(node, ast.ClassDef) and not any("Module" in ast.unparse(base) for base in node.bases)
@@ -109,7 +108,7 @@ class _Keep:
     def harmless(self, call: ast.Call) -> bool:
         name, root = _last(call.func), _root(call.func)
         if isinstance(call.func, ast.Name):
-            return name in PURE_BUILTINS or name in self.plain_classes
+            return name in PURE_BUILTINS or name in self.plain_classes or name in self.idle
         chain = set(ast.unparse(call.func).split(".")) if isinstance(call.func, ast.Attribute) else set()
         if root in PURE_ROOTS:
             return name not in IMPURE_METHODS and not chain & IMPURE_PARTS
@@ -147,8 +146,20 @@ def _targets(node: ast.stmt) -> set[str]:
     return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
 
 
-def _defined(tree: ast.Module) -> set[str]:
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+def _working_functions(tree: ast.Module) -> set[str]:
+    """Functions of the file that train, read data and so on, themselves or through others of the file."""
+    called = {
+        node.name: {_last(call.func) for statement in node.body for call in _calls(statement)}
+        for node in tree.body if _is_function(node)
+    }  # fmt: skip
+    works = {name for name, inside in called.items() if inside & WORK}
+    while more := {name for name, inside in called.items() if inside & works} - works:
+        works |= more
+    return works
+
+
+def _is_function(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def _calls(node: ast.AST) -> Iterator[ast.Call]:
