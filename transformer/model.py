@@ -202,8 +202,9 @@ class Attention(nn.Module):
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
         B, T, _ = qkv.shape
-        heads = qkv.view(B, T, self.n_head + 2 * self.n_kv_head, self.head_width).transpose(1, 2)  # [B, H + 2 G, T, D]
-        return heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        heads = qkv.view(B, T, self.n_head + 2 * self.n_kv_head, self.head_width)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def place(self, q: Tensor, k: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor]:
         return rotate(q), rotate(k)
