@@ -67,9 +67,10 @@ def with_input(change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Calla
     return wrap
 
 
-def one_block(subject: Any, scheme: tuple[float, float] | None) -> nn.Module:
+def one_block(subject: Any, scheme: tuple[float, float] | None, **sizes: Any) -> nn.Module:
     """The subject with a single block, built so or with the others deleted from their list."""
-    model = precise(subject, scheme, **(dict(n_layer=1) if subject.can_vary("n_layer") else {}))
+    layers = dict(n_layer=1) if subject.can_vary("n_layer") else {}
+    model = precise(subject, scheme, **layers, **sizes)
     for names in siblings(model)[:1]:
         blocks = model.get_submodule(names[0].rpartition(".")[0])
         if not isinstance(blocks, nn.ModuleList | nn.Sequential):

@@ -253,7 +253,7 @@ def check_packed_documents_stay_apart(subject: Any) -> None:
                 got[:, start:end],
                 want,
                 bound=precision(subject).bound(want),
-                says=f"document {document}, tokens {start} to {end - 1} of {T} in a packed row, is not read as by itself",
+                says=f"document {document}, tokens {start} to {end - 1} of a row of {T}, is not read as by itself",
                 likely=("packing-cross-contamination", "packing-positions-not-reset"),
                 advice="Attend where the document ids are equal, and count positions from the start of each document.",
                 document=document,

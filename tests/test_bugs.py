@@ -5,13 +5,10 @@ The last of these proves a bug live: the same check, seed and sizes, without the
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 
 from checks import all_checks
 from checks.bugs import Bug, all_bugs
-from checks.subject import Subject, reference_parts
 from checks.verdict import Verdict, check_id, judge
 
 CHECKS = {check_id(check): check for check in all_checks()}
@@ -19,9 +16,14 @@ BUGS = all_bugs()
 SEED = 20
 
 
-@cache
-def verdict_without_damage(check: str, sizes: tuple) -> Verdict:
-    return judge(CHECKS[check], Subject("transformer", reference_parts(**dict(sizes)), seed=SEED), {})
+UNDAMAGED: dict[tuple, Verdict] = {}
+
+
+def verdict_without_damage(check: str, bug: Bug) -> Verdict:
+    key = (check, bug.of, *bug.sizes.items())
+    if key not in UNDAMAGED:
+        UNDAMAGED[key] = judge(CHECKS[check], bug.undamaged(seed=SEED), {})
+    return UNDAMAGED[key]
 
 
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
@@ -29,7 +31,7 @@ def test_a_bug_is_caught_and_live(bug: Bug):
     assert bug.caught_by, f"{bug.id} names no check"
     subject = bug.subject(seed=SEED)
     for name in bug.caught_by:
-        clean = verdict_without_damage(name, tuple(bug.sizes.items()))
+        clean = verdict_without_damage(name, bug)
         assert clean.outcome == "passed", f"{name} on the undamaged reference: {clean.outcome}: {clean.says}"
         damaged = judge(CHECKS[name], subject, {})
         assert damaged.outcome == "failed", f"{name} on {bug.id}: {damaged.outcome}: {damaged.says}"

@@ -30,21 +30,35 @@ class Bug:
     caught_by: tuple[str, ...]
     damage: Callable[[SimpleNamespace], None]
     sizes: dict[str, Any]  # what the reference must be for the bug to matter: positions="rotary", …
+    of: Callable[..., SimpleNamespace] = reference_parts  # whose parts are damaged: a variant's for what it alone has
 
     def subject(self, **declared: Any) -> Subject:
         """The damaged reference."""
-        parts = reference_parts(**self.sizes)
+        parts = self.of(**self.sizes)
         self.damage(parts)
         return Subject(f"bug:{self.id}", parts, **declared)
 
+    def undamaged(self, **declared: Any) -> Subject:
+        """The same without the damage."""
+        return Subject("transformer", self.of(**self.sizes), **declared)
 
-def bug(id: str, says: str, *, caught_by: tuple[str, ...], source: str = "", model: bool = False, **sizes: Any):
+
+def bug(
+    id: str,
+    says: str,
+    *,
+    caught_by: tuple[str, ...],
+    source: str = "",
+    model: bool = False,
+    of: Callable[..., SimpleNamespace] = reference_parts,
+    **sizes: Any,
+):
     """Marks a function as a bug's damage. With `model=True` it takes the built model rather than the parts."""
 
     def mark(function: Callable) -> Callable:
         damage = _damage_model(function) if model else function
         component = function.__module__.rpartition(".")[2]
-        function.bug = Bug(id, component, says, source, caught_by, damage, sizes)  # type: ignore[attr-defined]
+        function.bug = Bug(id, component, says, source, caught_by, damage, sizes, of)  # type: ignore[attr-defined]
         return function
 
     return mark

@@ -1,0 +1,128 @@
+"""Where a token stands matters: judged on one block, since a deeper causal model tells positions apart without any."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.ablation import one_block
+from checks.attention_products import key_products, mentions_rotary
+from checks.check_causality import CONTRACT, expect_causal
+from checks.expect import NotApplicable, advise, fail, needs, note
+from checks.holdings import held_outside
+from checks.influence import call, length, moved
+from checks.precision import precise, spread
+from checks.subject import EXISTENCE
+
+SMALLEST = 1e-6  # standard deviations of the logits: what an exchange of tokens moves at least (clean models: 2e-3)
+LONG = 40  # tokens: past the powers of two at which positions may start again
+TURNED = 1e-4  # of a cosine: angles are commonly computed in float32; in bfloat16 they drift by 1e-2
+SETTLED = 4  # tokens after which a short convolution of equal tokens is constant
+
+NAMED = re.compile(r"(?<![a-z])(pos|position|positions|wpe|pe|freqs|alibi|rope|rotary)(?![a-z])")
+KIND = re.compile(r"rotary|rope(?![a-z])|alibi|sinusoid|learnedpos", re.IGNORECASE)
+
+
+@needs(*CONTRACT)
+def check_order_of_tokens_matters(subject: Any) -> None:
+    """In one block, exchanging two earlier tokens changes a later logit, wherever the two stand."""
+    expect_causal(subject)
+    sizes = dict(block_size=LONG) if subject.can_vary("block_size") else {}
+    T = min(sizes.get("block_size", subject.sizes.block_size), LONG)
+    if T < 3:
+        raise NotApplicable(f"{T} tokens are too few to exchange two and look at a third")
+    pairs = pairs_to_exchange(T)
+    best = torch.zeros(len(pairs), dtype=torch.float64)
+    for scheme in EXISTENCE:
+        model = one_block(subject, scheme, **sizes)
+        best = best.maximum(exchanges(subject, model, T, pairs))
+        if bool((best > SMALLEST).all()):
+            break
+    note(least=float(best.min()), bound=SMALLEST, length=T)
+    alike = [pair for pair, move in zip(pairs, best.tolist(), strict=True) if not move > SMALLEST]
+    mechanism = positions_held(model)
+    if len(alike) == len(pairs) and mechanism is None:
+        advise("in one block the order of earlier tokens changes nothing: the model has no positions (NoPE?)")
+    elif alike:
+        fail_alike(alike, pairs, T, mechanism)
+
+
+def pairs_to_exchange(T: int) -> list[tuple[int, int]]:
+    """Neighbours, and two tokens each with every later one; a token is left to look at them."""
+    neighbours = {(a, a + 1) for a in range(T - 2)}
+    return sorted(neighbours | {(a, b) for a in (0, min(3, T - 3)) for b in range(a + 1, T - 1)})
+
+
+def exchanges(subject: Any, model: nn.Module, T: int, pairs: list[tuple[int, int]]) -> Tensor:
+    """How far exchanging each pair moves the logits behind both, at most, in standard deviations of the logits."""
+    V = subject.sizes.vocab_size
+    tokens = subject.tokens(len(pairs), T, seed=subject.seed)
+    swapped = tokens.clone()
+    for row, (a, b) in enumerate(pairs):
+        if tokens[row, a] == tokens[row, b]:
+            tokens[row, b] = (tokens[row, b] + 1) % V
+        swapped[row, a], swapped[row, b] = tokens[row, b], tokens[row, a]
+    before = call(subject, model, tokens)
+    moves = moved(before, call(subject, model, swapped)).cpu() / spread(before)
+    return torch.stack([moves[row, b + 1 :].max() for row, (_, b) in enumerate(pairs)])
+
+
+def positions_held(model: nn.Module) -> str | None:
+    """The name of whatever tells the model positions: a table, angles, a module called after a known kind."""
+    tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    tensors += [held.name for held in held_outside(model)]
+    kinds = [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if KIND.search(type(m).__name__)]
+    return next((name for name in kinds + tensors if KIND.search(name) or NAMED.search(name)), None)
+
+
+def fail_alike(alike: list[tuple[int, int]], pairs: list[tuple[int, int]], T: int, mechanism: str | None) -> None:
+    (a, b), all_of_them = alike[0], len(alike) == len(pairs)
+    likely: tuple[str, ...] = ("positions-start-again", "rope-half-precision")
+    if all_of_them:
+        likely = ("position-constant", "rope-on-the-wrong-axis", "rope-only-on-q", "prefill-all-same-position")
+    fail(
+        f"in one block, exchanging tokens {a} and {b} of {T} moves no later logit by more than {SMALLEST:.0e} standard "
+        f"deviations, and so for {'every pair' if all_of_them else f'{len(alike)} of {len(pairs)} pairs'} that was "
+        f"tried: {'order is not seen at all' if all_of_them else 'these positions look the same'}, although the model "
+        f"{f'holds {mechanism}' if mechanism else 'tells other positions apart'}",
+        likely=likely,
+        advice="Print the positions (or the angles) that reach attention for 5 tokens: five different ones.",
+        first={"a": a, "b": b},
+        pairs=alike[:40],
+        mechanism=mechanism,
+    )
+
+
+@needs(*CONTRACT, "check_positions.check_order_of_tokens_matters")
+def check_rotary_angle_depends_on_distance(subject: Any) -> None:
+    """Where rotary positions are used, equal tokens have a score that depends on how far they are apart, alone."""
+    model, T = precise(subject, None), length(subject)
+    if not mentions_rotary(model):
+        raise NotApplicable("no module mentions rotary positions")
+    tokens = subject.tokens(1, 1, seed=subject.seed).expand(1, T).contiguous()
+    products = key_products(subject, model, tokens)
+    if products is None or T <= SETTLED + 2:
+        raise NotApplicable("no product of queries and keys was seen, or the tokens entered attention with a position")
+    drift = {name: toeplitz_drift(scores) for name, scores in products.items()}
+    note(drift={name: float(d.max()) for name, d in drift.items()}, bound=TURNED)
+    least = min(drift.values(), key=lambda d: float(d.max()))
+    if float(least.max()) > TURNED:
+        t, s = (int(i) for i in (least > TURNED).nonzero()[0][-2:])
+        t, s = t + SETTLED, s + SETTLED
+        fail(
+            f"with the same token everywhere, the score of query {t} and key {s} differs from that of query {t - 1} "
+            f"and key {s - 1}, which are as far apart; by up to {float(least.max()):.3g} of a cosine, allowed "
+            f"{TURNED:.0e}: the rotation is not relative",
+            likely=("rope-opposite-signs", "rope-only-on-q", "rope-only-on-k", "rope-pairing-mismatch"),
+            advice="Turn queries and keys by the same function; cosines and sines must be laid out as the pairs are.",
+            first={"t": t, "s": s},
+        )
+
+
+def toeplitz_drift(scores: Tensor) -> Tensor:
+    """[..., T', T']: how far each score is from that of both one place earlier, past the first few."""
+    settled = scores[..., SETTLED - 1 :, SETTLED - 1 :]
+    return (settled[..., 1:, 1:] - settled[..., :-1, :-1]).abs()
