@@ -142,7 +142,7 @@ def test_a_crash_shows_the_subjects_own_line(student):
     assert result.ret == 1
     text = result.stdout.str()
     assert "missing_part" in text
-    assert "student.py:22" in text
+    assert "student.py:20" in text
     assert "checks/" not in text.replace("checks/check_", "")
 
 

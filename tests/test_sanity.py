@@ -1,0 +1,152 @@
+"""The two sanity checks: who passes, who fails, and what is said to those who fail."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from checks import check_sanity
+from checks.check_sanity import check_learns_only_unmasked_targets, check_memorizes_the_sentence
+from checks.subject import Subject, reference, reference_parts
+from checks.verdict import judge
+
+BOTH = [check_memorizes_the_sentence, check_learns_only_unmasked_targets]
+LLAMA = dict(positions="rotary", norm="rms", feed_forward="swiglu", bias=False, tied=False)
+
+
+def with_parts(config=None, **parts) -> Subject:
+    """The reference with some parts replaced."""
+    mine = reference_parts(**(config or {}))
+    vars(mine).update(parts)
+    return Subject("damaged", mine, seed=4)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The published recipe ends early: what does not learn need not be waited for."""
+    from dataclasses import replace
+
+    short = {name: replace(recipe, steps=60) for name, recipe in check_sanity.RECIPES.items()}
+    monkeypatch.setattr(check_sanity, "RECIPES", short)
+
+
+@pytest.mark.parametrize("check", BOTH, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("family", [{}, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("seed", range(3))
+def test_both_families_pass_by_the_quick_recipe(check, family, seed):
+    verdict = judge(check, Subject("reference", reference_parts(**family), seed=seed), {})
+    assert verdict.outcome == "passed", verdict.says
+    assert verdict.evidence["recipe"] == "quick"
+    assert verdict.evidence["loss"] <= 1e-5
+    assert verdict.evidence["steps"] < 100
+
+
+def test_everything_promised_was_said():
+    verdict = judge(check_memorizes_the_sentence, reference(seed=1), {})
+    samples = verdict.kept["learned"].samples
+    greedy = [(prompt, said) for how, prompt, said in samples if how == "greedy"]
+    assert [prompt + said for prompt, said in greedy] == ["I love machine learning"] * 23
+    assert sorted(len(prompt) for prompt, _ in greedy) == list(range(23))
+    assert [said for how, _, said in samples if "0.1" in how] == ["I love machine learning"] * 10
+
+
+def test_untaught_prompts_are_shown_and_not_judged():
+    verdict = judge(check_learns_only_unmasked_targets, reference(seed=1), {})
+    assert verdict.outcome == "passed"
+    shown = {prompt: how for how, prompt, _ in verdict.kept["learned"].samples}
+    assert shown["I l"] == "greedy"
+    assert "not judged" in shown[""]
+    assert "not judged" in shown["I"]
+
+
+def test_a_loss_that_ignores_the_mask_has_learned_what_it_should_not():
+    subject = with_parts(loss=lambda logits, targets, mask=None: F.cross_entropy(logits.transpose(1, 2), targets))
+    assert judge(check_memorizes_the_sentence, subject, {}).outcome == "passed"
+    verdict = judge(check_learns_only_unmasked_targets, subject, {})
+    assert verdict.outcome in ("failed", "not_applicable")
+
+
+def masked_mean(logits, targets, mask):
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return (losses * mask).sum() / mask.sum()
+
+
+def test_a_mask_that_slipped_by_one_is_named():
+    def slipped(logits, targets, mask=None):
+        mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+        return masked_mean(logits, targets, torch.cat((mask[:, 1:], mask[:, -1:]), dim=1))
+
+    verdict = judge(check_learns_only_unmasked_targets, with_parts(loss=slipped), {})
+    assert verdict.outcome == "failed"
+    assert "loss-mask-shifted-by-one" in verdict.likely
+
+
+def test_a_model_that_cannot_learn_is_told_so(impatient):
+    class Deaf(nn.Module):
+        """Logits that do not depend on what was read."""
+
+        def __init__(self, vocab_size):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+        def forward(self, tokens):
+            return self.bias.expand(*tokens.shape, -1)
+
+    parts = SimpleNamespace(build_model=lambda vocab_size, **_: Deaf(vocab_size))
+    verdict = judge(check_memorizes_the_sentence, Subject("deaf", parts), {})
+    assert verdict.outcome == "failed"
+    assert "does not learn" in verdict.says
+    assert verdict.evidence["loss_after"] > 0.3
+    assert len(verdict.evidence["tried"]) == 2
+
+
+def test_learning_too_slowly_is_told_apart(impatient, monkeypatch):
+    monkeypatch.setattr(check_sanity, "LEARNED", 1e-12)
+    verdict = judge(check_memorizes_the_sentence, reference(), {})
+    assert verdict.outcome == "failed"
+    assert "learns, but too slowly" in verdict.says
+    assert "quick recipe" in verdict.says
+    assert "published recipe" in verdict.says
+
+
+def test_a_loss_that_is_not_finite_names_its_step(impatient):
+    calls = []
+
+    def breaks(logits, targets, mask=None):
+        calls.append(1)
+        return F.cross_entropy(logits.transpose(1, 2), targets) * (float("nan") if len(calls) > 40 else 1.0)
+
+    parts = reference_parts()
+    parts.loss = breaks
+    verdict = judge(check_memorizes_the_sentence, Subject("breaks", parts), {})
+    assert verdict.outcome == "failed"
+    assert f"step {verdict.evidence['step']}" in verdict.says
+    assert "nan" in verdict.says
+
+
+def test_a_model_too_short_for_the_sentence_is_not_applicable():
+    class Fixed(Subject):
+        def can_vary(self, name):
+            return name != "block_size"
+
+    verdict = judge(check_memorizes_the_sentence, Fixed("short", reference_parts()), {})
+    assert verdict.outcome == "not_applicable"
+    assert verdict.evidence == {"block_size": 13}
+    assert "23" in verdict.says
+
+
+def test_wrong_words_at_a_low_loss_show_both_texts():
+    def first_position(model, prompt, max_new_tokens, temperature=1.0):
+        for _ in range(max_new_tokens):
+            prompt = torch.cat((prompt, model(prompt)[:, :1].argmax(-1)), dim=1)
+        return prompt
+
+    verdict = judge(check_memorizes_the_sentence, with_parts(generate=first_position), {})
+    assert verdict.outcome == "failed"
+    assert verdict.evidence["expected"] == "I love machine learning"
+    assert verdict.evidence["said"] == "I" * 23
+    assert "number 2" in verdict.says
