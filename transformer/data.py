@@ -92,10 +92,11 @@ def pad_batch(
     shortest, longest = min(map(len, sequences)), max(map(len, sequences))
     if shortest < 2:
         raise ValueError(f"a sequence needs at least 2 tokens, one to read and one to predict, got {shortest}")
-    rows = torch.tensor([pad_sequence(sequence, longest, pad, side) for sequence in sequences])  # [B, T + 1]
-    places = torch.arange(longest - 1) if side == "right" else torch.arange(longest - 2, -1, -1)
-    mask = places < torch.tensor([[len(sequence) - 1] for sequence in sequences])
-    return Batch(rows[:, :-1], rows[:, 1:], mask, loss_mask(mask, skip), padded=shortest < longest)
+    T = longest - 1
+    tokens = torch.tensor([pad_sequence(sequence[:-1], T, pad, side) for sequence in sequences])
+    targets = torch.tensor([pad_sequence(sequence[1:], T, pad, side) for sequence in sequences])
+    mask = torch.tensor([pad_sequence([True] * (len(sequence) - 1), T, False, side) for sequence in sequences])
+    return Batch(tokens, targets, mask, loss_mask(mask, skip), padded=shortest < longest)
 
 
 def pad_sequence(sequence: Sequence[int], length: int, pad: int, side: str) -> list[int]:

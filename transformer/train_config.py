@@ -20,10 +20,10 @@ class TrainConfig:
     beta2: float = 0.85  # memory of the gradient's square; a short one lets steps stay long as gradients vanish
     eps: float = 1e-8  # added to the root of the square
     weight_decay: float = 0.0  # of matrices; norms, biases and embeddings (a tied head is one) do not decay
-    warmup_steps: int = 10  # over which the learning rate rises, linearly
+    warmup_steps: int = 5  # over which the learning rate rises, linearly
     schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate after warm-up
     min_learning_rate: float = 0.0  # at the last step of the cosine
-    clip_norm: float | None = 0.5  # longest gradient of all parameters together, in the 2-norm; None: any
+    clip_norm: float | None = 0.25  # longest gradient of all parameters together, in the 2-norm; None: any
     precision: Literal["float32", "bfloat16"] = "float32"  # computed in; weights and optimizer are float32 in both
     device: str = "cpu"  # cpu, cuda, cuda:1, mps, xpu
     seed: int = 0  # of the data order, of dropout and, on the command line, of the initial weights
