@@ -124,16 +124,26 @@ class Subject:
         return model
 
     def logits(
-        self, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, cache: Any = None, **more: Any
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: Any = None,
+        *,
+        form: MaskForm | None = None,
+        **more: Any,
     ) -> Tensor:
         """[B, T] token ids to [B, T, V], whatever the model returns; mask [B, T] is True for real tokens.
 
-        `more` goes to the model as it is: document ids, say.
+        `form`, one of `mask_forms`, is how the mask is written for the model; the first of them by default. `more`
+        goes to the model as it is: document ids, say. Over a cache, some models answer for the last token only.
         """
-        if self.met is None:
-            given = {name: value for name, value in (("mask", mask), ("cache", cache)) if value is not None}
-            return model(tokens, **given, **more)
-        return self.met.logits(model, tokens, **more)
+        if self.met is not None:
+            return self.met.logits(model, tokens, mask, cache, form, more)
+        if mask is not None and form is not None:
+            mask = form.encode(mask)
+        given = {name: value for name, value in (("mask", mask), ("cache", cache)) if value is not None}
+        return model(tokens, **given, **more)
 
     def new_cache(self, model: nn.Module, batch_size: int) -> Any:
         """An empty key-value cache for `logits`, which fills it; None if the subject has no cache known here.

@@ -140,12 +140,12 @@ def ways(model: nn.Module, vocabulary: int, block_size: int) -> Iterator[Way]:
     parameters = parameters_of(model)
     direct = list(_direct(parameters, vocabulary))
     yield from direct
-    for way in direct[:1]:
+    for way in direct[:4]:
         yield _padded(way, block_size)
     if any(names.squash(p.name) in names.STARTS for p in parameters):
         yield _one_by_one(parameters)
     if hasattr(model, "setup_caches"):
-        yield from (_prepared(way, block_size) for way in direct[:2])
+        yield from (_prepared(way, block_size) for way in direct)
     if isinstance(model, Callable_):
         yield _row_by_row()
     yield from _methods(model, vocabulary)
@@ -157,8 +157,8 @@ Argument = Callable[[Tensor, nn.Module], Any]
 def _direct(parameters: list[Parameter], vocabulary: int) -> Iterator[Way]:
     first, rest = parameters[0], parameters[1:]
     plain = [names.squash(p.name) for p in parameters]
-    second = next((i for i, name in enumerate(plain[1:], 1) if name in names.DECODED), None)
-    if plain[0] in names.SOURCES and second is not None and parameters[second].default is names.MISSING:
+    second = next((i for i, name in enumerate(plain[1:], 1) if _is_decoded(name)), None)
+    if _is_source(plain[0]) and second is not None and parameters[second].default is names.MISSING:
         yield from _encoder_decoder(parameters, second, vocabulary)
     required = [p for p in rest if p.default is names.MISSING]
     choices = [list(_choices(p)) for p in required]
@@ -166,10 +166,21 @@ def _direct(parameters: list[Parameter], vocabulary: int) -> Iterator[Way]:
     extra: list[list[tuple[Parameter, Argument]]] = [[]]
     if targets is not None:
         extra.append([(targets, lambda x, m: x.clone())])
+    extra += [
+        [(p, _choices(p).__next__())] for p in rest if names.squash(p.name) in names.POSITIONS and p not in required
+    ]
     for more, chosen in product(extra, product(*choices)):
         given = [*zip(required, chosen, strict=True), *more]
         says = ", ".join([first.name, *(p.name for p, _ in given)])
         yield Way(f"forward({says})", _caller(first, given))
+
+
+def _is_source(plain: str) -> bool:
+    return plain in names.SOURCES or (plain.startswith(("src", "source", "enc")) and "mask" not in plain)
+
+
+def _is_decoded(plain: str) -> bool:
+    return plain in names.DECODED or (plain.startswith(("tgt", "trg", "target", "dec")) and "mask" not in plain)
 
 
 def _choices(parameter: Parameter) -> Iterator[Argument]:

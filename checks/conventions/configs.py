@@ -72,12 +72,13 @@ def _beside(home: Home) -> Iterator[ModuleType]:
     """Modules called something like config beside the file."""
     if home.file is None:
         return
-    for path in sorted(home.file.parent.glob("*.py")):
-        if not path.stem.lower().endswith(("config", "configs", "conf", "configuration", "args")):
-            continue
-        package = home.main.rpartition(".")[0] if home.main else ""
-        with contextlib.suppress(Exception):
-            yield importlib.import_module(f"{package}.{path.stem}" if package else path.stem)
+    for root in dict.fromkeys((home.file.parent, *home.near, *home.far)):
+        for path in sorted(
+            (*root.glob("*.py"), *root.glob("*/*.py")) if root != home.file.parent else root.glob("*.py")
+        ):
+            if path.stem.lower().endswith(("config", "configs", "conf", "configuration", "args")):
+                with contextlib.suppress(Exception):
+                    yield importlib.import_module(home.dotted(path, root))
 
 
 def _file(cls: type) -> str:
@@ -162,25 +163,62 @@ def _set_sizes(config: Any, filling: Filling, done: Iterable[str] = ()) -> Any:
 # -- what the code says about its configuration
 
 
-def spelled(home: Home) -> frozenset[str]:
-    """Names of settings that the subject's code reads: `config.n_layer`, `self.cfg["n_layer"]`, `kwargs.get("x")`."""
-    found: set[str] = set()
-    for source in home.sources.values():
-        for statement in source.body:
-            for node in ast.walk(statement):
-                if isinstance(node, ast.Attribute) and _is_config(node.value):
-                    found.add(node.attr)
-                elif (
-                    isinstance(node, ast.Subscript) and _is_config(node.value) and isinstance(node.slice, ast.Constant)
-                ):
-                    found.add(str(node.slice.value))
-                elif (
-                    isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_config(node.func.value)
-                ):
-                    found |= {
-                        a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)
-                    }
-    return frozenset(name for name in found if names.size_of(name))
+@dataclass(frozen=True)
+class Asked:
+    """What the subject's code says about its settings by reading them."""
+
+    spelled: frozenset[str]  # `config.n_layer`, `self.cfg["n_layer"]`
+    from_kwargs: frozenset[str]  # `kwargs.get("n_layer")`
+    choices: dict[str, str]  # strings that a setting is compared with: `if config.model_type == "gpt"`
+
+
+def asked_by(home: Home) -> Asked:
+    read: set[str] = set()
+    from_kwargs: set[str] = set()
+    choices: dict[str, str] = {}
+    for name, source in home.sources.items():
+        scope = vars(home.modules_now().get(name, object()))
+        for node in source.nodes:
+            if isinstance(node, ast.Attribute) and _is_config(node.value):
+                read.add(node.attr)
+            elif (key := _key(node)) is not None and _is_config(key[0]):
+                read.add(key[1])
+                from_kwargs |= {key[1]} if isinstance(key[0], ast.Name) and key[0].id.endswith("kwargs") else set()
+            elif isinstance(node, ast.Compare) and (choice := _choice(node, scope)) is not None:
+                choices.setdefault(*choice)
+    known = frozenset(name for name in read if names.size_of(name) or names.squash(name) in choices)
+    return Asked(known, known & from_kwargs, choices)
+
+
+def _key(node: ast.AST) -> tuple[ast.expr, str] | None:
+    """`x["key"]`, `x.get("key")`, `x.pop("key")`."""
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
+        return node.value, node.slice.value
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("get", "pop")
+        and node.args
+    ):
+        first = node.args[0]
+        if isinstance(first, ast.Constant) and isinstance(first.value, str):
+            return node.func.value, first.value
+    return None
+
+
+def _choice(node: ast.Compare, scope: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The setting and the first string that it is compared with: `x == "a"`, `x in ("a", "b")`, `x in TABLE`."""
+    left, right = node.left, node.comparators[0]
+    name = left.id if isinstance(left, ast.Name) else left.attr if isinstance(left, ast.Attribute) else ""
+    if not name or not isinstance(node.ops[0], ast.Eq | ast.In):
+        return None
+    value = _evaluate(right, scope) if isinstance(node.ops[0], ast.In) or isinstance(right, ast.Constant) else None
+    if isinstance(node.ops[0], ast.In) and not isinstance(value, str) and value is not names.MISSING:
+        try:
+            value = next(iter(value), None)
+        except TypeError:
+            return None
+    return (names.squash(name), value) if isinstance(value, str) and value != "__main__" else None
 
 
 def _is_config(node: ast.expr) -> bool:
@@ -193,12 +231,11 @@ def _dictionaries(home: Home, scope: Mapping[str, Any]) -> Iterator[dict[str, An
     """Dictionary literals with sizes as keys, wherever they stand: example configurations in `main()`."""
     known = {**scope, "args": SimpleNamespace(**_command_line(home))}
     for source in home.sources.values():
-        for statement in source.body:
-            for node in ast.walk(statement):
-                if isinstance(node, ast.Dict) and sized(k.value for k in node.keys if isinstance(k, ast.Constant)) >= 3:
-                    keys = (key.value if isinstance(key, ast.Constant) else None for key in node.keys)
-                    found = {key: _evaluate(value, known) for key, value in zip(keys, node.values, strict=True)}
-                    yield {k: v for k, v in found.items() if isinstance(k, str) and v is not names.MISSING}
+        for node in source.nodes:
+            if isinstance(node, ast.Dict) and sized(k.value for k in node.keys if isinstance(k, ast.Constant)) >= 3:
+                keys = (key.value if isinstance(key, ast.Constant) else None for key in node.keys)
+                found = {key: _evaluate(value, known) for key, value in zip(keys, node.values, strict=True)}
+                yield {k: v for k, v in found.items() if isinstance(k, str) and v is not names.MISSING}
 
 
 def _command_line(home: Home) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 
 from checks.conventions import configs, names
 from checks.conventions.configs import Option
-from checks.conventions.filling import Filling, Parameter, Settings, signature_of
+from checks.conventions.filling import Filling, Parameter, Settings, Signature, signature_of
 from checks.conventions.home import Home
 from checks.conventions.loading import Source
 from checks.conventions.taking import pure
@@ -60,7 +60,7 @@ class Recipe:
 
     def build(self, sizes: Mapping[str, Any]) -> nn.Module:
         """A fresh model. Raises Unfillable, NotAModel, or what the subject's code raises."""
-        filling = Filling(sizes, self.causal, self.spelled, self.special)
+        filling = self.filling(sizes)
         self.varies, self.assumed = filling.used, filling.assumed
         with self.home:
             self.settle(sizes, filling)
@@ -70,8 +70,12 @@ class Recipe:
         return model
 
     @functools.cached_property
-    def spelled(self) -> frozenset[str]:
-        return configs.spelled(self.home)
+    def asked(self) -> configs.Asked:
+        return configs.asked_by(self.home)
+
+    def filling(self, sizes: Mapping[str, Any]) -> Filling:
+        said = self.asked
+        return Filling(sizes, self.causal, said.spelled, said.from_kwargs, said.choices, self.special)
 
     def settle_for(self, model: nn.Module) -> None:
         """Where sizes are globals, sets them to those that the model was built with."""
@@ -81,13 +85,16 @@ class Recipe:
                 self.settle(sizes)
 
     def _call(self, filling: Filling) -> Any:
-        signature = signature_of(self.target)
-        given, scope = {}, self.scope
+        scope = self.scope
+        signature = resolved(signature_of(self.target), scope)
+        given = {}
         for parameter in signature.parameters:
             if parameter.name in self.options:
                 given[parameter.name] = self.options[parameter.name].make(filling)
-        rest = type(signature)(
-            tuple(p for p in signature.parameters if p.name not in given), signature.takes_anything and not given
+        rest = replace(
+            signature,
+            parameters=tuple(p for p in signature.parameters if p.name not in given),
+            takes_anything=signature.takes_anything and not given,
         )
         given |= filling.arguments(rest)
         for name in list(filling.missing):
@@ -112,7 +119,7 @@ class Recipe:
         for name, module in list(self.home.modules_now().items()):
             source = self.home.sources.get(name)
             if source is not None:
-                changed = set_globals(module, source, sizes, filling or Filling(sizes, self.causal))
+                changed = set_globals(module, source, sizes, filling or self.filling(sizes))
                 self._reads_globals |= bool(changed)
         self._settled = dict(sizes)
 
@@ -153,6 +160,12 @@ def _apply(target: Callable, given: Mapping[str, Any]) -> Any:
     return target(*(given[name] for name in positional if name in given), **named)
 
 
+def resolved(signature: Signature, scope: Mapping[str, Any]) -> Signature:
+    """The same with annotations that are strings replaced by the classes that they name."""
+    parameters = (replace(p, kind=configs.resolve(p.kind, scope) or p.kind) for p in signature.parameters)
+    return replace(signature, parameters=tuple(parameters))
+
+
 def _part(parameter: Parameter, filling: Filling, scope: Mapping[str, Any]) -> Any:
     """A required part that is no number: a tokenizer's sizes, or a module of a class in the file."""
     plain = names.squash(parameter.name)
@@ -165,8 +178,8 @@ def _part(parameter: Parameter, filling: Filling, scope: Mapping[str, Any]) -> A
     classes.sort(key=lambda cls: (not (filling.causal and "decoder" in cls.__name__.lower()), cls is not kind))
     for cls in classes:
         with contextlib.suppress(Exception):
-            inner = Filling(filling.sizes, filling.causal, filling.spelled, filling.special)
-            part = _apply(cls, inner.arguments(signature_of(cls)))
+            inner = replace(filling, used={}, assumed={}, missing=[])
+            part = _apply(cls, inner.arguments(resolved(signature_of(cls), scope)))
             filling.used.update(inner.used)
             return part
     return None
@@ -240,6 +253,8 @@ def set_globals(module: ModuleType, source: Source, sizes: Mapping[str, Any], fi
         if name in filling.used or hasattr(builtins, name):
             continue
         current = scope.get(name, names.MISSING)
+        if isinstance(current, dict):
+            changed |= _set_table(name, current, filling)
         if not _can_be_set(current):
             continue
         value = filling.value(Parameter(name, None if current is names.MISSING else current), ())
@@ -256,6 +271,16 @@ def set_globals(module: ModuleType, source: Source, sizes: Mapping[str, Any], fi
                     scope[target] = eval(code, scope)
                     changed.add(target)
     return changed
+
+
+def _set_table(name: str, table: dict, filling: Filling) -> set[str]:
+    """Sizes inside a table of presets, `{"small": dict(n_layer=12, …)}`."""
+    rows = [row for row in table.values() if isinstance(row, dict) and configs.sized(row) >= 2]
+    for row in rows:
+        for key, default in row.items():
+            value = filling.value(Parameter(str(key), default), row)
+            row[key] = default if value is names.MISSING else value
+    return {name} if rows else set()
 
 
 def _can_be_set(value: Any) -> bool:

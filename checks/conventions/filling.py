@@ -44,6 +44,7 @@ class Parameter:
 class Signature:
     parameters: tuple[Parameter, ...]
     takes_anything: bool = False  # **kwargs
+    asks_kwargs: bool = False  # some constructor on the way has **kwargs, which it may read by name
 
     def __contains__(self, name: str) -> bool:
         return any(p.name == name for p in self.parameters)
@@ -58,20 +59,22 @@ def signature_of(target: Callable) -> Signature:
         if vars(maker)["__init__"].__code__.co_filename.startswith("<"):  # made by @dataclass, not written
             return _of_fields(target)
     found: dict[str, Parameter] = {}
+    asks = False
     for cls in target.__mro__:
         if "__init__" in vars(cls):
             mine = _signature(vars(cls)["__init__"], bound=False)
             found = {**{p.name: p for p in mine.parameters}, **found}
+            asks |= mine.takes_anything
             if not mine.takes_anything:
-                return Signature(tuple(found.values()))
+                return Signature(tuple(found.values()), asks_kwargs=asks)
         if cls in (nn.Module, object):
             break
     if (fields := getattr(target, "model_fields", None)) and isinstance(fields, Mapping):  # pydantic
         return Signature(tuple(_of_pydantic(name, value) for name, value in fields.items()))
     try:
-        return _signature(target, bound=True) if not found else Signature(tuple(found.values()), True)
+        return _signature(target, bound=True) if not found else Signature(tuple(found.values()), True, asks)
     except (TypeError, ValueError):
-        return Signature(tuple(found.values()), True)
+        return Signature(tuple(found.values()), True, asks)
 
 
 def _of_fields(target: type) -> Signature:
@@ -119,6 +122,8 @@ class Filling:
     sizes: Mapping[str, Any]
     causal: bool = True
     spelled: frozenset[str] = frozenset()  # configuration keys that the subject's code reads
+    from_kwargs: frozenset[str] = frozenset()  # those of them that it reads from **kwargs
+    choices: Mapping[str, str] = field(default_factory=dict)  # strings that the code compares a setting with
     special: Mapping[str, Any] = field(default_factory=dict)  # values of the variant being tried, by squashed name
     used: dict[str, str] = field(default_factory=dict)  # parameter -> the size that it got
     assumed: dict[str, Any] = field(default_factory=dict)  # parameter -> a value that is no size
@@ -143,6 +148,8 @@ class Filling:
         if size is None and not parameter.can_be_a_number and plain in names.NUMBERS:
             return MISSING
         value = names.value_for(name, self.sizes, parameter.default, among=among, kind=parameter.kind)
+        if value is MISSING and parameter.default is MISSING:
+            value = self.choices.get(plain, MISSING)
         if value is not MISSING and value is not parameter.default:
             self.assumed[name] = value
         return value
@@ -150,15 +157,15 @@ class Filling:
     def arguments(self, signature: Signature) -> dict[str, Any]:
         """Keyword arguments for one constructor. A required parameter that nothing fills is noted as missing."""
         parameters = list(signature.parameters)
-        if signature.takes_anything:
-            parameters += [Parameter(name, None) for name in sorted(self.spelled) if name not in signature]
+        spelled = self.spelled if signature.takes_anything else self.from_kwargs if signature.asks_kwargs else ()
+        parameters += [Parameter(name) for name in sorted(spelled) if name not in signature]
         among = [p.name for p in parameters]
         given = {}
         for parameter in parameters:
             value = self.value(parameter, among)
             if value is not MISSING:
                 given[parameter.name] = value
-            elif parameter.default is MISSING:
+            elif parameter.default is MISSING and parameter.name in signature:
                 self.missing.append(parameter.name)
         return given
 

@@ -99,6 +99,13 @@ class Home:
         """The subject's own modules by name, inside `with home:` and outside."""
         return {n: sys.modules[n] for n in self.names if n in sys.modules} if self._depth else self.modules
 
+    def dotted(self, path: Path, root: Path) -> str:
+        """The name under which the subject itself imports another of its files."""
+        for base in (*self.near, root):
+            if path.is_relative_to(base):
+                return ".".join(path.relative_to(base).with_suffix("").parts)
+        return path.stem
+
     def remark(self, text: str) -> None:
         if text not in self.remarks:
             self.remarks.append(text)

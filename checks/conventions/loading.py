@@ -40,16 +40,19 @@ class Source:
         return [statement for tree in self.trees for statement in tree.body]
 
     @functools.cached_property
+    def nodes(self) -> list[ast.AST]:
+        return [node for tree in self.trees for node in ast.walk(tree)]
+
+    @functools.cached_property
     def free_names(self) -> tuple[str, ...]:
         """Names that functions read and do not themselves define: globals."""
         found: set[str] = set()
-        for statement in self.body:
-            for node in ast.walk(statement):
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                    named = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
-                    stored = {n.id for n in named if not isinstance(n.ctx, ast.Load)}
-                    stored |= {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
-                    found |= {n.id for n in named if isinstance(n.ctx, ast.Load)} - stored
+        for node in self.nodes:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                named = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+                stored = {n.id for n in named if not isinstance(n.ctx, ast.Load)}
+                stored |= {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
+                found |= {n.id for n in named if isinstance(n.ctx, ast.Load)} - stored
         return tuple(sorted(found))
 
 

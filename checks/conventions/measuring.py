@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from checks.conventions import names
 
+POSITIONS = re.compile(r"(^|\.|_)(w?pe|pos|positions?|positional|posemb|pos_?enc)(_|\.|$)")
 HOLDERS = ("config", "cfg", "args", "params", "hparams", "model_args", "conf")
 
 
@@ -46,8 +48,9 @@ def _position_rows(model: nn.Module, tables: list[nn.Embedding]) -> int | None:
     if len(tables) > 1 and tables[1].embedding_dim == tables[0].embedding_dim:
         return tables[1].num_embeddings
     tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    width = tables[0].embedding_dim if tables else None
     for name, tensor in tensors:
-        if tensor.dim() in (2, 3) and any(w in name.rpartition(".")[2].lower() for w in ("pos", "pe")):
+        if tensor.dim() in (2, 3) and POSITIONS.search(name.lower()) and tensor.shape[-1] == width:
             rows = [n for n in tensor.shape[:-1] if n > 1]
             if len(rows) == 1:
                 return int(rows[0])

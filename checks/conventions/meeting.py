@@ -31,7 +31,7 @@ SEARCH_SECONDS = 20.0  # for all attempts to build and call
 # Tried in turn where a constructor refuses the first: widths with larger heads, fewer heads, round lengths.
 OTHER_SIZES: tuple[dict[str, int], ...] = (
     {}, {"n_embd": 64}, {"n_head": 2}, {"n_embd": 128, "n_head": 2}, {"n_embd": 256, "n_head": 2},
-    {"block_size": 16, "n_embd": 64}, {"block_size": 32, "n_embd": 64}, {"n_layer": 4},
+    {"block_size": 16, "n_embd": 64}, {"block_size": 32, "n_embd": 64}, {"n_layer": 4}, {"block_size": 128},
 )  # fmt: skip
 PARTS = ("loss", "generate", "train_step", "objective", "trainer", "tokenizer", "declares")
 
@@ -55,11 +55,17 @@ class Met:
     assumed: list[str] = field(default_factory=list)
 
     def logits(
-        self, model: nn.Module, tokens: Tensor, mask: Tensor | None, cache: Cache | None, form: MaskForm | None
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        form: MaskForm | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """[B, T, V]; with a cache, [B, 1, V] of a model that then answers for the last token only."""
         self.settle(model)
-        given = {}
+        given = dict(more or {})
         seen = mask if cache is None else cache.seen(mask, tokens)
         if seen is not None:
             form = form or self.mask_form
@@ -106,7 +112,7 @@ class Met:
         """What the model gives for logits: "logits", "log-probabilities" or "probabilities"."""
         model = self.build(self.sizes)
         with torch.no_grad():
-            logits = self.logits(model, self.some_tokens(), None, None, None).double()
+            logits = self.logits(model, self.some_tokens()).double()
         if float(logits.logsumexp(-1).abs().max()) < 1e-4:
             return "log-probabilities"
         probabilities = bool((logits >= 0).all()) and float((logits.sum(-1) - 1).abs().max()) < 1e-4
@@ -245,7 +251,7 @@ def _try_recipe(recipe: Recipe, changed: Mapping[str, Any], device: Any, trials:
             model, keep = _built(recipe, asked)
         built = True
         return _met(recipe, model.to(device).eval(), asked, keep, device)
-    except (Exception, Unfillable) as error:
+    except Exception as error:
         trials.append(Trial(recipe.target, recipe, error, built))
         return None
 
@@ -360,7 +366,7 @@ def _try_instance(model: nn.Module, home: Home, device: Any, causal: bool, trial
             sizes["vocab_size"] = forward.vocabulary
             forward = settle(forward, model, _tokens(sizes, device), forward.vocabulary, is_causal=causal)
         model.train(training)
-    except (Exception, Uncallable) as error:
+    except Exception as error:
         trials.append(Trial(model, None, error, True))
         return None
     return Met(
