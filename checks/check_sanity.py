@@ -184,7 +184,7 @@ def split_losses(subject: Any, learned: Learned, texts: list[str]) -> dict[str, 
     batch = learned.task.batch(list(dict.fromkeys(texts))).to(subject.device)
     model = learned.trainer.model
     with learned.trainer.eval_mode(), torch.no_grad():
-        logits = subject.logits(model, batch.tokens)
+        logits = subject.logits(model, batch.tokens).detach()
     kinds = {"unmasked": batch.loss_mask, "masked": ~batch.loss_mask & batch.mask, "all": batch.mask}
     return {
         name: float(next_token_loss(logits, batch.targets, mask)) if mask.any() else math.nan
