@@ -14,7 +14,8 @@ from pathlib import Path
 THEMES = (
     "contract", "modes", "causality", "masking", "positions",
     "initialization", "gradients", "numerics", "portability",
-    "loss", "data", "generation", "training", "checkpoint", "spec", "sanity",
+    "loss", "data", "cache", "generation", "sampling",
+    "training", "optimizer", "evaluation", "checkpoint", "spec", "sanity",
 )  # fmt: skip
 
 

@@ -59,6 +59,7 @@ class Read:
     tokens: Tensor | None  # [B, T]
     logits: Tensor  # [B, T or 1, V]
     cached: bool  # whether something like a cache was handed in
+    masked: bool  # whether something like a padding mask was
     training: bool  # whether any module was in train mode
 
 
@@ -222,7 +223,9 @@ def watched(model: nn.Module, speaker: str, V: int, script: Script) -> Iterator[
 
         answer = replace_logits(answer, V, turn)
         cached = any(value is not None and name in CACHES for name, value in kwargs.items())
-        reads.append(Read(tokens, said, cached, any(m.training for m in model.modules())))
+        masked = any(value is not None and name in NAMES["mask"] for name, value in kwargs.items())
+        masked = masked or any(isinstance(value, Tensor) and value.dim() > 1 for value in args[1:])
+        reads.append(Read(tokens, said, cached, masked, any(m.training for m in model.modules())))
         return answer
 
     module.__dict__["forward"] = wrapped

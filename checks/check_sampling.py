@@ -1,0 +1,380 @@
+"""Tokens are drawn from softmax(logits / T), cut to what top-k and top-p keep.
+
+The model says the same known probabilities after every text. The weights that reach torch.multinomial are read, so
+that supports and frequencies are exact; a sampler that is not seen there is counted, and judged by χ².
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checks.draws import DISTINCT, LEVEL, Sampler, scores, unlikely
+from checks.expect import NotApplicable, advise, fail, needs, note
+from checks.generation_conventions import Rows
+from checks.randomness import seeded
+from checks.scripted import Stage, dealt, stage
+
+APPENDS = "check_generation.check_generate_appends_tokens"
+GREEDY = "check_generation.check_greedy_equals_the_naive_loop"
+TEMPERATURE = "check_sampling.check_temperature_divides_the_logits"
+EXACT = 1e-4  # float32 gives probabilities to 1e-6; one token more or less moves them by 1e-2
+
+
+def sampler(subject: Any, *roles: str) -> Sampler:
+    """As many rows as the vocabulary has tokens, or 3, or 1: a threshold of shape [B] may fit a row of V by chance.
+
+    Raises NotApplicable for a generate without the parameters, and for one that never draws.
+    """
+    on = stage(subject)
+    on.decoder.wants(*roles)
+    rows = 1 if not on.decoder.batched else on.vocab_size if on.vocab_size <= 32 else 3
+    made = Sampler(on, scores(on.vocab_size, rows, seed=subject.seed))
+    if not {"temperature", "sample", "greedy", "top_k", "top_p"} & on.decoder.takes.keys() and draws_nothing(made):
+        raise NotApplicable(f"{on.decoder.name} takes the likeliest token, and nothing asks it for a draw")
+    return made
+
+
+def draws_nothing(made: Sampler) -> bool:
+    counts = made.counts({})
+    return int(counts.max()) == int(counts.sum()) and int(counts.argmax()) == int(made.given[0].argmax())
+
+
+@needs(APPENDS, GREEDY)
+def check_temperature_divides_the_logits(subject: Any) -> None:
+    """A token is drawn with probability softmax(logits / T), at T = 1 and where it can be set at 0.5 and 2."""
+    made = sampler(subject)
+    asked = (1.0, 0.5, 2.0) if "temperature" in made.on.decoder.takes else (1.0,)
+    for temperature in asked:
+        options = {"sample": True, "temperature": temperature}
+        kept = made.kept(options)
+        if kept is None:
+            judge_counts(made, options, made.likeliest().shape[1], temperature)
+        elif farthest(kept, made.likeliest(temperature)) > EXACT:
+            judge_temperature(made, kept, temperature)
+    note(temperatures=list(asked), seen="weights" if kept is not None else "counts")
+
+
+def farthest(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().nan_to_num(nan=torch.inf).max())
+
+
+def judge_temperature(made: Sampler, kept: Tensor, temperature: float) -> None:
+    """Names the power of the probabilities that was applied: 1 / T when right."""
+    whole = made.likeliest()
+    inside = (kept[0] > 0) & (whole[0] > 1e-4)
+    x, y = whole[0, inside].log(), kept[0, inside].log()
+    power = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    drawn, V = int((kept[0] > 0).sum()), kept.shape[1]
+    fewer = f", and only {drawn} of {V} tokens can be drawn" if drawn < V else ""
+    known = {temperature: "temperature-multiplied", 1.0: "temperature-ignored"}
+    fail(
+        f"at temperature {temperature:g} the logits are multiplied by {power:.3g}, not by {1 / temperature:g}{fewer}: "
+        f"the likeliest token is drawn with probability {float(kept[0, 0]):.4f}, "
+        f"should be {float(made.likeliest(temperature)[0, 0]):.4f}",
+        likely=[bug for value, bug in known.items() if abs(power - value) < 0.05 and temperature != 1],
+        advice="probabilities = (logits / temperature).softmax(-1)",
+        temperature=temperature,
+        multiplied_by=round(power, 4),
+        right=1 / temperature,
+    )
+
+
+def judge_counts(made: Sampler, options: dict[str, Any], kept: int, temperature: float = 1.0) -> None:
+    """The tokens that came out against the probabilities of the `kept` likeliest; a hit is drawn anew."""
+    right, told = made.first_row(kept, temperature), []
+    for draw in range(2):
+        counts = made.counts(options, draw=draw)
+        told.append(unlikely(counts, right))
+        if told[-1] > LEVEL:
+            note(p_value=told[-1])
+            return
+    outside = int(((right == 0) & (counts > 0)).sum())
+    asked = ", ".join(f"{name}={value}" for name, value in options.items() if name != "sample")
+    fail(
+        f"with {asked} {int(counts.sum())} draws have {int((counts > 0).sum())} different tokens, "
+        + (f"{outside} of them not among the {kept} likeliest" if outside else "not as often as they should")
+        + f": χ² gives {told[0]:.1e} and, drawn anew, {told[1]:.1e}",
+        advice="probabilities = (logits / temperature).softmax(-1), cut to what the filters keep and renormalized",
+        different=int((counts > 0).sum()),
+        outside=outside,
+        p_values=told,
+    )
+
+
+@needs(APPENDS, GREEDY, TEMPERATURE)
+def check_top_k_keeps_k(subject: Any) -> None:
+    """Top-k leaves exactly the k likeliest tokens of each row, for k = 1 to V, in their proportions."""
+    made = sampler(subject, "top_k")
+    V = min(made.on.vocab_size, DISTINCT)
+    for k in (3, *(k for k in range(1, V + 1) if k != 3)):
+        whole = made.likeliest()
+        options = {"sample": True, "top_k": k}
+        kept = drawn_from(made, options)
+        if kept is None:
+            if k in (1, 3, V):
+                judge_counts(made, options, k)
+            continue
+        want = renormalized(whole, torch.full((len(whole),), k))
+        if farthest(kept, want) > EXACT:
+            judge_kept(made, kept, torch.full((len(whole),), k), f"top_k={k}", top_k_bugs(kept, k))
+    beyond_the_vocabulary(made)
+
+
+def top_k_bugs(kept: Tensor, k: int) -> tuple[str, ...]:
+    sizes = set((kept > 0).sum(dim=-1).tolist())
+    return {
+        frozenset({k + 1}): ("topk-off-by-one-more",),
+        frozenset({k - 1}): ("topk-strict-inequality",),
+        frozenset({k}): ("topp-mask-not-unsorted",),
+    }.get(frozenset(sizes), ("topk-threshold-of-another-row",) if len(sizes) > 1 else ())
+
+
+def beyond_the_vocabulary(made: Sampler) -> None:
+    try:
+        made.kept({"sample": True, "top_k": made.on.vocab_size + 1})
+    except Exception as error:
+        advise(f"top_k above the vocabulary size raises {type(error).__name__}: take min(top_k, logits.size(-1))")
+
+
+def drawn_from(made: Sampler, options: dict[str, Any]) -> Tensor | None:
+    """As `Sampler.kept`; a filter that dies in a batch and not alone takes one prompt at a time, and that is said."""
+    try:
+        return made.kept(options)
+    except Exception as error:
+        if len(made.given) == 1:
+            raise
+        made.given, made.prompts = made.given[:1], made.prompts[:1]
+        kept = made.kept(options)
+        asked = ", ".join(f"{name}={value}" for name, value in options.items() if name != "sample")
+        advise(f"with {asked} {made.on.decoder.name} takes one prompt only: {type(error).__name__}: {error}")
+        return kept
+
+
+def renormalized(whole: Tensor, size: Tensor) -> Tensor:
+    """The first `size` [B] of each row of sorted probabilities [B, V], made to sum to 1."""
+    cut = torch.where(torch.arange(whole.shape[1]) < size[:, None], whole, 0.0)
+    return cut / cut.sum(dim=-1, keepdim=True)
+
+
+def judge_kept(made: Sampler, kept: Tensor, size: Tensor, asked: str, likely: tuple[str, ...]) -> None:
+    """Fails with the first row that is drawn from other tokens than its `size` likeliest."""
+    want = renormalized(made.likeliest(), size)
+    row = int(((kept - want).abs().nan_to_num(nan=torch.inf).amax(dim=-1) > EXACT).int().argmax())
+    got, right = int((kept[row] > 0).sum()), int(size[row])
+    if got == right:
+        what = (
+            f"keeps {got} tokens, but not the likeliest: the first of them has probability {float(kept[row, 0]):.4f} "
+        )
+        what += f"after the cut, should be {float(want[row, 0]):.4f}"
+    else:
+        what = f"keeps {got} tokens, should keep {right}"
+    fail(
+        f"{asked} {what} (row {row} of {len(kept)}, {kept.shape[1]} tokens)",
+        likely=likely,
+        row=row,
+        kept=got,
+        should_keep=right,
+        kept_by_row=(kept > 0).sum(dim=-1).tolist()[:8],
+    )
+
+
+@needs(APPENDS, GREEDY, TEMPERATURE)
+def check_top_p_keeps_the_nucleus(subject: Any) -> None:
+    """Top-p leaves exactly the smallest set of likeliest tokens that together reach p, from tiny p to 0.999 and 1."""
+    made = sampler(subject, "top_p")
+    for p in (0.7, 1e-6, 0.1, 0.3, 0.5, 0.9, 0.999, 1.0):
+        whole = made.likeliest()
+        p = p if p in (1e-6, 0.999, 1.0) else apart(whole, p)
+        size = nucleus(whole, p)
+        options = {"sample": True, "top_p": p}
+        kept = drawn_from(made, options)
+        if kept is None:
+            judge_counts(made, options, int(size[0]))
+        elif farthest(kept, renormalized(whole, size)) > EXACT:
+            judge_kept(made, kept, size, f"top_p={p:g}", top_p_bugs(whole, kept, size, p))
+
+
+def nucleus(whole: Tensor, p: float) -> Tensor:
+    """How many of the likeliest tokens [B] are needed to reach p."""
+    return ((whole.cumsum(dim=-1) < p - 1e-9).sum(dim=-1) + 1).clamp(max=whole.shape[1])
+
+
+def apart(whole: Tensor, p: float) -> float:
+    """The p near the one given that is farthest from every sum of likeliest probabilities: no rounding decides."""
+    sums = torch.cat((torch.zeros(len(whole), 1, dtype=whole.dtype), whole.cumsum(dim=-1)), dim=-1).flatten()
+    near = torch.linspace(p - 0.05, p + 0.05, 101, dtype=whole.dtype)
+    return round(float(near[(near[:, None] - sums).abs().amin(dim=-1).argmax()]), 4)
+
+
+def top_p_bugs(whole: Tensor, kept: Tensor, size: Tensor, p: float) -> tuple[str, ...]:
+    found = (kept > 0).sum(dim=-1)
+    if bool((found == size).all()):
+        return ("topp-mask-not-unsorted",)
+    if bool((found == (size - 1).clamp(min=1)).all()):
+        return ("topp-drops-crossing-token",)
+    if bool((found == nucleus(whole, 1 - p)).all()):
+        return ("topp-threshold-inverted",)
+    return ("topp-mask-not-unsorted", "topp-threshold-inverted")
+
+
+@needs(
+    APPENDS, GREEDY, TEMPERATURE, "check_sampling.check_top_k_keeps_k", "check_sampling.check_top_p_keeps_the_nucleus"
+)
+def check_filters_work_together(subject: Any) -> None:
+    """Top-k, top-p and a temperature given together all count, and the token drawn is the token said."""
+    made = sampler(subject)
+    takes = made.on.decoder.takes.keys()
+    if {"top_k", "top_p"} <= takes:
+        for k, p in ((4, 0.9), (8, 0.4), (3, 0.5)):
+            expect_both(made, k, p)
+    if {"top_k", "temperature"} <= takes:
+        expect_cut_and_divided(made, 4, 0.5)
+    asked = [{}, *({role: value} for role, value in (("top_k", 5), ("top_p", 0.6)) if role in takes)]
+    for options in asked:
+        expect_said_as_drawn(made, {"sample": True, **options})
+
+
+def expect_both(made: Sampler, k: int, p: float) -> None:
+    """The nucleus of the k likeliest, or what the nucleus of all and the k likeliest share: either is in use."""
+    whole = made.likeliest()
+    among = nucleus(renormalized(whole, torch.full((len(whole),), k)), p)
+    shared = nucleus(whole, p).clamp(max=k)
+    kept = drawn_from(made, {"sample": True, "top_k": k, "top_p": p})
+    if kept is None:
+        raise NotApplicable("the sampler is not seen at torch.multinomial")
+    if min(farthest(kept, renormalized(whole, size)) for size in (among, shared)) <= EXACT:
+        return
+    found = (kept > 0).sum(dim=-1)
+    ignored = "top_p" if bool((found == k).all()) else "top_k" if bool((found == nucleus(whole, p)).all()) else ""
+    fail(
+        f"top_k={k} with top_p={p:g} keeps {int(found[0])} tokens, should keep {int(among[0])}"
+        + (f" (or {int(shared[0])}, if top_p comes first)" if int(shared[0]) != int(among[0]) else "")
+        + (f": {ignored} is ignored when both are given" if ignored else ""),
+        likely=("topk-skips-topp",) if ignored == "top_p" else (),
+        advice="apply one filter after the other to the logits, and draw once",
+        kept=int(found[0]),
+        ignored=ignored,
+    )
+
+
+def expect_cut_and_divided(made: Sampler, k: int, temperature: float) -> None:
+    kept = drawn_from(made, {"sample": True, "top_k": k, "temperature": temperature})
+    if kept is None:
+        return judge_counts(made, {"sample": True, "top_k": k, "temperature": temperature}, k, temperature)
+    want = renormalized(made.likeliest(temperature), torch.full((len(kept),), k))
+    if farthest(kept, want) > EXACT:
+        fail(
+            f"top_k={k} at temperature {temperature:g} draws the likeliest token with probability "
+            f"{float(kept[0, 0]):.4f}, should be {float(want[0, 0]):.4f}: one of the two is lost",
+            kept=int((kept[0] > 0).sum()),
+        )
+
+
+def expect_said_as_drawn(made: Sampler, options: dict[str, Any]) -> None:
+    """Whatever place of the weights is drawn, the token of that probability is said."""
+    order = made.given.argsort(dim=-1, descending=True)
+    for place in range(min(made.on.vocab_size, DISTINCT)):
+        weights, said = made.catch(place, **options)
+        if len(weights) != len(said):
+            return
+        if place >= weights.shape[1]:
+            break
+        rank = (weights > weights[:, place : place + 1]).sum(dim=-1)
+        want = order.gather(-1, rank[:, None])[:, 0]
+        wrong = (weights[:, place] > 0) & (said != want)
+        if bool(wrong.any()):
+            row = int(wrong.int().argmax())
+            fail(
+                f"row {row} drew the token of probability {float(weights[row, place] / weights[row].sum()):.4f}, "
+                f"which is {int(want[row])}, and says {int(said[row])}",
+                likely=("topk-answers-a-place",) if int(said[row]) == place else ("same-token-for-whole-batch",),
+                advice="after a sort, map the drawn index back: order.gather(-1, drawn)",
+                row=row,
+                drawn=int(want[row]),
+                said=int(said[row]),
+            )
+
+
+@needs(APPENDS, GREEDY)
+def check_temperature_zero_is_greedy(subject: Any) -> None:
+    """Temperature 0 takes the likeliest token, or is refused."""
+    on = stage(subject)
+    on.decoder.wants("temperature")
+    rows = 1 if not on.decoder.batched else 5
+    for shift in (0.0, 4.0):  # a division by zero sorts by sign: all below zero, and some above
+        given = scores(on.vocab_size, rows, seed=subject.seed + 2) + shift
+        on.script = dealt(given)
+        try:
+            said = on.generate(subject.tokens(rows, 2, seed=subject.seed), 3, temperature=0.0)
+        except Exception as error:
+            advise(f"temperature 0 raises {type(error).__name__}: {error}. It could mean greedy: logits.argmax(-1)")
+            return
+        want = given.argmax(dim=-1).tolist()
+        wrong = [row for row in range(rows) if said[row] != [want[row]] * 3]
+        if wrong:
+            fail(
+                f"at temperature 0 row {wrong[0]} says {said[wrong[0]]}, where the likeliest token is always "
+                f"{want[wrong[0]]}: the logits are divided by zero and what is left is drawn from",
+                likely=("temperature-zero-division",),
+                advice="if temperature == 0: take logits.argmax(-1); divide only otherwise",
+                row=wrong[0],
+                said=said[wrong[0]],
+                likeliest=want[wrong[0]],
+            )
+
+
+@needs(APPENDS)
+def check_samples_differ_unless_seeded(subject: Any) -> None:
+    """Two samples without a seed differ, and the same seed gives the same sample."""
+    made = sampler(subject)
+    on, n = made.on, max(1, min(6, subject.sizes.block_size - 1))
+    on.script = dealt(scores(on.vocab_size, 1, seed=subject.seed))
+    prompts = subject.tokens(4, 1, seed=subject.seed)
+    with seeded(subject.seed):
+        one, two = (on.generate(prompts, n, sample=True) for _ in range(2))
+    if one == two:
+        judge_unseeded(on, one)
+    expect_repeatable(on, prompts, n)
+
+
+def judge_unseeded(on: Stage, said: Rows) -> None:
+    seed = on.decoder.defaults.get("seed")
+    if seed is not None:
+        advise(f"{on.decoder.name} has seed={seed} by default: every call says the same unless a seed is given")
+        return
+    fail(
+        f"two samples without a seed are the same {len(said)} × {len(said[0])} tokens, {said[0]} and so on: "
+        "the generator is seeded inside, on every call",
+        likely=("seed-fixed-inside-generate", "sampling-reseeds-training"),
+        advice="take a torch.Generator or a seed as an argument, and seed nothing without one",
+        said=said[0],
+    )
+
+
+def expect_repeatable(on: Stage, prompts: Tensor, n: int) -> None:
+    for role, make in (("generator", lambda seed: torch.Generator().manual_seed(seed)), ("seed", lambda seed: seed)):
+        if role not in on.decoder.takes:
+            continue
+        with seeded(on.subject.seed):
+            said = [on.generate(prompts, n, sample=True, **{role: make(seed)}) for seed in (5, 5, 6)]
+        if said[0] != said[1]:
+            fail(
+                f"the same {role} gives {said[0][0]} and then {said[1][0]}: it is not what tokens are drawn with",
+                likely=("generator-ignored",),
+                advice="torch.multinomial(probabilities, 1, generator=generator)",
+                said=[said[0][0], said[1][0]],
+            )
+        if said[0] == said[2]:
+            fail(f"seeds 5 and 6 of {role} give the same sample {said[0][0]}", likely=("seed-fixed-inside-generate",))
+        return
+    with seeded(7):
+        one = on.generate(prompts, n, sample=True)
+    with seeded(7):
+        two = on.generate(prompts, n, sample=True)
+    if one != two:
+        advise(
+            f"a sample of {on.decoder.name} cannot be repeated: it has no generator, no seed and is not manual_seed's"
+        )
