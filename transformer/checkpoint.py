@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +39,10 @@ def save(path: str | Path, **state: Any) -> None:
         os.replace(partial, path)
         flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch wraps an OSError of the file in a RuntimeError
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {reason(error)}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
@@ -71,12 +75,13 @@ def reason(error: BaseException) -> str:
 def load(path: str | Path) -> dict[str, Any]:
     """What `save` wrote, on the CPU. Raises CheckpointError if it is missing, damaged, or a pickle with code in it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what is refused in a moment
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {reason(error)}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: no checkpoint, or one with code. {first_line(error)}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a reader led through the wrong bytes may stumble over anything
         raise CheckpointError(f"{path} is truncated or no checkpoint: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is no checkpoint: it holds a {type(state).__name__}")
