@@ -14,8 +14,8 @@ from pathlib import Path
 THEMES = (
     "contract", "modes", "causality", "masking", "positions",
     "initialization", "gradients", "numerics", "portability",
-    "loss", "data", "cache", "generation", "sampling",
-    "training", "optimizer", "evaluation", "checkpoint", "spec", "sanity",
+    "loss", "cache", "generation", "sampling",
+    "training", "optimizer", "evaluation", "data", "checkpoint", "spec", "sanity",
 )  # fmt: skip
 
 

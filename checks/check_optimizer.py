@@ -1,0 +1,218 @@
+"""The optimizer: which parameters it holds and moves, which of them decay, and at which rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.check_training import FOLLOWS, at
+from checks.expect import advise, fail, needs, note
+from checks.step_conventions import met_step
+from checks.training_runs import Losses, TrainerRun, examples, model_of, pieces
+
+
+@needs(FOLLOWS)
+def check_every_parameter_moves(subject: Any) -> None:
+    """With the optimizer that trains it, every parameter that has a gradient moves, and a frozen one does not."""
+    window = examples(subject, 4)
+    model = model_of(subject).float()
+    frozen = freeze_one(model)
+    if subject.brings("trainer"):
+        run = TrainerRun(subject, model, window, sgd=False, batch_size=4, learning_rate=1e-3, weight_decay=0.0)
+        steps = [run.step() for _ in range(2)]
+    else:
+        met = met_step(subject)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+        steps = [met.run(model, optimizer, examples(subject, 3, ragged=False)) for _ in range(2)]
+    gradient = pieces(model, at(model, steps[0], Losses(subject, model).mean)[0])
+    moved = pieces(model, steps[-1].after - steps[0].before)
+    largest = max(float(g.abs().max()) for g in gradient.values())
+    still = [n for n, g in gradient.items() if float(g.abs().max()) > 1e-7 * largest and not moved[n].any()]
+    if still:
+        fail(
+            f"{len(still)} of {len(moved)} parameters have a gradient and do not move in 2 steps: {shortened(still)}",
+            likely=(
+                ("optimizer-misses-embeddings", "optimizer-holds-stale-params")
+                if any(piece.any() for piece in moved.values())
+                else ("zero-grad-between-backward-and-step",)
+            ),
+            advice="Build the optimizer from model.parameters(), after every change of the model (to, tie, load).",
+            parameters=still,
+        )
+    if frozen is not None and moved[frozen].any():
+        fail(f"{frozen} has requires_grad=False and moves all the same", likely=("optimizer-moves-frozen",))
+
+
+def freeze_one(model: nn.Module) -> str | None:
+    """Freezes the last vector of the model, which is hardly ever alone; its name."""
+    vectors = [name for name, p in model.named_parameters() if p.dim() == 1 and p.requires_grad]
+    if len(vectors) < 2:
+        return None
+    model.get_parameter(vectors[-1]).requires_grad_(False)
+    return vectors[-1]
+
+
+def shortened(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def check_the_optimizer_owns_each_parameter_once(subject: Any) -> None:
+    """The optimizer holds the model's own trained parameters, each once, and nothing else."""
+    model = model_of(subject)
+    frozen = freeze_one(model)
+    run = TrainerRun(subject, model, examples(subject, 2), sgd=False)
+    held = [p for group in run.trainer.optimizer.param_groups for p in group["params"]]
+    owned = {id(p): name for name, p in model.named_parameters()}
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and all(p is not q for q in held)]
+    strangers = [tuple(p.shape) for p in held if id(p) not in owned]
+    twice = sorted({owned.get(id(p), "?") for p in held if sum(p is q for q in held) > 1})
+    note(parameters=len(owned), held=len(held))
+    if missing or strangers or twice:
+        likely = ("optimizer-holds-stale-params",) if strangers else ("optimizer-misses-embeddings",)
+        says = [f"it misses {shortened(missing)}"] * bool(missing)
+        says += [f"it holds {len(strangers)} that are not the model's (any more)"] * bool(strangers)
+        says += [f"it holds {shortened(twice)} twice"] * bool(twice)
+        fail(
+            f"the optimizer does not hold the model's {len(owned)} parameters once each: {'; '.join(says)}",
+            likely=("optimizer-holds-twice",) if twice and not missing and not strangers else likely,
+            advice="Build it from model.parameters() after the model is where it is trained.",
+            missing=missing,
+            twice=twice,
+        )
+    if frozen is not None and any(p is model.get_parameter(frozen) for p in held):
+        advise(f"the optimizer holds {frozen}, which is frozen")
+
+
+def check_decay_keeps_to_its_groups(subject: Any) -> None:
+    """Without a gradient, decay shrinks the parameters that are meant to decay by 1 - rate × decay, no others."""
+    model = model_of(subject)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)  # a bias of 0 shows no decay
+    nothing = TrainerRun(subject, model, examples(subject, 2)).trainer.objective
+
+    def without_gradient(network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        total, count = nothing(network, batch)
+        return 0 * total, count
+
+    rate, decay = 0.1, 0.3
+    run = TrainerRun(
+        subject, model, examples(subject, 2), objective=without_gradient, sgd=False,
+        optimizer="adamw", weight_decay=decay, learning_rate=rate,
+    )  # fmt: skip
+    step = run.step()
+    before, after = pieces(model, step.before), pieces(model, step.after)
+    decayed = [name for name in before if not torch.equal(before[name], after[name])]
+    note(decayed=len(decayed), of=len(before))
+    if subject.declared("decay") != "matrices":
+        advise(f"{len(decayed)} of {len(before)} parameters decay")
+        return
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    meant = [n for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in tables]
+    wrongly, spared = [n for n in decayed if n not in meant], [n for n in meant if n not in decayed]
+    if wrongly or spared:
+        says = [f"{shortened(wrongly)} should not decay"] * bool(wrongly)
+        says += [f"{shortened(spared)} should"] * bool(spared)
+        fail(
+            f"{len(decayed)} of {len(before)} parameters decay without a gradient; declared are the matrices "
+            f"({len(meant)}), not embeddings, norms or biases: {'; '.join(says)}",
+            likely=("norm-alias-in-decay-group", "decay-on-everything"),
+            advice="Group by p.dim() >= 2 rather than by the classes of norms that you can think of.",
+            wrongly=wrongly,
+            spared=spared,
+        )
+    for name in meant:
+        shrunk = float((after[name] / before[name]).median())
+        if not math.isclose(shrunk, 1 - rate * decay, rel_tol=1e-6):
+            fail(
+                f"{name} shrinks to {shrunk:.6g} of itself in a step without a gradient; "
+                f"1 - rate × decay is {1 - rate * decay:.6g}",
+                likely=("decay-twice",),
+                advice="Decay once: in the optimizer or in the loss.",
+            )
+
+
+def check_the_learning_rate_follows_its_schedule(subject: Any) -> None:
+    """Warm-up, then cosine: one tick an optimizer step, whatever the micro-batches, the first step not left out."""
+    peak, low, warmup, steps = 0.1, 0.01, 3, 9
+    run = TrainerRun(
+        subject, model_of(subject), examples(subject, 6), batch_size=3, micro_batch_size=1, learning_rate=peak,
+        warmup_steps=warmup, schedule="cosine", min_learning_rate=low, steps=steps,
+    )  # fmt: skip
+    rates: list[float] = []
+    step = run.trainer.optimizer.step
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        rates.append(run.trainer.optimizer.param_groups[0]["lr"])
+        return step(*args, **kwargs)
+
+    run.trainer.optimizer.step = recorded
+    for _ in range(steps):
+        run.step()
+
+    def closed(i: float) -> float:
+        if i < warmup:
+            return peak * (i + 1) / warmup
+        done = min(1.0, (i - warmup) / (steps - 1 - warmup))
+        return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
+
+    want = [closed(i) for i in range(steps)]
+    off = [i for i, (a, b) in enumerate(zip(rates, want, strict=False)) if not math.isclose(a, b, rel_tol=1e-6)]
+    note(rates=[round(rate, 6) for rate in rates])
+    if not off and len(rates) == steps:
+        return
+    often = "ticking 3 times a step, once a micro-batch", ("scheduler-per-microbatch",)
+    meanings: list[tuple[str, tuple[str, ...], list[int]]] = [
+        ("that of the step after: the first is skipped", ("scheduler-off-by-one",), [i + 1 for i in range(steps)]),
+        ("that of the step before", ("scheduler-off-by-one",), [i - 1 for i in range(steps)]),
+        *((*often, [3 * i + k for i in range(steps)]) for k in range(4)),
+        ("constant", ("scheduler-never-ticks",), [0] * steps),
+    ]
+
+    def same(places: list[int]) -> bool:
+        return all(
+            math.isclose(x, want[j], rel_tol=1e-6) for x, j in zip(rates, places, strict=False) if 0 <= j < steps
+        )
+
+    says, likely = next(((m, k) for m, k, places in meanings if same(places)), ("", ()))
+    first = off[0] if off else 0
+    fail(
+        f"the learning rate of step {first + 1} is {rates[first]:.6g}, by its schedule (warm-up {warmup}, cosine to "
+        f"step {steps}) {want[first]:.6g}" + (f": the rate is {says}" if says else ""),
+        likely=likely,
+        advice="Set the rate from the count of optimizer steps done, right before optimizer.step().",
+        got=rates,
+        want=want,
+    )
+
+
+def check_small_updates_survive_low_precision(subject: Any) -> None:
+    """Training in bfloat16 keeps weights in which an update of 1e-3 of a weight is not rounded away."""
+    window, model = examples(subject, 4), model_of(subject).float()
+    run = TrainerRun(
+        subject, model, window, sgd=False, batch_size=4, precision="bfloat16", learning_rate=1e-3, weight_decay=0.0
+    )
+    first = run.step()
+    gradient = pieces(model, at(model, first, Losses(subject, model).mean)[0])
+    moved = pieces(model, first.after - first.before)
+    largest = max(float(g.abs().max()) for g in gradient.values())
+    lost: dict[str, float] = {}
+    for name, g in gradient.items():
+        live = g.abs() > 1e-3 * largest
+        if live.any():
+            lost[name] = float((moved[name][live] == 0).double().mean())
+    worst = max(lost, key=lambda name: lost[name])
+    note(worst=worst, lost=lost[worst])
+    if lost[worst] > 0.05:
+        names = [name for name in lost if lost[name] > 0.05]
+        fail(
+            f"{100 * lost[worst]:.0f} % of the entries of {worst} that have a gradient do not move in a step of 1e-3 "
+            f"({len(names)} of {len(lost)} parameters are so): it is rounded away, as in bfloat16 weights "
+            f"(their dtype is {str(model.get_parameter(worst).dtype).removeprefix('torch.')})",
+            likely=("bf16-master-weights", "norm-weights-frozen-by-dtype"),
+            advice="Keep weights and optimizer state in float32 and let autocast compute in bfloat16.",
+            parameters=names,
+        )

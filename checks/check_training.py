@@ -1,0 +1,333 @@
+"""Training: what one optimizer step does to the weights, against the gradient of examples taken one at a time.
+
+A `Trainer`-like object is watched through its data and its objective; a plain `train_step` through what it is given.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.expect import NotApplicable, advise, fail, needs, note
+from checks.step_conventions import RATE, SURE, MetStep, met_step
+from checks.training_explained import (
+    Micro,
+    accumulation_mistakes,
+    angle,
+    cause,
+    clipped,
+    clipping_mistakes,
+    near,
+    parallel,
+    step_mistakes,
+)
+from checks.training_runs import Losses, Step, TrainerRun, examples, model_of, pieces, write
+
+EXACT = 1e-6  # relative, of updates in float64; clipping adds 1e-6 to the norm it divides by
+FOLLOWS = "check_training.check_a_step_follows_the_gradient"
+
+
+def check_a_step_follows_the_gradient(subject: Any) -> None:
+    """Plain steps move the weights by minus the learning rate times the gradient of the mean loss, step after step."""
+    if not subject.brings("trainer"):
+        follow_with_train_step(subject)
+        return
+    run = TrainerRun(subject, model_of(subject), examples(subject, 7), batch_size=3)
+    earlier: list[Tensor] = []
+    for number in range(1, 5):
+        step = run.step()
+        gradient, _ = at(run.model, step, Losses(subject, run.model).mean)
+        got = -step.update / run.config.learning_rate
+        if not near(got, gradient, EXACT):
+            count, rows = sum(len(e) - 1 for e in step.examples), len(step.examples)
+            when = f"step {number} ({rows} examples, {count} targets)"
+            if number == 1 and near(-run.step().update / run.config.learning_rate, gradient, 1e-2):
+                refuse_update(got, gradient, when, "nothing, and the next step's is this gradient", STALE)
+            refuse_update(got, gradient, when, *cause(got, step_mistakes(got, gradient, earlier, count, rows)))
+        earlier.append(gradient)
+
+
+STALE = ("step-with-stale-gradient",)
+
+
+def follow_with_train_step(subject: Any) -> None:
+    met = met_step(subject)
+    note(called=met.says, update_per_gradient=met.factor)
+    model = model_of(subject).to(met.dtype)
+    batches = [examples(subject, 3, ragged=False, seed=seed) for seed in (1, 2)]
+    write(model, met.first.before)
+    losses = Losses(subject, model)
+    gradient, targets = losses.mean(batches[0])[0], sum(len(e) - 1 for e in batches[0])
+    got = -met.first.update / RATE
+    if not met.right:
+        other_direction(subject, model, met, gradient, batches[0])
+        return
+    if not math.isclose(met.factor, 1.0, rel_tol=1e-4):
+        size = "the sum over its targets" if math.isclose(met.factor, targets, rel_tol=1e-4) else "clipped or scaled"
+        advise(f"an update is {met.factor:.4g} times the gradient of the mean loss: {size}")
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    steps = [met.run(model, optimizer, batch) for batch in batches]
+    second = at(model, steps[1], losses.mean)[0]
+    got = -steps[1].update / RATE
+    if parallel(got, second) < SURE - 1e-3:
+        refuse_update(
+            got,
+            second,
+            "step 2",
+            *cause(got / met.factor, step_mistakes(got / met.factor, second, [gradient], targets, 3)),
+        )
+
+
+def other_direction(subject: Any, model: nn.Module, met: MetStep, gradient: Tensor, batch: list) -> None:
+    """What an update that is not along the gradient is along."""
+    got = -met.first.update / RATE
+    if not got.any():
+        refuse_update(got, gradient, "the first step", *cause(got, step_mistakes(got, gradient, [], 1, 1)))
+    for shift, says in SHIFTS.items():
+        wrong = Losses(subject, model, shift=shift).mean(batch)[0]
+        if parallel(got, wrong) > SURE - 1e-4:
+            bug = "label-shift-missing" if shift < 0 else "label-shifted-twice"
+            refuse_update(got, gradient, f"the first step ({met.says})", says, (bug,))
+    split = [p for p in pieces(model, got).items() if p[1].any()]
+    wanted = pieces(model, gradient)
+    if all(parallel(piece, wanted[name]) > SURE for name, piece in split):
+        advise("each parameter's gradient is scaled by itself (clipped one by one), which turns the whole")
+        return
+    limit = float(got.abs().max())
+    if near(got, gradient.clamp(-limit, limit)):
+        advise(f"gradients are clipped value by value, at {limit:.3g}, which turns them")
+        return
+    named = cause(got, step_mistakes(got, gradient, [], sum(len(e) - 1 for e in batch), len(batch)))
+    refuse_update(got, gradient, f"the first step ({met.says})", *named)
+
+
+SHIFTS = {
+    -1: "that of predicting the token just read: the targets are not shifted",
+    1: "that of predicting the token after the next: the targets are shifted twice",
+}
+
+
+def refuse_update(got: Tensor, want: Tensor, when: str, says: str, likely: tuple[str, ...]) -> None:
+    off = float((got - want).norm() / want.norm())
+    fail(
+        f"{when}: the update is not the gradient of the mean loss over the targets ({off:.2g} of its length off, at an "
+        f"angle of {angle(got, want)}°)" + (f"; it is {says}" if says else ""),
+        likely=likely,
+        advice="The order is: zero_grad, forward, backward (divided once by all targets of the window), clip, step.",
+        off=off,
+        bound=EXACT,
+    )
+
+
+def at(model: nn.Module, step: Step, what: Any) -> Any:
+    """`what(examples)` at the weights before a step; the weights are as they were afterwards."""
+    write(model, step.before)
+    try:
+        return what(step.examples)
+    finally:
+        write(model, step.after)
+
+
+WINDOWS = ((5, 2, False), (5, 2, True), (4, 3, True), (6, 1, False))  # examples, micro-batch size, clipped
+
+
+@needs(FOLLOWS)
+def check_micro_batches_add_up_to_the_whole(subject: Any) -> None:
+    """A window taken in micro-batches, ragged and the last one short, moves the weights as when taken whole."""
+    for count, size, clips in WINDOWS:
+        window = examples(subject, count, seed=size)
+        model = model_of(subject)
+        losses = Losses(subject, model)
+        gradient = losses.mean(window)[0]
+        limit = 0.5 * float(gradient.norm()) if clips else None
+        run = TrainerRun(subject, model, window, batch_size=count, micro_batch_size=size, clip_norm=limit)
+        step = run.step()
+        got, want = -step.update / run.config.learning_rate, clipped(gradient, limit)
+        if not near(got, want, EXACT):
+            write(model, step.before)
+            refuse_accumulation(losses, step, window, size, limit, got, want)
+
+
+def refuse_accumulation(
+    losses: Losses, step: Step, window: list, size: int, limit: float | None, got: Tensor, want: Tensor
+) -> None:
+    seen = step.examples if len(step.examples) == len(window) else window
+    sums = [losses.sums(seen[i : i + size]) for i in range(0, len(window), size)]
+    targets = [n for _, _, n in sums]
+    says, likely = cause(got, accumulation_mistakes([Micro(g, n) for g, _, n in sums], limit))
+    if not says and len(step.examples) < len(window):
+        says, likely = f"that of {len(step.examples)} examples: the others were never read", LAST_DROPPED
+    fail(
+        f"{len(window)} examples in micro-batches of {size} (of {targets} targets"
+        + (f", clipped at {limit:.3g}" if limit else "")
+        + f") move the weights by {float(got.norm()):.4g} × the learning rate, taken whole {float(want.norm()):.4g}, "
+        f"{angle(got, want)}° apart" + (f": the update is {says}" if says else ""),
+        likely=likely,
+        advice="Add up the gradients of sums, and divide once by the targets of all micro-batches before clipping.",
+        targets=targets,
+        clip_norm=limit,
+        examples_read=len(step.examples),
+    )
+
+
+LAST_DROPPED = ("accum-partial-window-dropped",)
+
+
+@needs(FOLLOWS)
+def check_clipping_scales_the_whole_gradient(subject: Any) -> None:
+    """Clipping at c multiplies the gradient of all parameters together by min(1, c / its length), before the step."""
+    declared = subject.declared("clip")
+    window, model = examples(subject, 3), None
+    for share in (0.01, 0.9, 1.1, 1e6):
+        model = model_of(subject)
+        losses = Losses(subject, model)
+        gradient = losses.mean(window)[0]
+        norm = float(gradient.norm())
+        run = TrainerRun(subject, model, window, batch_size=3, clip_norm=share * norm)
+        step = run.step()
+        got, want = -step.update / run.config.learning_rate, clipped(gradient, share * norm)
+        if near(got, want, 1e-4):
+            continue
+        targets = sum(len(example) - 1 for example in window)
+        parts = list(pieces(model, gradient).values())
+        says, likely = cause(got, clipping_mistakes(gradient, parts, share * norm, targets))
+        if declared is None and likely in (("clip-by-value",), ("clip-per-parameter",)):
+            advise(f"the gradient is {says}")
+            return
+        left = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        if left and "clip-after-step" in likely and near(torch.cat(left).double(), want, 1e-3):
+            says, likely = "not clipped, for it is clipped only after the step", ("clip-after-step",)
+        fail(
+            f"a gradient of length {norm:.4g}, clipped at {share * norm:.4g}, moves the weights by "
+            f"{float(got.norm()):.4g} × the learning rate instead of {float(want.norm()):.4g}, at an angle of "
+            f"{angle(got, want)}°" + (f": it is {says}" if says else ""),
+            likely=likely,
+            advice="clip_grad_norm_(all parameters, c) after the last backward and before optimizer.step().",
+            limit=share * norm,
+            length=norm,
+        )
+
+
+@needs(FOLLOWS)
+def check_the_loss_scale_cancels(subject: Any) -> None:
+    """Losses and their count scaled alike (as loss scaling does, then unscaled) leave the clipped update as it was."""
+    window, updates = examples(subject, 3), []
+    plain = None
+    for scale in (1, 64):
+        model = model_of(subject)
+        plain = plain or TrainerRun(subject, model, window).trainer.objective
+
+        def scaled(network: nn.Module, batch: Any, by: int = scale, objective: Any = plain) -> tuple[Tensor, Tensor]:
+            total, count = objective(network, batch)
+            return by * total, by * count
+
+        limit = 0.5 * float(Losses(subject, model).mean(window)[0].norm())
+        run = TrainerRun(subject, model, window, batch_size=3, clip_norm=limit, objective=scaled)
+        updates.append(run.step().update)
+    if not near(updates[1], updates[0], EXACT):
+        fail(
+            "losses 64 times as large, over 64 times the count, move the weights "
+            f"{float(updates[1].norm() / updates[0].norm()):.4g} times as far: the gradient is clipped while scaled",
+            likely=("clip-before-unscale",),
+            advice="Unscale (or divide by the count) first, then clip, then step.",
+        )
+
+
+@needs(FOLLOWS)
+def check_the_reported_loss_is_that_of_the_step(subject: Any) -> None:
+    """The loss that a step reports is the mean over the targets of its window, at the weights before the step."""
+    if subject.brings("trainer"):
+        window = examples(subject, 5)
+        run = TrainerRun(subject, model_of(subject), window, batch_size=5, micro_batch_size=2)
+        step, model, size = run.step(), run.model, 2
+    else:
+        met = met_step(subject)
+        step, model, size = met.first, model_of(subject).to(met.dtype), 3
+        write(model, step.after)
+    if step.loss is None:
+        raise NotApplicable("a step reports no loss")
+    losses = Losses(subject, model)
+    want = at(model, step, losses.mean)[1]
+    tolerance = 1e-6 if next(model.parameters()).dtype == torch.float64 else 1e-4
+    if math.isclose(step.loss, want, rel_tol=tolerance):
+        return
+    parts = [step.examples[i : i + size] for i in range(0, len(step.examples), size)]
+    sums = [at(model, step, lambda _, part=part: losses.sums(part)[1:]) for part in parts]
+    total, count = sum(s for s, _ in sums), sum(n for _, n in sums)
+    meanings: list[tuple[str, float, tuple[str, ...]]] = [
+        ("the sum over the targets", total, ()),
+        ("the mean of the micro-batches' means", sum(s / n for s, n in sums) / len(sums), ("reported-mean-of-means",)),
+        ("that of the last micro-batch alone", sums[-1][0] / sums[-1][1], ("reported-last-micro-batch",)),
+        ("that of the weights after the step", losses.mean(step.examples)[1], ("reported-after-the-step",)),
+        ("the mean over examples, not over targets", total / len(step.examples), ()),
+    ]
+    says, likely = next(((m, k) for m, v, k in meanings if math.isclose(step.loss, v, rel_tol=1e-4)), ("", ()))
+    text = f"a step reports a loss of {step.loss:.6g}; over the {count} targets of its window it was {want:.6g}"
+    if subject.declared("reduction") is None and likely == () and says:
+        advise(f"{text}: it is {says}")
+        return
+    fail(text + (f": it is {says}" if says else ""), likely=likely, got=step.loss, want=want)
+
+
+@needs(FOLLOWS)
+def check_a_step_is_made_in_train_mode(subject: Any) -> None:
+    """Every module is in train mode while a step computes, whatever the caller or an evaluation left behind."""
+    if not subject.brings("trainer"):
+        mode_of_train_step(subject)
+        return
+    window = examples(subject, 3)
+    run = TrainerRun(subject, model_of(subject), window, validation=window, batch_size=3)
+    for before in ("the caller's eval()", "an evaluation"):
+        if before == "an evaluation" and hasattr(run.trainer, "evaluate"):
+            run.trainer.evaluate(run.data.validation)
+        else:
+            run.model.eval()
+        with watched_modes(run.model) as modes:
+            run.step()
+        refuse_eval_mode(modes, before)
+
+
+def mode_of_train_step(subject: Any) -> None:
+    met = met_step(subject)
+    model = model_of(subject).to(met.dtype).eval()
+    with watched_modes(model) as modes:
+        met.run(model, torch.optim.SGD(model.parameters(), lr=RATE), met.first.examples)
+    if modes and any(modes[0].values()):
+        refuse_eval_mode(modes, "the caller's eval()")
+    elif modes:
+        advise("train_step leaves the mode to its caller: call model.train() before, also after every evaluation")
+
+
+class watched_modes:
+    """The mode of every module at each call of the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.modes = model, []  # type: ignore[var-annotated]
+
+    def __enter__(self) -> list[dict[str, bool]]:
+        forward = self.model.forward
+
+        def seen(*args: Any, **kwargs: Any) -> Any:
+            self.modes.append({name: module.training for name, module in self.model.named_modules()})
+            return forward(*args, **kwargs)
+
+        self.model.__dict__["forward"] = seen
+        return self.modes
+
+    def __exit__(self, *_: Any) -> None:
+        self.model.__dict__.pop("forward")
+
+
+def refuse_eval_mode(modes: list[dict[str, bool]], before: str) -> None:
+    asleep = [name or "the model" for name, training in modes[0].items() if not training] if modes else []
+    if asleep:
+        fail(
+            f"after {before} a step is computed in eval mode ({len(asleep)} of {len(modes[0])} modules, first "
+            f"{asleep[0]}): dropout is off from then on",
+            likely=("train-mode-never-set", "train-mode-never-restored", "eval-not-restored"),
+            advice="Call model.train() at the start of every step, or restore the mode at the end of evaluate.",
+            modules=asleep[:10],
+        )

@@ -1,0 +1,202 @@
+"""How a foreign train_step is met: its parameters by their names, its batch by trying. Nothing here judges.
+
+A `MetStep` makes one optimizer step on examples, lists of token ids of equal length, in the form that it takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from checks.expect import NotApplicable
+from checks.training_explained import parallel
+from checks.training_runs import Example, Losses, Step, examples, flat, model_of
+
+NAMES = {
+    "model": "model net network m gpt lm transformer",
+    "optimizer": "optimizer optimiser optim opt",
+    "batch": "batch data sample minibatch mini_batch",
+    "tokens": "x xb inputs input input_ids tokens idx ids src input_batch x_batch context token_ids",
+    "targets": "y yb targets target labels label tgt trg target_batch y_batch",
+    "mask": "mask attention_mask loss_mask attn_mask",
+    "loss": "loss_fn criterion loss_function loss_func crit lossfn loss",
+    "scheduler": "scheduler lr_scheduler sched",
+    "scaler": "scaler grad_scaler",
+    "device": "device",
+    "clip": "clip max_norm grad_clip clip_norm max_grad_norm grad_clip_norm clip_value clip_grad",
+    "count": "step it iteration i epoch global_step iter step_num iter_num",
+    "vocabulary": "vocab_size n_vocab",
+}
+ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
+ALWAYS = ("model", "optimizer", "batch", "tokens", "targets")  # given even where they have a default
+FORMS = ("(tokens, targets)", "{input_ids, labels}, labels as the inputs", "{tokens, targets, …}", "tokens alone")
+SURE = 1 - 1e-6  # cosine of two updates that are the same but for their length
+RATE = 0.05
+
+
+class Criterion(nn.Module):
+    """A loss for a step that wants one handed over: cross entropy of logits and targets in whatever layout."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if logits.dim() == 3 and logits.shape[:2] != targets.shape and logits.shape[::2] == targets.shape:
+            logits = logits.transpose(1, 2)  # [B, V, T]
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+class Fields(dict):
+    """A batch by names, as keys and as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to(self, device: Any) -> Fields:
+        return Fields({name: value.to(device) for name, value in self.items()})
+
+
+@dataclass(frozen=True)
+class MetStep:
+    """A subject's train_step and how it is called."""
+
+    function: Callable
+    roles: dict[str, str]  # parameter → role
+    form: str
+    right: bool  # its update on a first batch is along the gradient of the next-token loss
+    factor: float  # length of that update against the gradient's
+    dtype: torch.dtype
+    first: Step  # what it did there
+
+    @property
+    def says(self) -> str:
+        return f"train_step({', '.join(self.roles)}), batch as {self.form}"
+
+    def run(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Example]) -> Step:
+        before = flat(model)
+        result = call(self.function, self.roles, self.form, model, optimizer, batch)
+        return Step(list(batch), reported(result), before, flat(model))
+
+
+def met_step(subject: Any) -> MetStep:
+    """The subject's train_step. Raises NotApplicable where it has none, or none that can be called."""
+    met = _meet(subject)
+    if isinstance(met, NotApplicable):
+        raise NotApplicable(met.reason, **met.evidence)
+    return met
+
+
+@functools.lru_cache(maxsize=4)
+def _meet(subject: Any) -> MetStep | NotApplicable:
+    function = getattr(subject.parts, "train_step", None)
+    if function is None:
+        return NotApplicable("the subject brings no train_step")
+    roles = parameter_roles(function)
+    if isinstance(roles, str):
+        return NotApplicable(roles)
+    errors: list[str] = []
+    found = list(trials(subject, function, roles, errors))
+    if not found:
+        return NotApplicable("no way of calling train_step was found", tried=list(dict.fromkeys(errors)))
+    return next((met for met in found if met.right), found[0])
+
+
+def trials(subject: Any, function: Callable, roles: dict[str, str], errors: list[str]) -> Iterator[MetStep]:
+    """One step in every form that the function takes; the first that follows the gradient is the last tried."""
+    batch = examples(subject, 3, ragged=False, seed=1)
+    forms = FORMS if "batch" in roles.values() else FORMS[:2] if "targets" in roles.values() else FORMS[3:]
+    for dtype in (torch.float64, torch.float32):
+        for form in forms:
+            model = model_of(subject).to(dtype)
+            optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+            gradient = Losses(subject, model).mean(batch)[0]
+            before = flat(model)
+            try:
+                result = call(function, roles, form, model, optimizer, batch)
+            except Exception as error:
+                errors.append(f"{form}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
+                continue
+            step = Step(batch, reported(result), before, flat(model))
+            towards = -step.update / RATE
+            right = parallel(towards, gradient) > (SURE if dtype == torch.float64 else 1 - 1e-4)
+            factor = float(towards.norm() / gradient.norm())
+            yield MetStep(function, roles, form, right, factor, dtype, step)
+            if right:
+                return
+
+
+def parameter_roles(function: Callable) -> dict[str, str] | str:
+    """What each parameter is for; a sentence if one that has to be given is for nothing known here."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return "the parameters of train_step cannot be read"
+    roles: dict[str, str] = {}
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        role, required = ROLES.get(parameter.name.lower()), parameter.default is parameter.empty
+        if role is None and required:
+            return f"train_step takes {parameter.name!r}, and what that is is not known here"
+        if role is not None and (required or role in ALWAYS):
+            roles[parameter.name] = role
+    missing = {"model", "optimizer"} - set(roles.values())
+    return f"train_step takes no {' and no '.join(sorted(missing))}" if missing else roles
+
+
+def call(
+    function: Callable,
+    roles: dict[str, str],
+    form: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Example],
+) -> Any:
+    whole = torch.tensor(batch, device=next(model.parameters()).device)
+    tokens, targets = whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
+    if form == FORMS[1]:
+        tokens, targets = whole[:, :-1].contiguous(), whole[:, :-1].clone()
+    values = {
+        "model": model,
+        "optimizer": optimizer,
+        "batch": in_form(form, whole, tokens, targets),
+        "tokens": whole if form == FORMS[3] else tokens,
+        "targets": targets,
+        "mask": torch.ones_like(tokens),
+        "loss": Criterion(),
+        "scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+        "scaler": torch.amp.GradScaler(enabled=False),
+        "device": whole.device,
+        "clip": 1e9,
+        "count": 0,
+        "vocabulary": getattr(model, "vocab_size", 0),
+    }
+    return function(**{name: values[role] for name, role in roles.items()})
+
+
+def in_form(form: str, whole: Tensor, tokens: Tensor, targets: Tensor) -> Any:
+    if form == FORMS[0]:
+        return tokens, targets
+    if form == FORMS[3]:
+        return whole
+    names = dict.fromkeys(("input_ids", "tokens", "inputs", "x"), tokens)
+    names |= dict.fromkeys(("labels", "targets", "target", "y"), targets)
+    return Fields(names | dict.fromkeys(("attention_mask", "mask", "loss_mask"), torch.ones_like(tokens)))
+
+
+def reported(result: Any) -> float | None:
+    """The loss among what a step returned."""
+    if isinstance(result, dict):
+        result = result.get("loss", next(iter(result.values()), None))
+    if isinstance(result, tuple | list):
+        result = result[0] if result else None
+    if isinstance(result, Tensor) and result.numel() == 1:
+        return float(result)
+    return float(result) if isinstance(result, float | int) and not isinstance(result, bool) else None

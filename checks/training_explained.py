@@ -1,0 +1,148 @@
+"""From a wrong update to its likely cause: the mistakes of a step that have a closed form, each tried in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEAR = 1e-4  # relative; clipping divides by a norm with 1e-6 added
+Cause = tuple[
+    str, tuple[str, ...], Tensor
+]  # what it would be, ids of likely bugs, its update per unit of learning rate
+
+
+def near(got: Tensor, want: Tensor, bound: float = NEAR) -> bool:
+    return bool((got - want).norm() <= bound * want.norm() + 1e-12)
+
+
+def parallel(got: Tensor, want: Tensor) -> float:
+    """Cosine of the angle between two updates; 0 if one is nothing."""
+    size = float(got.norm() * want.norm())
+    return float(got @ want) / size if size else 0.0
+
+
+def angle(got: Tensor, want: Tensor) -> str:
+    """Between two updates, in degrees."""
+    degrees = math.degrees(math.acos(max(-1.0, min(1.0, parallel(got, want)))))
+    return f"{degrees:.3g}" if degrees > 1e-3 else "0"
+
+
+def clipped(g: Tensor, limit: float | None) -> Tensor:
+    return g if limit is None else g * min(1.0, limit / max(float(g.norm()), 1e-30))
+
+
+@dataclass
+class Micro:
+    """One micro-batch: the gradient of the sum of its losses, and its count of targets."""
+
+    gradient: Tensor
+    count: int
+
+
+def accumulation_mistakes(parts: Sequence[Micro], limit: float | None) -> list[Cause]:
+    """What the update would be if micro-batches were put together in another way."""
+    k, N = len(parts), sum(part.count for part in parts)
+    total = torch.stack([part.gradient for part in parts]).sum(0)
+    means = [part.gradient / max(part.count, 1) for part in parts]
+    last, first = parts[-1], parts[0]
+    causes: list[Cause] = [
+        (
+            "the average of the micro-batches' means: a target in a short micro-batch counts more than one in a long",
+            ("accum-mean-of-means",),
+            torch.stack(means).mean(0),
+        ),
+        ("the sum of the micro-batches' means, not divided", ("accum-no-division",), torch.stack(means).sum(0)),
+        (
+            f"divided twice, by all {N} targets and again by {k} micro-batches",
+            ("accum-double-normalised",),
+            total / N / k,
+        ),
+        ("the sum over all targets, not divided", ("normalisation-missing",), total),
+        ("divided by the targets of the last micro-batch", ("accum-divides-by-last-count",), total / last.count),
+    ]
+    for name, part, likely in (
+        ("the last", last, ("zero-grad-each-microbatch", "accum-only-last-backward")),
+        ("the first", first, ("accum-partial-window-dropped",)),
+    ):
+        causes += [
+            (f"that of {name} micro-batch alone", likely, part.gradient / part.count),
+            (f"that of {name} micro-batch alone, divided by all targets", likely, part.gradient / N),
+        ]
+    if k > 2:
+        rest, n = total - last.gradient, N - last.count
+        dropped = "without the last micro-batch"
+        causes += [
+            (dropped, ("accum-partial-window-dropped",), rest / n),
+            (f"{dropped}, divided by all targets", ("accum-partial-window-dropped",), rest / N),
+        ]
+    causes = [(says, likely, clipped(g, limit)) for says, likely, g in causes]
+    if limit is not None:
+        causes += clipped_too_early(parts, N, limit)
+    return causes
+
+
+def clipped_too_early(parts: Sequence[Micro], N: int, limit: float) -> list[Cause]:
+    sums = means = torch.zeros_like(parts[0].gradient)
+    for part in parts:
+        sums = clipped(sums + part.gradient, limit)
+        means = clipped(means + part.gradient / N, limit)
+    total = torch.stack([part.gradient for part in parts]).sum(0)
+    each, early = "clipped after every micro-batch, not once for all", ("clip-per-microbatch",)
+    return [
+        (each, early, sums / N),
+        (each, early, clipped(sums / N, limit)),
+        (each, early, means),
+        ("clipped before it is divided by its targets", ("clip-before-unscale",), clipped(total, limit) / N),
+        ("not clipped", ("clip-missing",), total / N),
+    ]
+
+
+def clipping_mistakes(g: Tensor, pieces: Sequence[Tensor], limit: float, count: int) -> list[Cause]:
+    """What the update would be if a gradient were clipped in another way; `pieces` are its parameters'."""
+    norm, largest, sum_of_all = float(g.norm()), float(g.abs().max()), float(g.abs().sum())
+    other = ("clip-by-another-norm",)
+    one_by_one = torch.cat([clipped(piece, limit) for piece in pieces])
+    return [
+        ("not clipped", ("clip-missing", "clip-after-step", "clip-before-backward"), g),
+        ("stretched to the limit although it is shorter", ("clip-always-normalises",), g * limit / norm),
+        ("clipped for each parameter alone, which turns it", ("clip-per-parameter",), one_by_one),
+        ("clipped value by value, which turns it", ("clip-by-value",), g.clamp(-limit, limit)),
+        ("clipped before it is divided by its targets", ("clip-before-unscale",), clipped(g * count, limit) / count),
+        ("clipped by its largest entry, not its length", other, g * min(1, limit / largest)),
+        ("clipped by the sum of its entries, not its length", other, g * min(1, limit / sum_of_all)),
+        ("clipped by the square of its length", other, g * min(1, limit / norm**2)),
+    ]  # fmt: skip
+
+
+def step_mistakes(got: Tensor, g: Tensor, earlier: Sequence[Tensor], count: int, rows: int) -> list[Cause]:
+    """What a plain step's update would be instead; `earlier` are the gradients of the steps before."""
+    causes: list[Cause] = [
+        ("nothing: no weight moves", ("zero-grad-between-backward-and-step",), torch.zeros_like(g)),
+        (f"{count} times as large, the sum over its targets", ("normalisation-missing",), g * count),
+        (f"{rows} times as large, the sum over its rows", (), g * rows),
+        (f"divided by its {count} targets twice", ("accum-double-normalised",), g / count),
+        ("uphill: its sign is wrong", ("step-uphill",), -g),
+    ]
+    if earlier:
+        causes.append(("that of the step before", ("step-with-stale-gradient",), earlier[-1]))
+        # what is left of earlier gradients may have been divided or clipped with this one
+        left = [torch.stack(list(earlier)).sum(0), earlier[-1]]
+        share = [float((got - g) @ rest / rest.square().sum()) for rest in left]
+        causes += [
+            (f"this gradient and {k:.3g} × what the steps before left in .grad", ("zero-grad-missing",), g + k * rest)
+            for k, rest in zip(share, left, strict=True)
+            if k > 1e-3
+        ]
+    return causes
+
+
+def cause(got: Tensor, causes: Sequence[Cause]) -> tuple[str, tuple[str, ...]]:
+    """The first mistake whose update this is."""
+    for says, likely, update in causes:
+        if near(got, update) or (not bool(update.any()) and not bool(got.any())):
+            return says, likely
+    return "", ()

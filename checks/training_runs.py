@@ -1,0 +1,198 @@
+"""Trainings that checks watch: a subject's trainer, or our own over its model; and what one step should have done.
+
+Examples are lists of token ids, each of a length of its own; every run knows which examples each step was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.expect import NotApplicable
+from checks.loss_formula import cross_entropy
+from checks.randomness import set_rates
+from transformer.trainer import TrainConfig, Trainer
+
+Example = list[int]
+PLAIN = dict(warmup_steps=0, clip_norm=None, stop_loss=None, learning_rate=0.1, schedule="constant", steps=1000)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Examples side by side, padded at the right; all fields [B, T], `mask` and `loss_mask` True where real."""
+
+    tokens: Tensor
+    targets: Tensor
+    mask: Tensor
+    padded: bool = True
+
+    @property
+    def loss_mask(self) -> Tensor:
+        return self.mask
+
+    def to(self, device: Any) -> Padded:
+        return replace(self, tokens=self.tokens.to(device), targets=self.targets.to(device), mask=self.mask.to(device))
+
+
+def side_by_side(examples: Sequence[Example], pad: int = 0) -> Padded:
+    longest = max(map(len, examples))
+    rows = torch.tensor([[*example, *[pad] * (longest - len(example))] for example in examples])
+    lengths = torch.tensor([[len(example) - 1] for example in examples])
+    return Padded(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.arange(longest - 1) < lengths)
+
+
+class Watched:
+    """Data for a trainer, which remembers what it was asked for."""
+
+    def __init__(self, train: Sequence[Example], validation: Sequence[Example] = ()) -> None:
+        self.train, self.validation = list(train), list(validation)
+        self.given: list[Example] = []
+
+    def batch(self, examples: Sequence[Example]) -> Padded:
+        self.given += examples
+        return side_by_side(examples)
+
+
+def examples(
+    subject: Any, count: int, *, seed: int = 0, ragged: bool = True, longest: int | None = None
+) -> list[Example]:
+    """Random token ids; ragged ones have from 2 tokens to as many as the model reads, and one."""
+    most = min(longest or 11, subject.sizes.block_size)
+    generator = torch.Generator().manual_seed(1000 * subject.seed + seed)
+    lengths = [2 + (3 * i + seed) % (most - 1) if ragged else most + 1 for i in range(count)]
+    V = subject.sizes.vocab_size
+    return [torch.randint(V, (length,), generator=generator).tolist() for length in lengths]
+
+
+def model_of(subject: Any, *, seed: int = 0, **sizes: Any) -> nn.Module:
+    """A small model in float64 and train mode, without dropout unless it is asked for."""
+    if subject.can_vary("n_layer"):
+        sizes.setdefault("n_layer", 1)
+    model = subject.build(seed=seed, **sizes).double().train()
+    if "dropout" not in sizes:
+        set_rates(model, 0.0)
+    return model
+
+
+def objective_of(subject: Any) -> Any:
+    """The sum of the losses of a batch and its count of targets, by the formula; right padding needs no mask."""
+
+    def objective(model: nn.Module, batch: Padded) -> tuple[Tensor, Tensor]:
+        losses = cross_entropy(subject.logits(model, batch.tokens), batch.targets)
+        return torch.where(batch.loss_mask, losses, 0.0).sum(), batch.loss_mask.sum()
+
+    return objective
+
+
+@dataclass
+class Step:
+    """What one optimizer step was given and what it did."""
+
+    examples: list[Example]
+    loss: float | None  # as reported
+    before: Tensor  # all parameters, flat
+    after: Tensor
+
+    @property
+    def update(self) -> Tensor:
+        return self.after - self.before
+
+
+class TrainerRun:
+    """A `Trainer(model, data, config, objective)` of the subject's; with `own`, ours where it brings none."""
+
+    def __init__(
+        self,
+        subject: Any,
+        model: nn.Module,
+        train: Sequence[Example],
+        *,
+        validation: Sequence[Example] = (),
+        objective: Any = None,
+        sgd: bool = True,
+        own: bool = False,
+        **config: Any,
+    ) -> None:
+        kind: Any = getattr(subject.parts, "trainer", None) or (Trainer if own else None)
+        if kind is None:
+            raise NotApplicable("the subject brings no trainer")
+        self.model, self.data = model, Watched(train, validation)
+        self.config = TrainConfig(**{**PLAIN, "device": str(subject.device), **config})
+        try:
+            self.trainer = kind(model, self.data, self.config, objective or objective_of(subject))
+        except TypeError as error:
+            raise NotApplicable(
+                "the trainer is not made as Trainer(model, data, config, objective)", error=str(error)
+            ) from None
+        for name in ("step", "optimizer"):
+            if not hasattr(self.trainer, name):
+                raise NotApplicable(f"the trainer has no {name}")
+        if sgd:
+            groups = [{"params": group["params"]} for group in self.trainer.optimizer.param_groups]
+            self.trainer.optimizer = torch.optim.SGD(groups, lr=self.config.learning_rate)
+
+    def step(self) -> Step:
+        self.data.given.clear()
+        before = flat(self.model)
+        loss = self.trainer.step()
+        return Step(list(self.data.given), None if loss is None else float(loss), before, flat(self.model))
+
+
+def flat(model: nn.Module) -> Tensor:
+    """All parameters of a model in one vector, a copy."""
+    return torch.cat([p.detach().flatten().double() for p in model.parameters()])
+
+
+def write(model: nn.Module, weights: Tensor) -> None:
+    """Puts all parameters back to what `flat` gave."""
+    with torch.no_grad():
+        for p, piece in zip(model.parameters(), weights.split([p.numel() for p in model.parameters()]), strict=True):
+            p.copy_(piece.view_as(p))
+
+
+def pieces(model: nn.Module, vector: Tensor) -> dict[str, Tensor]:
+    """A flat vector by the names of the parameters it belongs to."""
+    named = list(model.named_parameters())
+    return dict(zip([name for name, _ in named], vector.split([p.numel() for _, p in named]), strict=True))
+
+
+@dataclass
+class Losses:
+    """The gradients and values that examples should give, one at a time and unpadded, at a model's weights now."""
+
+    subject: Any
+    model: nn.Module
+    shift: int = 0  # of the targets, for what a mistaken loss would train
+
+    def of(self, example: Example) -> tuple[Tensor, float, int]:
+        """Gradient of the sum, sum, and number of targets of one example."""
+        ids = torch.tensor([example], device=self.subject.device)
+        logits, targets = self.subject.logits(self.model, ids[:, :-1]), ids[:, 1:]
+        if self.shift:
+            keep = slice(None, -self.shift) if self.shift > 0 else slice(-self.shift, None)
+            cut = slice(self.shift, None) if self.shift > 0 else slice(None, self.shift)
+            logits, targets = logits[:, keep], targets[:, cut]
+        total = cross_entropy(logits, targets).sum()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        found = iter(torch.autograd.grad(total, parameters, allow_unused=True) if targets.numel() else ())
+        gradients = [
+            g.flatten() if p.requires_grad and (g := next(found, None)) is not None else torch.zeros(p.numel()).double()
+            for p in self.model.parameters()
+        ]
+        return torch.cat([g.double() for g in gradients]), float(total.detach()), targets.numel()
+
+    def sums(self, given: Iterable[Example]) -> tuple[Tensor, float, int]:
+        gradient, total, count = torch.zeros(sum(p.numel() for p in self.model.parameters())).double(), 0.0, 0
+        for example in given:
+            g, value, n = self.of(example)
+            gradient, total, count = gradient + g, total + value, count + n
+        return gradient, total, count
+
+    def mean(self, given: Iterable[Example]) -> tuple[Tensor, float]:
+        """Gradient and value of the mean over all targets of the examples."""
+        gradient, total, count = self.sums(given)
+        return gradient / max(count, 1), total / max(count, 1)
