@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from checks.check_causality import watched_embeddings
 from checks.expect import NotApplicable, Where, advise, fail, needs, note
@@ -157,28 +158,49 @@ def _expect_slopes(subject: Any, model: nn.Module, mode: str) -> None:
         gradients = _backward(model, value)
     parameters = _trainable(model)
     largest = max((float(g.norm()) for g in gradients.values() if g is not None), default=0.0)
-    names = _some(list(parameters), subject.seed)
-    flat, margins = [], {}
+    names = _some([name for name in parameters if not _renormalized(model, name)], subject.seed)
+    margins = {}
     for name in names:
         gradient, parameter = gradients[name], parameters[name]
         direction = _direction([parameter], subject.seed)
         slope = 0.0 if gradient is None else float((gradient * direction[0]).sum())
         tried = _differences(value, [parameter], direction, slope, largest, exact)
-        if tried.flat and slope:
-            flat.append(name)
-        elif tried.wrong:
+        if tried.wrong:
+            if rounding := _rounding(value):
+                raise NotApplicable(f"the forward rounds ({rounding}): its gradient is a stand-in by design")
             _blame_slope(name, slope, tried, mode, _culprit(subject, model, tokens, exact))
         margins[name] = tried.error / tried.bound
     note(largest_margin=max(margins.values(), default=0.0), parameters=len(names))
-    if flat:
-        advise(
-            f"{', '.join(flat)}: small changes change nothing, yet there is a gradient. A straight-through estimator?"
-        )
 
 
 def _some(names: list[str], seed: int) -> list[str]:
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     return [names[i] for i in sorted(order[:MOST])]
+
+
+def _renormalized(model: nn.Module, name: str) -> bool:
+    """nn.Embedding with max_norm shortens its rows in place at every forward: no slope can be taken there."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return getattr(owner, "max_norm", None) is not None
+
+
+class _Rounding(TorchFunctionMode):
+    """Sees a tensor with a gradient rounded, as quantization does, with a straight-through gradient behind it."""
+
+    ROUNDING = ("round", "sign", "sgn", "floor", "ceil", "trunc", "fix", "heaviside", "quantize", "one_hot")
+    seen = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.rstrip("_") in self.ROUNDING or "quantize" in name:
+            self.seen = self.seen or (name if any(isinstance(a, Tensor) and a.requires_grad for a in args) else "")
+        return func(*args, **(kwargs or {}))
+
+
+def _rounding(value: Callable[[], Tensor]) -> str:
+    with _Rounding() as rounding:
+        value()
+    return rounding.seen
 
 
 def _direction(tensors: list[Tensor], seed: int) -> list[Tensor]:
@@ -197,7 +219,6 @@ class _Difference:
     error: float  # of autograd's
     apart: float  # from the slope at ten times the step
     bound: float
-    flat: bool = False  # the function does not move at all under small steps
 
     @property
     def wrong(self) -> bool:
@@ -232,9 +253,7 @@ def _differences(
     quick = judged(1e-4)
     if quick.error <= relative * abs(quick.slope) + floor * largest:
         return quick
-    best = min((judged(step) for step in STEPS[:-1]), key=lambda tried: tried.apart)
-    best.flat = all(at(step) == 0 for step in STEPS[:3])
-    return best
+    return min((judged(step) for step in STEPS[:-1]), key=lambda tried: tried.apart)
 
 
 def _central(value: Callable[[], Tensor], tensors: list[Tensor], direction: list[Tensor], step: float) -> float:

@@ -403,9 +403,10 @@ def check_every_dropout_site_drops(subject: Any) -> None:
 def _lives(subject: Any, model: nn.Module, site: Site, batches: list[Tensor]) -> bool:
     if _random(subject, model, batches, (site.module,)):
         return True
-    above = _ancestors(model, site.name)
-    # some hand the mode down from above; where those above drop by themselves, nothing can be said of this one
-    return site.functional and _random(subject, model, batches, (site.module, *above))
+    above = _ancestors(model, site.name)  # some decide for what they contain: a fast path, a mode handed down
+    if _random(subject, model, batches[:1], above):
+        return site.functional  # they are random by themselves: nothing can be said of this one
+    return _random(subject, model, batches, (site.module, *above))
 
 
 def _ancestors(model: nn.Module, name: str) -> tuple[nn.Module, ...]:

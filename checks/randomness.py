@@ -72,11 +72,11 @@ class Site:
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """Dropout modules with a rate above 0, and modules that hold such a rate with no dropout module inside them."""
+    """Dropout modules with a rate above 0, and modules that hold such a rate and contain none that does."""
     found = [
         Site(name, module, _rates(module)[0])
         for name, module in model.named_modules()
-        if _rates(module) and (is_dropout(module) or not any(is_dropout(inner) for inner in module.modules()))
+        if _rates(module) and not any(_rates(inner) for inner in module.modules() if inner is not module)
     ]
     return [site for site in found if 0 < site.rate < 1]
 
@@ -155,7 +155,8 @@ class Draws(TorchFunctionMode):
     def shared(self, owner: nn.Module) -> bool:
         """Whether masks were drawn by hand that are no masks of the owner's weights: one for all rows."""
         weights = {parameter.shape for parameter in owner.parameters()}
-        return bool(self.shapes) and not any(shape in weights for shape in self.shapes)
+        masks = [shape for shape in self.shapes if len(shape) > 1]  # a single number skips a whole layer
+        return bool(masks) and not any(shape in weights for shape in masks)
 
 
 def _rate_in_force(name: str, args: tuple, kwargs: dict[str, Any]) -> float:
