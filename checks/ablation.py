@@ -16,15 +16,19 @@ from checks.where import each, tensors
 
 
 def siblings(model: nn.Module) -> list[list[str]]:
-    """Modules of one class, with parts of their own, in one list: blocks, heads, experts. Outermost first."""
+    """Modules with parts of their own that stand in one list: blocks, heads, experts. Outermost first.
+
+    What stands in a Sequential or a ModuleDict belongs together only where it is of one class.
+    """
     found = []
     for name, parent in model.named_modules():
         if isinstance(parent, nn.ModuleList | nn.Sequential | nn.ModuleDict):
-            classes: dict[type, list[str]] = {}
+            kinds: dict[Any, list[str]] = {}
             for child, module in parent.named_children():
                 if any(True for _ in module.children()) and any(True for _ in module.parameters()):
-                    classes.setdefault(type(module), []).append(f"{name}.{child}".lstrip("."))
-            found += [names for names in classes.values() if len(names) > 1]
+                    kind = None if isinstance(parent, nn.ModuleList) else type(module)
+                    kinds.setdefault(kind, []).append(f"{name}.{child}".lstrip("."))
+            found += [names for names in kinds.values() if len(names) > 1]
     return found
 
 
@@ -56,6 +60,15 @@ def passed_by(forward: Callable) -> Callable:
         return each(forward(*args, **kwargs), first)
 
     return instead
+
+
+def with_output(change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Callable]:
+    """A wrapper that changes the tensor that comes out."""
+
+    def wrap(forward: Callable) -> Callable:
+        return lambda *args, **kwargs: change(forward(*args, **kwargs))
+
+    return wrap
 
 
 def with_input(change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Callable]:

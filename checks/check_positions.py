@@ -74,8 +74,11 @@ def positions_held(model: nn.Module) -> str | None:
     """The name of whatever tells the model positions: a table, angles, a module called after a known kind."""
     tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     tensors += [held.name for held in held_outside(model)]
-    kinds = [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if KIND.search(type(m).__name__)]
-    return next((name for name in kinds + tensors if KIND.search(name) or NAMED.search(name)), None)
+    kinds = [
+        (name.rpartition(".")[2], type(m).__name__, f"{name} ({type(m).__name__})") for name, m in model.named_modules()
+    ]
+    known = [says for last, kind, says in kinds if KIND.search(f"{last} {kind}") and not kind.startswith("No")]
+    return next(iter(known + [name for name in tensors if KIND.search(name) or NAMED.search(name)]), None)
 
 
 def fail_alike(alike: list[tuple[int, int]], pairs: list[tuple[int, int]], T: int, mechanism: str | None) -> None:
@@ -85,9 +88,9 @@ def fail_alike(alike: list[tuple[int, int]], pairs: list[tuple[int, int]], T: in
         likely = ("position-constant", "rope-on-the-wrong-axis", "rope-only-on-q", "prefill-all-same-position")
     fail(
         f"in one block, exchanging tokens {a} and {b} of {T} moves no later logit by more than {SMALLEST:.0e} standard "
-        f"deviations, and so for {'every pair' if all_of_them else f'{len(alike)} of {len(pairs)} pairs'} that was "
-        f"tried: {'order is not seen at all' if all_of_them else 'these positions look the same'}, although the model "
-        f"{f'holds {mechanism}' if mechanism else 'tells other positions apart'}",
+        f"deviations, and so for {'all' if all_of_them else len(alike)} of {len(pairs)} pairs that "
+        f"were tried: {'order is not seen at all' if all_of_them else 'these positions look the same'}, although the "
+        f"model {f'holds {mechanism}' if mechanism else 'tells other positions apart'}",
         likely=likely,
         advice="Print the positions (or the angles) that reach attention for 5 tokens: five different ones.",
         first={"a": a, "b": b},
