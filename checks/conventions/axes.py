@@ -63,7 +63,7 @@ def _transposed(forward: Forward) -> Forward:
 
     says = way.says.replace("(", "([T, B] ", 1)
     return replace(
-        forward, way=Way(says, run, "; ".join(filter(None, (way.assumed, "time is the first axis")))), layout=TIME_FIRST,
+        forward, way=Way(says, run, way.assumed), layout=TIME_FIRST,
         assumed=(*forward.assumed, "time is the first axis"),
     )  # fmt: skip
 

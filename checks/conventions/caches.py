@@ -6,6 +6,7 @@ the logits of the text read whole.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -131,7 +132,7 @@ def protocols(model: nn.Module, home: Home, sizes: Mapping[str, Any]) -> Iterato
         )  # fmt: skip
         for cls in _cache_classes(model, home):
             yield Protocol(
-                f"{argument}={cls.__name__}()", lambda m, B, cls=cls: _filled(cls, m, B, sizes),
+                f"{argument}={cls.__name__}()", functools.partial(_filled, cls, sizes),
                 lambda c, x: {argument: c.state, **at(c, x)}, declared=False,
             )  # fmt: skip
     reset = next((name for name in RESETS if callable(getattr(model, name, None))), None)
@@ -146,11 +147,15 @@ def protocols(model: nn.Module, home: Home, sizes: Mapping[str, Any]) -> Iterato
 
         yield Protocol(
             f"setup_caches, {place.name}=",
-            lambda m, B: m.setup_caches(B, capacity),
+            functools.partial(_set_up, capacity),
             places,
             inside=True,
             declared=False,
-        )  # type: ignore[operator]
+        )
+
+
+def _set_up(capacity: int, model: Any, B: int) -> None:
+    model.setup_caches(B, capacity)
 
 
 def _made(maker: Callable, B: int, capacity: int) -> Any:
@@ -186,6 +191,6 @@ def _file_of(cls: type) -> str:
     return getattr(getattr(maker, "__code__", None), "co_filename", "<frozen")
 
 
-def _filled(cls: type, model: nn.Module, B: int, sizes: Mapping[str, Any]) -> Any:
+def _filled(cls: type, sizes: Mapping[str, Any], model: nn.Module, B: int) -> Any:
     filling = Filling({**sizes, "padding": None}, special={"batchsize": B, "maxbatchsize": B, "batch": B, "b": B})
     return cls(**filling.arguments(signature_of(cls)))

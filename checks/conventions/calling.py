@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from checks.conventions import names
 from checks.conventions.constructing import Callable_
 from checks.conventions.filling import Parameter
-from checks.conventions.reading import Layout, Unreadable, described, pick, recognise
+from checks.conventions.reading import PLAIN, Layout, Unreadable, described, pick, recognise
 
 ROWS, LENGTH, SOURCE_LENGTH = 3, 7, 5  # of a probe; B, T and V all differ
 
@@ -73,13 +73,15 @@ class Uncallable(Exception):
         self.attempts = attempts
 
 
-def meet_forward(model: nn.Module, vocabulary: int | None, block_size: int, device: Any, keep: int | None) -> Forward:
-    """Tries the ways on a small batch. Raises Uncallable."""
-    length = min(LENGTH, block_size)
+def meet_forward(
+    model: nn.Module, vocabulary: int | None, block_of: Callable[[nn.Module], int], device: Any, keep: int | None = None
+) -> Forward:
+    """Tries the ways on a small batch. `block_of` tells a model's block size. Raises Uncallable."""
+    length = min(LENGTH, block_of(model))
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(keep or vocabulary or 2, (ROWS, length), generator=generator).to(device)
     attempts: list[tuple[Way, Exception]] = []
-    for way in ways(model, keep or vocabulary or 2, block_size):
+    for way in ways(model, keep or vocabulary or 2, block_of):
         found = _attempt(model, way, tokens, vocabulary, keep, attempts)
         if found is not None:
             return found
@@ -109,7 +111,8 @@ def _attempt(
         attempts.append((way, error))
         return None
     return Forward(
-        way, layout, logits.shape[1] if layout.says == "[B, V, T]" else logits.shape[-1], described(output), keep,
+        way, layout, logits.shape[1] if layout.says == "[B, V, T]" else logits.shape[-1],
+        described(output, {id(logits): "logits" if layout is PLAIN else f"logits {layout.says}"}), keep,
         assumed=(way.assumed,) if way.assumed else (),
     )  # fmt: skip
 
@@ -132,7 +135,7 @@ def parameters_of(model: nn.Module) -> list[Parameter]:
     ] or [Parameter("tokens")]
 
 
-def ways(model: nn.Module, vocabulary: int, block_size: int) -> Iterator[Way]:
+def ways(model: nn.Module, vocabulary: int, block_of: Callable[[nn.Module], int]) -> Iterator[Way]:
     """The manners of calling to try, the plainest first."""
     if type(model).forward is nn.Module.forward:
         yield from _methods(model, vocabulary)
@@ -141,11 +144,11 @@ def ways(model: nn.Module, vocabulary: int, block_size: int) -> Iterator[Way]:
     direct = list(_direct(parameters, vocabulary))
     yield from direct
     for way in direct[:4]:
-        yield _padded(way, block_size)
+        yield _padded(way, block_of)
     if any(names.squash(p.name) in names.STARTS for p in parameters):
         yield _one_by_one(parameters)
     if hasattr(model, "setup_caches"):
-        yield from (_prepared(way, block_size) for way in direct)
+        yield from (_prepared(way, block_of) for way in direct)
     if isinstance(model, Callable_):
         yield _row_by_row()
     yield from _methods(model, vocabulary)
@@ -166,8 +169,10 @@ def _direct(parameters: list[Parameter], vocabulary: int) -> Iterator[Way]:
     extra: list[list[tuple[Parameter, Argument]]] = [[]]
     if targets is not None:
         extra.append([(targets, lambda x, m: x.clone())])
+    optional = [p for p in rest if p not in required]
+    extra += [[(p, next(_choices(p)))] for p in optional if names.squash(p.name) in names.POSITIONS]
     extra += [
-        [(p, _choices(p).__next__())] for p in rest if names.squash(p.name) in names.POSITIONS and p not in required
+        [(p, lambda x, m: False)] for p in optional if names.squash(p.name) == "usecache" and p.default is not False
     ]
     for more, chosen in product(extra, product(*choices)):
         given = [*zip(required, chosen, strict=True), *more]
@@ -198,8 +203,8 @@ def _choices(parameter: Parameter) -> Iterator[Argument]:
         yield from _masks()
     elif name in names.CACHES:
         yield lambda x, m: None
-        yield lambda x, m: m.init_hidden(x.shape[1])
-        yield lambda x, m: m.init_hidden(x.shape[0])
+        yield lambda x, m: _called(m, "init_hidden", x.shape[1])
+        yield lambda x, m: _called(m, "init_hidden", x.shape[0])
     elif name in ("training", "train", "istraining", "usecache", "inference"):
         yield lambda x, m: False
     else:
@@ -209,10 +214,14 @@ def _choices(parameter: Parameter) -> Iterator[Argument]:
         yield lambda x, m: None
 
 
+def _called(model: nn.Module, method: str, *arguments: Any) -> Any:
+    return getattr(model, method)(*arguments)
+
+
 def _masks() -> Iterator[Argument]:
     yield lambda x, m: None
     yield lambda x, m: causal(x)
-    yield lambda x, m: torch.zeros_like(causal(x), dtype=torch.float32).masked_fill(~causal(x), -torch.inf)
+    yield lambda x, m: causal(x).float().log()
     yield lambda x, m: torch.zeros_like(x, dtype=torch.bool)
     yield lambda x, m: causal(x)[None, None].expand(x.shape[0], 1, -1, -1)
 
@@ -358,12 +367,12 @@ def _with_head(model: nn.Module, way: Way) -> Iterator[Way]:
             yield replace(way, says=f"{name}({way.says})", run=run, assumed=f"{name} makes logits of hidden states")
 
 
-def _padded(way: Way, block_size: int) -> Way:
+def _padded(way: Way, block_of: Callable[[nn.Module], int]) -> Way:
     """For a model that reads exactly block-size tokens."""
 
     def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
         B, T = tokens.shape
-        filled = torch.cat((tokens, tokens.new_zeros(B, max(block_size - T, 0))), dim=1)
+        filled = torch.cat((tokens, tokens.new_zeros(B, max(block_of(model) - T, 0))), dim=1)
         return _cut(way.run(model, filled, **more), B, filled.shape[1], T)
 
     return replace(
@@ -404,9 +413,9 @@ def _row_by_row() -> Way:
     return Way("f(ids)", run, "it reads one row of ids at a time")
 
 
-def _prepared(way: Way, block_size: int) -> Way:
+def _prepared(way: Way, block_of: Callable[[nn.Module], int]) -> Way:
     def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
-        model.setup_caches(tokens.shape[0], block_size)  # type: ignore[operator]
+        model.setup_caches(tokens.shape[0], block_of(model))  # type: ignore[operator]
         return way.run(model, tokens, **more)
 
     return replace(way, run=run, assumed="setup_caches(B, block size) before each call")

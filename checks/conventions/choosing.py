@@ -1,4 +1,4 @@
-"""Which model is meant: `FILE.py[:NAME]`, `NOTEBOOK.ipynb[:NAME]`, `package.module:NAME`, and the one model of a file."""
+"""Which model is meant: `FILE.py[:NAME]`, `NOTEBOOK.ipynb[:NAME]`, `package.module:NAME`; the one model of a file."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from checks.conventions.usage import UsageError, shown
 
 SUFFIXES = (".py", ".ipynb")
 FACTORIES = ("build_model", "make_model", "create_model", "get_model", "build_transformer", "load_model")
+KINDS = ("model", "transformer", "gpt", "llama", "lm")
 FORMS = "FILE.py[:NAME], NOTEBOOK.ipynb[:NAME] or package.module:NAME"
 
 
@@ -58,7 +59,8 @@ def named(spec: str) -> Named:
 
 def split(spec: str) -> tuple[Path | None, str]:
     """A file and a name; no file for `package.module[:NAME]`. File names may contain colons themselves."""
-    candidates = [(spec, "")] + [(spec[:i], spec[i + 1 :]) for i, letter in enumerate(spec) if letter == ":"][::-1]
+    cuts = [i for i, letter in enumerate(spec) if letter == ":"]
+    candidates = [(spec, ""), *((spec[:i], spec[i + 1 :]) for i in reversed(cuts))]
     for path, name in candidates:
         if path.endswith(SUFFIXES) and os.path.isfile(path):
             return Path(path).resolve(), name
@@ -119,6 +121,12 @@ def asked_for(found: Named) -> list[Any]:
     return list(dict.fromkeys([*factories, *candidates]))
 
 
+def second_choice(found: Named, tried: list[Any]) -> list[Any]:
+    """Classes of the module that others use, for a module whose others cannot be built."""
+    classes = [v for v in found.scope.values() if _is_model_class(v) and v.__module__ == found.module.__name__]
+    return [] if found.name else [cls for cls in sorted(classes, key=lambda c: -_likeness(c)) if cls not in tried]
+
+
 def inspect_file(cls: type) -> str:
     forward = getattr(cls, "forward", None)
     code = getattr(forward, "__code__", None)
@@ -150,11 +158,11 @@ def _is_model_class(value: Any) -> bool:
 
 
 def _is_factory(name: str, function: Callable, found: Named) -> bool:
-    """A function that makes a model: by its name, or by two sizes among its parameters and a class's name as its own."""
+    """A function that makes a model: by its name, or by three sizes among its parameters and a class's name."""
     if function.__module__ != found.module.__name__:
         return False
-    if name in FACTORIES or name.startswith(("build_", "make_", "create_")) and "model" in name + "transformer":
-        return name in FACTORIES or "model" in name or "transformer" in name
+    if name in FACTORIES or (name.startswith(("build_", "make_", "create_")) and name.endswith(KINDS)):
+        return True
     parameters = inspect.signature(function).parameters
     sizes = {size for p in parameters if (size := names.size_of(p))} - {"dropout"}
     return name[0].isupper() and len(sizes) >= 3

@@ -1,10 +1,11 @@
-"""Where a model's configuration comes from: its class, one beside it, a dictionary in the file, or what is asked of it."""
+"""Where a model's configuration comes from: its class, one beside it, a dictionary in the file, or what it reads."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
 import typing
@@ -36,16 +37,16 @@ def options(parameter: Parameter, target: Callable, scope: Mapping[str, Any], ho
     for cls in _classes(parameter, target, scope, home):
         if cls not in seen:
             seen.append(cls)
-            yield Option(cls.__name__, lambda filling, cls=cls: make(cls, filling, scope))
+            yield Option(cls.__name__, functools.partial(make, cls, scope))
     if (default := getattr(target, "get_default_config", None)) is not None:
-        yield Option("get_default_config()", lambda filling: _set_sizes(default(), filling))
+        yield Option("get_default_config()", functools.partial(_adapted, default))
     for name, value in list(scope.items()):
         if isinstance(value, dict) and sized(value) >= 2:
-            yield Option(name, lambda filling, value=value: Settings(filling, value))
+            yield Option(name, functools.partial(Settings, base=value))
         elif not name.startswith("_") and not isinstance(value, nn.Module) and sized(_plain_vars(value)) >= 2:
-            yield Option(name, lambda filling, value=value: Settings(filling, _plain_vars(value)))
+            yield Option(name, functools.partial(Settings, base=_plain_vars(value)))
     for literal in _dictionaries(home, scope):
-        yield Option("a dictionary", lambda filling, literal=literal: Settings(filling, literal))
+        yield Option("a dictionary", functools.partial(Settings, base=literal))
     yield Option("a configuration with what it reads", Settings)
 
 
@@ -128,7 +129,7 @@ def _plain_vars(value: Any) -> dict[str, Any]:
     return {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("_")}
 
 
-def make(cls: type, filling: Filling, scope: Mapping[str, Any]) -> Any:
+def make(cls: type, scope: Mapping[str, Any], filling: Filling) -> Any:
     """An instance of a configuration class; nested configurations too."""
     signature = signature_of(cls)
     nested = {
@@ -138,11 +139,15 @@ def make(cls: type, filling: Filling, scope: Mapping[str, Any]) -> Any:
     before = len(filling.missing)
     given = filling.arguments(signature)
     del filling.missing[before:]  # a required field that nothing fills: let the class speak for itself
-    given.update({name: make(kind, filling, scope) for name, kind in nested.items()})
+    given.update({name: make(kind, scope, filling) for name, kind in nested.items()})
     config = cls(**given)
     if not signature.parameters or signature.takes_anything:
         _set_sizes(config, filling, done=given)
     return config
+
+
+def _adapted(default: Callable, filling: Filling) -> Any:
+    return _set_sizes(default(), filling)
 
 
 def _set_sizes(config: Any, filling: Filling, done: Iterable[str] = ()) -> Any:
@@ -169,24 +174,27 @@ class Asked:
 
     spelled: frozenset[str]  # `config.n_layer`, `self.cfg["n_layer"]`
     from_kwargs: frozenset[str]  # `kwargs.get("n_layer")`
-    choices: dict[str, str]  # strings that a setting is compared with: `if config.model_type == "gpt"`
+    choices: dict[str, list[str]]  # strings that a setting is compared with: `if config.model_type == "gpt"`
 
 
 def asked_by(home: Home) -> Asked:
     read: set[str] = set()
     from_kwargs: set[str] = set()
-    choices: dict[str, str] = {}
-    for name, source in home.sources.items():
-        scope = vars(home.modules_now().get(name, object()))
-        for node in source.nodes:
+    choices: dict[str, list[str]] = {}
+    for name, source in list(home.sources.items()):
+        scope = vars(home.modules_now().get(name, names))
+        for node in sorted(source.nodes, key=lambda node: getattr(node, "lineno", 0)):
             if isinstance(node, ast.Attribute) and _is_config(node.value):
                 read.add(node.attr)
             elif (key := _key(node)) is not None and _is_config(key[0]):
                 read.add(key[1])
                 from_kwargs |= {key[1]} if isinstance(key[0], ast.Name) and key[0].id.endswith("kwargs") else set()
             elif isinstance(node, ast.Compare) and (choice := _choice(node, scope)) is not None:
-                choices.setdefault(*choice)
-    known = frozenset(name for name in read if names.size_of(name) or names.squash(name) in choices)
+                choices.setdefault(choice[0], []).append(choice[1])
+    known = frozenset(
+        name for name in read
+        if names.size_of(name) or (plain := names.squash(name)) in choices or plain in names.KEY_VALUE_HEADS
+    )  # fmt: skip
     return Asked(known, known & from_kwargs, choices)
 
 
@@ -212,8 +220,9 @@ def _choice(node: ast.Compare, scope: Mapping[str, Any]) -> tuple[str, str] | No
     name = left.id if isinstance(left, ast.Name) else left.attr if isinstance(left, ast.Attribute) else ""
     if not name or not isinstance(node.ops[0], ast.Eq | ast.In):
         return None
-    value = _evaluate(right, scope) if isinstance(node.ops[0], ast.In) or isinstance(right, ast.Constant) else None
-    if isinstance(node.ops[0], ast.In) and not isinstance(value, str) and value is not names.MISSING:
+    within = isinstance(node.ops[0], ast.In)
+    value: Any = _evaluate(right, scope) if within or isinstance(right, ast.Constant) else None
+    if within and not isinstance(value, str) and value is not names.MISSING:
         try:
             value = next(iter(value), None)
         except TypeError:
@@ -232,10 +241,11 @@ def _dictionaries(home: Home, scope: Mapping[str, Any]) -> Iterator[dict[str, An
     known = {**scope, "args": SimpleNamespace(**_command_line(home))}
     for source in home.sources.values():
         for node in source.nodes:
-            if isinstance(node, ast.Dict) and sized(k.value for k in node.keys if isinstance(k, ast.Constant)) >= 3:
-                keys = (key.value if isinstance(key, ast.Constant) else None for key in node.keys)
+            if isinstance(node, ast.Dict):
+                keys = [str(key.value) if isinstance(key, ast.Constant) else "" for key in node.keys]
                 found = {key: _evaluate(value, known) for key, value in zip(keys, node.values, strict=True)}
-                yield {k: v for k, v in found.items() if isinstance(k, str) and v is not names.MISSING}
+                if sized(keys) >= 3:
+                    yield {k: v for k, v in found.items() if k and v is not names.MISSING}
 
 
 def _command_line(home: Home) -> dict[str, Any]:

@@ -19,14 +19,15 @@ from torch import nn
 
 from checks.conventions import configs, names
 from checks.conventions.configs import Option
-from checks.conventions.filling import Filling, Parameter, Settings, Signature, signature_of
+from checks.conventions.filling import CONFIG_NAMES, Filling, Parameter, Settings, Signature, signature_of
 from checks.conventions.home import Home
 from checks.conventions.loading import Source
 from checks.conventions.taking import pure
 
-# What is tried when a constructor refuses the first filling: names of models instead of sizes, as many key-value
-# heads as heads.
-VARIANTS: tuple[dict[str, Any], ...] = ({}, {"modeltype": None, "preset": None, "version": None, "modelname": None})
+# What is tried when a constructor refuses the first filling: another of the strings that it compares a setting with,
+# no name of a preset beside the sizes.
+NO_PRESET = {"modeltype": None, "preset": None, "version": None, "modelname": None}
+VARIANTS: tuple[tuple[int, dict[str, Any]], ...] = ((0, {}), (1, {}), (0, NO_PRESET))
 INITIALIZERS = ("init_weights", "initialize_weights", "reset_parameters", "initialize", "init_parameters")
 
 
@@ -52,6 +53,7 @@ class Recipe:
     causal: bool
     options: dict[str, Option]  # for each parameter that is a configuration
     special: Mapping[str, Any] = field(default_factory=dict)
+    choice: int = 0
     varies: dict[str, str] = field(default_factory=dict)  # parameter -> size
     assumed: dict[str, Any] = field(default_factory=dict)
     _sizes: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)  # of the models built
@@ -75,7 +77,11 @@ class Recipe:
 
     def filling(self, sizes: Mapping[str, Any]) -> Filling:
         said = self.asked
-        return Filling(sizes, self.causal, said.spelled, said.from_kwargs, said.choices, self.special)
+        return Filling(sizes, self.causal, said.spelled, said.from_kwargs, said.choices, self.choice, self.special)
+
+    def sizes_of(self, model: nn.Module) -> Mapping[str, Any]:
+        """The sizes that a model was built with."""
+        return self._sizes.get(model, names.DEFAULTS)
 
     def settle_for(self, model: nn.Module) -> None:
         """Where sizes are globals, sets them to those that the model was built with."""
@@ -90,7 +96,8 @@ class Recipe:
         given = {}
         for parameter in signature.parameters:
             if parameter.name in self.options:
-                given[parameter.name] = self.options[parameter.name].make(filling)
+                given[parameter.name] = config = self.options[parameter.name].make(filling)
+                self._share(config)
         rest = replace(
             signature,
             parameters=tuple(p for p in signature.parameters if p.name not in given),
@@ -98,8 +105,8 @@ class Recipe:
         )
         given |= filling.arguments(rest)
         for name in list(filling.missing):
-            parameter = next((p for p in rest.parameters if p.name == name), None)
-            part = _part(parameter, filling, scope) if parameter is not None else None
+            wanted = next((p for p in rest.parameters if p.name == name), None)
+            part = _part(wanted, filling, scope) if wanted is not None else None
             if part is not None:
                 given[name] = part
                 filling.missing.remove(name)
@@ -107,6 +114,16 @@ class Recipe:
         if required:
             raise Unfillable(required)
         return _apply(self.target, given)
+
+    def _share(self, config: Any) -> None:
+        """Code may read the configuration as a global as well, which a script or a notebook elsewhere sets."""
+        for name, module in self.home.modules_now().items():
+            for free in self.home.sources[name].free_names if name in self.home.sources else ():
+                if names.squash(free) in CONFIG_NAMES and not hasattr(module, free):
+                    setattr(module, free, config)
+                    self.home.remark(f"{free} is not defined in {name}: the model's own configuration is used")
+                elif type(vars(module).get(free)) is type(config):
+                    setattr(module, free, config)
 
     @property
     def scope(self) -> Mapping[str, Any]:
@@ -198,10 +215,10 @@ def recipes(target: Callable, home: Home, causal: bool) -> Iterator[Recipe]:
         wants = [p for p in signature.parameters if wants_config(p, scope)]
         choices = [list(configs.options(p, target, scope, home)) for p in wants]
     fixed = not signature.parameters and not signature.takes_anything
-    for special in VARIANTS:
+    for choice, special in VARIANTS:
         for chosen in product(*choices):
             options = {p.name: option for p, option in zip(wants, chosen, strict=True)}
-            yield Recipe(target, "", home, causal, options, special)
+            yield Recipe(target, "", home, causal, options, special, choice)
         if fixed:
             return
 

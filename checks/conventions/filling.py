@@ -55,9 +55,9 @@ def signature_of(target: Callable) -> Signature:
     if not inspect.isclass(target):
         return _signature(target, bound=True)
     maker = next((cls for cls in target.__mro__ if "__init__" in vars(cls)), object)
-    if "__dataclass_params__" in vars(maker) and hasattr(vars(maker)["__init__"], "__code__"):
-        if vars(maker)["__init__"].__code__.co_filename.startswith("<"):  # made by @dataclass, not written
-            return _of_fields(target)
+    code = getattr(vars(maker)["__init__"], "__code__", None)
+    if "__dataclass_params__" in vars(maker) and code is not None and code.co_filename.startswith("<"):
+        return _of_fields(target)  # the constructor is @dataclass's own, not written by hand
     found: dict[str, Parameter] = {}
     asks = False
     for cls in target.__mro__:
@@ -123,7 +123,8 @@ class Filling:
     causal: bool = True
     spelled: frozenset[str] = frozenset()  # configuration keys that the subject's code reads
     from_kwargs: frozenset[str] = frozenset()  # those of them that it reads from **kwargs
-    choices: Mapping[str, str] = field(default_factory=dict)  # strings that the code compares a setting with
+    choices: Mapping[str, list[str]] = field(default_factory=dict)  # strings that the code compares a setting with
+    choice: int = 0  # which of them
     special: Mapping[str, Any] = field(default_factory=dict)  # values of the variant being tried, by squashed name
     used: dict[str, str] = field(default_factory=dict)  # parameter -> the size that it got
     assumed: dict[str, Any] = field(default_factory=dict)  # parameter -> a value that is no size
@@ -149,7 +150,7 @@ class Filling:
             return MISSING
         value = names.value_for(name, self.sizes, parameter.default, among=among, kind=parameter.kind)
         if value is MISSING and parameter.default is MISSING:
-            value = self.choices.get(plain, MISSING)
+            value = next(iter(list(dict.fromkeys(self.choices.get(plain, ())))[self.choice :]), MISSING)
         if value is not MISSING and value is not parameter.default:
             self.assumed[name] = value
         return value

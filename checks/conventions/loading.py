@@ -25,7 +25,16 @@ from checks.conventions.usage import UsageError, own_frames, place, shown, what_
 LOADING_SECONDS = 30.0
 # What the machine lacks is excused, what the code gets wrong is not.
 LACKS = (OSError, ImportError, SystemExit, EOFError)
-LACKING = ("cuda", "nvidia", "gpu", "nccl", "default process group", "no package metadata", "not compiled")
+LACKING = (
+    "no such file",
+    "cuda",
+    "nvidia",
+    "gpu",
+    "nccl",
+    "default process group",
+    "no package metadata",
+    "not compiled",
+)
 
 
 @dataclass

@@ -84,7 +84,6 @@ Read = Callable[..., Tensor]  # tokens [B, T] and arguments of forward, to logit
 
 def obeyed(read: Read, form: MaskForm, tokens: Tensor, vocabulary: int) -> bool:
     """Whether real tokens are deaf to what the form masks, and to nothing else."""
-    B, T = tokens.shape
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[0, :2] = False
     masked, real = tokens.clone(), tokens.clone()

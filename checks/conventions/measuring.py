@@ -45,15 +45,19 @@ def _declared(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 def _position_rows(model: nn.Module, tables: list[nn.Embedding]) -> int | None:
     """Rows of a table of positions: a second embedding of the same width, or a parameter or buffer named for it."""
-    if len(tables) > 1 and tables[1].embedding_dim == tables[0].embedding_dim:
-        return tables[1].num_embeddings
+    if not tables:
+        return None
+    width, rows = tables[0].embedding_dim, tables[0].num_embeddings
+    for name, module in model.named_modules():
+        other = isinstance(module, nn.Embedding) and module is not tables[0] and module.embedding_dim == width
+        if other and (POSITIONS.search(name.lower()) or module.num_embeddings != rows):
+            return int(module.num_embeddings)
     tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    width = tables[0].embedding_dim if tables else None
     for name, tensor in tensors:
         if tensor.dim() in (2, 3) and POSITIONS.search(name.lower()) and tensor.shape[-1] == width:
-            rows = [n for n in tensor.shape[:-1] if n > 1]
-            if len(rows) == 1:
-                return int(rows[0])
+            found = [n for n in tensor.shape[:-1] if n > 1]
+            if len(found) == 1:
+                return int(found[0])
     return None
 
 

@@ -17,7 +17,7 @@ from checks.conventions import measuring, names
 from checks.conventions.axes import settle
 from checks.conventions.caches import Cache, Protocol, meet_cache, step
 from checks.conventions.calling import LENGTH, ROWS, Forward, Uncallable, Way, meet_forward, parameters_of
-from checks.conventions.choosing import Named, asked_for, named
+from checks.conventions.choosing import Named, asked_for, named, second_choice
 from checks.conventions.constructing import Callable_, NotAModel, Recipe, Unfillable, recipes
 from checks.conventions.filling import signature_of
 from checks.conventions.home import Home, SubjectHang
@@ -153,7 +153,11 @@ def meet(
     else:
         found, home, targets = None, Home(), [what]
         label = _label(what)
-    met, trials = _first(targets, home, device, causal, label, name=found.name if found else label)
+    name = found.name if found else label
+    met, trials = _first(targets, home, device, causal, label, name)
+    if not met and found is not None:
+        met, more = _first(second_choice(found, targets), home, device, causal, label, name)
+        trials += more
     if len(met) > 1:
         raise UsageError(_several(label, [m.shown for m in met]))
     if not met:
@@ -286,7 +290,7 @@ def _met(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int | No
         tokens = _tokens(sizes, device)
         forward = settle(forward, model, tokens, sizes["vocab_size"], is_causal=recipe.causal)
     longest = sizes["block_size"] if "block_size" in varies else measured.get("block_size")
-    if longest is None or longest > MOST_TOKENS:
+    if "block_size" not in varies and (longest is None or longest > MOST_TOKENS):
         sizes["block_size"] = names.DEFAULTS["block_size"] if longest is None else MOST_TOKENS
 
     def build(wanted: Mapping[str, Any]) -> nn.Module:
@@ -313,28 +317,32 @@ def _forward(
     recipe: Recipe, model: nn.Module, vocabulary: int | None, sizes: dict, keep: int | None, asked: dict, device: Any
 ) -> tuple[Forward, int]:
     """How to call it, and its vocabulary, which may be padded up from the one asked for."""
-    block = min(sizes["block_size"], MOST_TOKENS) if "block_size" not in recipe.varies.values() else sizes["block_size"]
+    fixed = "block_size" not in recipe.varies.values()
+
+    def block_of(model: nn.Module) -> int:
+        return int(min(sizes["block_size"], MOST_TOKENS) if fixed else recipe.sizes_of(model)["block_size"])
+
     try:
-        forward = meet_forward(model, vocabulary, block, device, keep)
+        forward = meet_forward(model, vocabulary, block_of, device, keep)
     except Uncallable:
         if vocabulary is None or keep is not None:
             raise
-        forward = meet_forward(model, None, block, device, None)
+        forward = meet_forward(model, None, block_of, device)
         given = forward.vocabulary
-        if not _padded_up(recipe, asked, given, block, device):
+        if not _padded_up(recipe, asked, given, block_of, device):
             raise VocabularyIgnored(asked["vocab_size"], given, measuring.head_place(model, given)) from None
         recipe.home.remark(f"vocabulary padded from {asked['vocab_size']} to {given}")
     return forward, keep or forward.vocabulary
 
 
-def _padded_up(recipe: Recipe, asked: dict[str, Any], given: int, block: int, device: Any) -> bool:
+def _padded_up(recipe: Recipe, asked: dict[str, Any], given: int, block_of: Any, device: Any) -> bool:
     """Whether a larger vocabulary than asked for is that one, rounded up: it grows with the vocabulary asked for."""
     more = asked["vocab_size"] + 300
     if given < asked["vocab_size"]:
         return False
     with contextlib.suppress(Exception):
         other = recipe.build({**asked, "vocab_size": more}).to(device).eval()
-        return more <= meet_forward(other, None, block, device, None).vocabulary < more + 300
+        return more <= meet_forward(other, None, block_of, device).vocabulary < more + 300
     return False
 
 
@@ -362,7 +370,7 @@ def _try_instance(model: nn.Module, home: Home, device: Any, causal: bool, trial
         sizes["block_size"] = min(longest or names.DEFAULTS["block_size"], MOST_TOKENS)
         training, again = model.training, measuring.Restored(model)
         with home:
-            forward = meet_forward(model.eval(), measured.get("vocab_size"), sizes["block_size"], device, None)
+            forward = meet_forward(model.eval(), measured.get("vocab_size"), lambda m: int(sizes["block_size"]), device)
             sizes["vocab_size"] = forward.vocabulary
             forward = settle(forward, model, _tokens(sizes, device), forward.vocabulary, is_causal=causal)
         model.train(training)

@@ -119,7 +119,8 @@ DECODED = words(
 STARTS = words("startpos startposition pos position offset curpos pastlength startidx tokenoffset")
 POSITIONS = words("positions positionids inputpos tokenpositions posids inputpositions")
 CACHES = words(
-    "cache kvcache kvcaches past pastkeyvalues pastkvs caches pastkv layerpast mems memory state hidden cachekv presents"
+    "cache kvcache kvcaches past pastkeyvalues pastkvs caches pastkv layerpast mems memory state hidden cachekv "
+    "presents"
 )
 
 # A derived value: (sizes, default or MISSING) -> value, or MISSING to leave the default.
@@ -194,7 +195,7 @@ DERIVED: dict[str, Rule] = {
     **dict.fromkeys(("rank", "r", "lorarank"), _constant(4)),
 }  # fmt: skip
 NUMBERS = HEAD_WIDTH | KEY_VALUE_HEADS | FEED_FORWARD | HIDDEN
-SWITCHES = ("bias", "use", "is", "tie", "share", "with", "has", "enable", "qkv", "gradient", "return", "flash", "moe")
+SWITCHES = ("bias", "use", "is", "tie", "share", "with", "has", "enable", "qkv", "gradient", "return", "flash")
 
 
 def value_for(

@@ -110,8 +110,7 @@ def _unreadable(output: Any, found: list[tuple[str, Tensor]], B: int, T: int, V:
     shapes = [tuple(x.shape) for _, x in found]
     wanted = f"expected logits [{B}, {T}, {V if V is not None else 'V'}]"
     says = f"{wanted}, got {described(output)}"
-    if any(s in ((B, 1, V), (B, V), (1, B, V)) or (V is None and len(s) in (2, 3) and s[0] == B and s[1:-1] in ((1,), ()))
-           for s in shapes):  # fmt: skip
+    if any(_one_position(shape, B, V) for shape in shapes):
         return Unreadable(f"{says}: the last position only", last_only=True)
     if any(len(s) == 3 and s[:2] == (B, T - 1) for s in shapes):
         return Unreadable(f"{says}: one position short", short=True)
@@ -120,16 +119,23 @@ def _unreadable(output: Any, found: list[tuple[str, Tensor]], B: int, T: int, V:
     return Unreadable(says)
 
 
-def described(output: Any) -> str:
-    """A value as its types and shapes: `(Tensor [3, 1, 17], None)`."""
+def _one_position(shape: tuple[int, ...], B: int, V: int | None) -> bool:
+    return len(shape) in (2, 3) and V in (None, shape[-1]) and shape[:-1] in ((B, 1), (B,), (1, B))
+
+
+def described(output: Any, known: Mapping[int, str] | None = None) -> str:
+    """A value as its types and shapes, `(Tensor [3, 1, 17], None)`; what is `known` by its id, and losses, by name."""
+    known = known or {}
+    if id(output) in known:
+        return known[id(output)]
     if isinstance(output, Tensor | numpy.ndarray):
-        return f"{type(output).__name__} {list(output.shape)}"
+        loss = known and output.ndim == 0
+        return "loss" if loss else f"{type(output).__name__} {list(output.shape)}"
     if isinstance(output, tuple | list):
-        inner = ", ".join(described(item) for item in list(output)[:6])
+        inner = ", ".join(described(item, known) for item in list(output)[:4]) + ", …" * (len(output) > 4)
         return f"({inner})" if isinstance(output, tuple) else f"[{inner}]"
-    if isinstance(output, Mapping):
-        return "{" + ", ".join(f"{key}: {described(value)}" for key, value in list(output.items())[:6]) + "}"
     if output is None or isinstance(output, int | float | bool | str):
         return repr(output)
-    keys = [k for k in LOGITS_KEYS if getattr(output, k, None) is not None]
-    return f"{type(output).__name__}" + (f" with .{keys[0]} {described(getattr(output, keys[0]))}" if keys else "")
+    found = output if isinstance(output, Mapping) else {k: getattr(output, k, None) for k in LOGITS_KEYS}
+    named = ", ".join(f".{k} {described(v, known)}" for k, v in list(found.items())[:4] if v is not None)
+    return f"{type(output).__name__} with {named}" if named else type(output).__name__

@@ -15,6 +15,22 @@ class MissingLibrary(ImportError):
     """The subject computes with something that could not be imported."""
 
 
+class _Open(type):
+    """Of classes that derive from a stand-in: what they would inherit is a stand-in too."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Stub(f"{cls.__name__}.{name}", "its base class could not be imported")
+
+
+class Derived(metaclass=_Open):
+    """Stands for a base class that could not be imported."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 class Stub:
     """Can be imported from, called, subclassed, used as decorator or annotation; not computed with."""
 
@@ -40,7 +56,7 @@ class Stub:
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         """As a base class: a module where its name says so (LightningModule), else nothing."""
         module = "Module" in self.__name__ and not any(base is torch.nn.Module for base in bases)
-        return (torch.nn.Module,) if module else ()
+        return (torch.nn.Module,) if module else (Derived,)
 
     def __getitem__(self, item: Any) -> Any:
         return self

@@ -66,7 +66,7 @@ class _Keep:
     """Decides statement by statement what defines and what works."""
 
     def __init__(self, tree: ast.Module) -> None:
-        self.idle = {node.name for node in tree.body if _is_function(node)} - _working_functions(tree)
+        self.idle = {node.name for node in _functions(tree)} - _working_functions(tree)
         self.plain_classes = {
             node.name for node in tree.body
             if isinstance(node, ast.ClassDef) and not any("Module" in ast.unparse(base) for base in node.bases)
@@ -150,7 +150,7 @@ def _working_functions(tree: ast.Module) -> set[str]:
     """Functions of the file that train, read data and so on, themselves or through others of the file."""
     called = {
         node.name: {_last(call.func) for statement in node.body for call in _calls(statement)}
-        for node in tree.body if _is_function(node)
+        for node in _functions(tree)
     }  # fmt: skip
     works = {name for name, inside in called.items() if inside & WORK}
     while more := {name for name, inside in called.items() if inside & works} - works:
@@ -158,8 +158,8 @@ def _working_functions(tree: ast.Module) -> set[str]:
     return works
 
 
-def _is_function(node: ast.stmt) -> bool:
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+def _functions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
 def _calls(node: ast.AST) -> Iterator[ast.Call]:
@@ -211,10 +211,11 @@ class SoftImports(ast.NodeTransformer):
         return node
 
     def _soft(self, node: ast.Import | ast.ImportFrom, asked: list[tuple[str, str, str]]) -> ast.stmt:
-        bound = [ast.Name(name, ast.Store()) for *_, name in asked]
+        bound: list[ast.expr] = [ast.Name(name, ast.Store()) for *_, name in asked]
         call = ast.Call(
             ast.Name(STUB, ast.Load()),
-            [ast.Constant(tuple(asked)), ast.Name("_checks_error_", ast.Load())], [],
+            [ast.Constant(tuple(asked)),  # type: ignore[arg-type]
+             ast.Name("_checks_error_", ast.Load())], [],
         )  # fmt: skip
         stand_in = ast.Assign([ast.Tuple(bound, ast.Store())], call)
         handler = ast.ExceptHandler(ast.Name("Exception", ast.Load()), "_checks_error_", [stand_in])
