@@ -95,8 +95,8 @@ class Run:
 
     @property
     def asked(self) -> bool:
-        """Whether the command line is about a subject."""
-        return bool(self.option("model") or self.option("gpu"))
+        """Whether the command line is about a subject: one of our options is given."""
+        return any(self.option(name.removeprefix("--")) for name in OPTIONS)
 
     @property
     def seed(self) -> int:
