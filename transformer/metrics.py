@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,15 +28,15 @@ class Metrics:
         self.memory: list[Record] = []
         self.unread: list[Record] = []
 
-    def restart(self, step: int) -> None:
-        """Forgets what was recorded after `step`, for a training that goes on from there; with step 0, everything."""
+    @contextmanager
+    def writing(self, step: int) -> Iterator[None]:
+        """Records go to the file within. What was recorded after `step` is forgotten; with step 0, everything."""
         kept = [record for record in self.records() if 0 < step and record["step"] <= step]
         self.memory.clear()
-        if self.file is not None:
-            self.file.close()
-        if self.path is not None:
-            self.file = open(self.path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115, it grows by a line a step
-        self.write(kept)
+        with nullcontext() if self.path is None else open(self.path, "w", encoding="utf-8", buffering=1) as self.file:
+            self.write(kept)
+            yield
+        self.file = None
 
     def add(self, **record: Any) -> None:
         self.unread.append({name: value for name, value in record.items() if value is not None})

@@ -197,6 +197,8 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, examples: Sequence) -> float:
         """Mean loss over all targets of the examples, in eval mode. Mode, weights and random state stay as they are."""
+        if not examples:
+            raise ValueError("there are no examples to evaluate")
         mine, weight = self.processes.share(examples)
         size = self.config.micro_batch_size or self.config.batch_size
         with random_state.preserved(self.device), self.eval_mode():
@@ -223,10 +225,20 @@ class Trainer:
         Ctrl-C lets the step end, saves, and raises KeyboardInterrupt. Raises Diverged when a loss or a weight is not
         finite, ProcessLost when another process of the training has ended; the last checkpoint remains in both cases.
         """
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with self.metrics.writing(self.steps_done), self.noticing_lost_processes():
+            interrupted = self.take_steps()
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def take_steps(self) -> bool:
+        """Whether Ctrl-C ended them."""
         begun = time.perf_counter() - self.seconds
-        self.start_writing()
         interrupted = False
-        with self.noticing_lost_processes(), Interruption() as interruption, Progress(self.config.steps) as progress:
+        if self.steps_done == 0 and self.config.eval_interval:
+            self.validate()
+        with Interruption() as interruption, Progress(self.config.steps) as progress:
             while not self.finished() and not interrupted:
                 self.record(self.step())
                 self.seconds = time.perf_counter() - begun
@@ -242,8 +254,7 @@ class Trainer:
             if not interrupted:
                 self.validate()
             self.save_checkpoint()
-        if interrupted:
-            raise KeyboardInterrupt
+        return interrupted
 
     def finished(self) -> bool:
         learned = self.config.stop_loss is not None and self.loss <= self.config.stop_loss
@@ -272,13 +283,6 @@ class Trainer:
         memory = peak_memory(self.device)
         self.metrics.write([dict(step=self.steps_done, validation_loss=loss, seconds=self.seconds, peak_memory=memory)])
         self.validated = self.steps_done
-
-    def start_writing(self) -> None:
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics.restart(self.steps_done)
-        if self.steps_done == 0 and self.config.eval_interval:
-            self.validate()
 
     def advice(self, step: int) -> str:
         rate = self.learning_rate(step - 1)
