@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.conventions import measuring, names
+from checks.conventions import checkpoints, measuring, names
 from checks.conventions.axes import settle
 from checks.conventions.caches import Cache, Protocol, meet_cache, step
 from checks.conventions.calling import LENGTH, ROWS, Forward, Uncallable, Way, meet_forward, parameters_of
@@ -162,10 +162,35 @@ def meet(
         raise UsageError(_several(label, [m.shown for m in met]))
     if not met:
         raise UsageError(explain(trials, home, label))
+    subject = met[0] if checkpoint is None else _loaded(met[0], checkpoint, device, causal)
     if found is not None:
-        met[0].parts = parts_of(found)
-    met[0].parts.update(given_parts(parts or {}))
-    return met[0]
+        subject.parts = parts_of(found)
+    subject.parts.update(given_parts(parts or {}))
+    return subject
+
+
+def _loaded(met: Met, file: str, device: Any, causal: bool) -> Met:
+    """The same model with weights from a file: from now on one instance, at the sizes of the file."""
+    state, saved = checkpoints.read(file)
+    sizes = {**met.sizes, **{k: v for k, v in saved.items() if k in met.varies}}
+    try:
+        model = met.build(sizes)
+    except Exception as error:
+        told = ", ".join(f"{k} {v}" for k, v in saved.items())
+        raise UsageError(
+            f"{met.shown} cannot be built in the sizes of --checkpoint {file} ({told or 'none told'})\n"
+            f"  {what_happened(error, met.home)}"
+        ) from None
+    with met.home:
+        checkpoints.put(model, state, file)
+    trials: list[Trial] = []
+    found = _try_instance(model, met.home, device, causal, trials)
+    if found is None:
+        raise UsageError(explain(trials, met.home, met.shown))
+    found.shown, found.recipe = met.shown, met.recipe
+    found.constructor = f"{met.constructor} with weights of {shown(file)}"
+    found.sizes["n_head"] = sizes["n_head"]
+    return found
 
 
 def given_parts(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 class UsageError(ValueError):
     """The user's mistake, or a choice that is theirs: says where, what was seen and what would settle it."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the message, not the way that it took through our code."""
+        return str(self).splitlines()
+
 
 def shown(filename: str) -> str:
     """A file as the user would type it: relative to the working directory where that is shorter."""
