@@ -5,134 +5,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from checks.expect import (
-    EQUAL_SHAPE,
-    Bound,
-    NotApplicable,
-    advise,
-    drawn,
-    expect_same,
-    fail,
-    needs,
-    note,
-)
+from checks.cached import LONGEST, Reader, apart, difference, distances, first_wrong, length, reader
+from checks.expect import EQUAL_SHAPE, NotApplicable, advise, drawn, expect_same, fail, needs, note
 from checks.padding import ragged
-from checks.precision import precise, precision, spread
 
 LOGITS = "check_contract.check_logits_have_shape"
 CAUSAL = "check_causality.check_future_cannot_change_past"
+REPEATS = "check_modes.check_eval_repeats_itself"
 DECODING = "check_cache.check_cached_decoding_equals_full"
-LONGEST = 24  # tokens
+PIECES = "check_cache.check_cached_pieces_equal_full"
 
 
-def cached_model(subject: Any, **sizes: Any) -> nn.Module:
-    """A model of strong weights that has a cache. Raises NotApplicable where there is none."""
-    if not subject.causal:
-        raise NotApplicable("declared as not causal: what is read later changes what was read before")
-    model = precise(subject, **sizes)
-    if subject.new_cache(model, 1) is None:
-        raise NotApplicable("the model has no key-value cache that is known here")
-    return model
-
-
-def length(subject: Any) -> int:
-    T = min(subject.sizes.block_size, LONGEST)
-    if T < 3:
-        raise NotApplicable(f"a block size of {T} is too short to be read in pieces")
-    return T
-
-
-@torch.no_grad()
-def read_whole(subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    return subject.logits(model, tokens, mask)
-
-
-@torch.no_grad()
-def read_in_pieces(
-    subject: Any, model: nn.Module, tokens: Tensor, pieces: Sequence[int], mask: Tensor | None = None, cache: Any = None
-) -> Tensor:
-    """Logits of all tokens [B, T, V], read over a cache in pieces of so many tokens; ∞ where a call gave none."""
-    cache = subject.new_cache(model, len(tokens)) if cache is None else cache
-    ends = torch.tensor([0, *pieces]).cumsum(0).tolist()
-    found = []
-    for start, end in pairwise(ends):
-        part = None if mask is None else mask[:, start:end]
-        logits = subject.logits(model, tokens[:, start:end], part, cache)
-        missing = end - start - logits.shape[1]  # some models answer for the last token of a call only
-        found += [logits.new_full((len(tokens), missing, logits.shape[2]), torch.inf), logits]
-    return torch.cat(found, dim=1)
-
-
-def bound(subject: Any, logits: Tensor) -> Bound:
-    return precision(subject).bound(logits)
-
-
-def distances(got: Tensor, want: Tensor) -> Tensor:
-    """[B, T]: how far apart two logits are, ∞ where only one of them is NaN, 0 where a call gave none."""
-    given = ~got.isposinf().all(dim=-1, keepdim=True)
-    apart = torch.where(got.isnan() & want.isnan(), 0.0, (got - want).abs().nan_to_num(nan=torch.inf))
-    return torch.where(given, apart, 0.0).amax(dim=-1)
-
-
-def first_wrong(got: Tensor, want: Tensor, size: float, real: Tensor | None = None) -> tuple[int, int] | None:
-    """The row and position of the first logits, of real tokens, that are too far apart."""
-    wrong = distances(got, want) > size
-    if real is not None:
-        wrong = wrong & real
-    if not bool(wrong.any()):
-        return None
-    position = int(wrong.any(dim=0).int().argmax())
-    return int(wrong[:, position].int().argmax()), position
-
-
-def difference(got: Tensor, want: Tensor) -> float:
-    return float(distances(got, want).max())
-
-
-def apart(got: Tensor, want: Tensor, at: tuple[int, int]) -> str:
-    """How far two logits are apart at a row and a position, in deviations."""
-    return f"by {float(distances(got, want)[at]) / spread(want):.2g} standard deviations of the logits"
-
-
-@needs(LOGITS, CAUSAL)
+@needs(LOGITS, CAUSAL, REPEATS)
 def check_cached_decoding_equals_full(subject: Any) -> None:
     """Read over the cache, a prompt at once and then token by token, a text has the logits it has when read whole."""
-    model, T = cached_model(subject), length(subject)
+    read, T = reader(subject), length(subject)
     tokens = subject.tokens(3, T, seed=subject.seed)
-    want = read_whole(subject, model, tokens)
-    allowed = bound(subject, want)
-    largest = 0.0
+    want = read.whole(tokens)
+    allowed, largest = read.bound(want), 0.0
     for prefill in dict.fromkeys((max(1, T // 3), 1, T - 1)):
         pieces = [prefill] + [1] * (T - prefill)
-        got = read_in_pieces(subject, model, tokens, pieces)
+        got = read.pieces(tokens, pieces)
         at = first_wrong(got, want, allowed.size)
         if at is not None:
-            judge_pieces(subject, model, tokens, pieces, got, want, at)
+            judge_pieces(read, tokens, pieces, got, want, at)
         largest = max(largest, difference(got, want))
     note(largest_difference=largest, bound=allowed.size, length=T)
 
 
 def judge_pieces(
-    subject: Any,
-    model: nn.Module,
-    tokens: Tensor,
-    pieces: Sequence[int],
-    got: Tensor,
-    want: Tensor,
-    at: tuple[int, int],
+    read: Reader, tokens: Tensor, pieces: Sequence[int], got: Tensor, want: Tensor, at: tuple[int, int]
 ) -> None:
     """Names the piece, the position, and the tokens on which its logits depend and on which they should."""
     row, position = at
     ends = torch.tensor(pieces).cumsum(0).tolist()
     piece = next(i for i, end in enumerate(ends) if position < end)
     start, end = ends[piece] - pieces[piece], ends[piece]
-    cause, likely = why(subject, model, tokens, pieces, (got, want), position, start)
+    cause, likely = why(read, tokens, pieces, (got, want), position, start)
     call = f"token {start}" if end - start == 1 else f"tokens {start} to {end - 1}"
     held = f"a cache of {start} token{'s' * (start > 1)}" if start else "the empty cache"
     fail(
@@ -143,33 +57,27 @@ def judge_pieces(
         pieces=list(pieces),
         row=row,
         position=position,
-        depends_on=reached(subject, model, tokens, pieces, position),
+        depends_on=reached(read, tokens, pieces, position),
         difference=difference(got, want),
     )
 
 
 def why(
-    subject: Any,
-    model: nn.Module,
-    tokens: Tensor,
-    pieces: Sequence[int],
-    read: tuple[Tensor, Tensor],
-    first: int,
-    start: int,
+    read: Reader, tokens: Tensor, pieces: Sequence[int], found: tuple[Tensor, Tensor], first: int, start: int
 ) -> tuple[str, tuple[str, ...]]:
     """What goes with a wrong reading in pieces, of which `first` is the first wrong position; and the likely bugs."""
-    got, want = read
-    size = bound(subject, want).size
+    got, want = found
+    size = read.bound(want).size
     if start and first < len(want[0]) - 1 and pieces[-1] > 1:  # halves show best what a piece behind a cache sees
         halves = [tokens.shape[1] // 2, tokens.shape[1] - tokens.shape[1] // 2]
-        again = read_in_pieces(subject, model, tokens, halves)
+        again = read.pieces(tokens, halves)
         if difference(again, want) > size:
             got, pieces, start = again, halves, halves[0]
             first = int((distances(got, want) > size).any(dim=0).int().argmax())
-    alone = torch.cat([read_in_pieces(subject, model, text[None], pieces) for text in tokens])
+    alone = torch.cat([read.pieces(text[None], pieces) for text in tokens])
     if difference(alone, want) <= size:
         return "each row read alone is right: the cache mixes up rows", ("cache-rows-mixed",)
-    future = [s for s in reached(subject, model, tokens, pieces, first) if s > first]
+    future = [s for s in reached(read, tokens, pieces, first) if s > first]
     if future:
         return (
             f"depend on the later {places(future)}: the causal mask is lost when there is a cache",
@@ -177,7 +85,7 @@ def why(
         )
     wrong = (distances(got, want) > size).any(dim=0).nonzero().flatten().tolist()
     last = wrong[-1]
-    seen = reached(subject, model, tokens, pieces, last)
+    seen = reached(read, tokens, pieces, last)
     unseen = [s for s in range(last + 1) if s not in seen]
     if unseen and start and seen == list(range(len(unseen), last + 1)):
         return f"those at {last} do not depend on {places(unseen)}: the cache is written and not read", CAUSES[
@@ -185,7 +93,7 @@ def why(
         ]
     if unseen:
         return f"those at {last} depend on {places(seen)} and not on {places(unseen)}", CAUSES["misses"]
-    if right_with_one_block(subject, tokens, pieces):
+    if right_with_one_block(read, tokens, pieces):
         return "with one block they are right: each block needs keys and values of its own", ("cache-swaps-layers",)
     single = last - first + 1 == len(wrong) and pieces[-1] == 1
     return (
@@ -202,22 +110,22 @@ CAUSES = {
 }
 
 
-def right_with_one_block(subject: Any, tokens: Tensor, pieces: Sequence[int]) -> bool:
-    if not subject.can_vary("n_layer"):
+def right_with_one_block(read: Reader, tokens: Tensor, pieces: Sequence[int]) -> bool:
+    if not read.subject.can_vary("n_layer"):
         return False
-    model = precise(subject, n_layer=1)
-    want = read_whole(subject, model, tokens)
-    return difference(read_in_pieces(subject, model, tokens, pieces), want) <= bound(subject, want).size
+    one = read.sharp(n_layer=1)
+    want = one.whole(tokens)
+    return difference(one.pieces(tokens, pieces), want) <= one.bound(want).size
 
 
-def reached(subject: Any, model: nn.Module, tokens: Tensor, pieces: Sequence[int], position: int) -> list[int]:
+def reached(read: Reader, tokens: Tensor, pieces: Sequence[int], position: int) -> list[int]:
     """The tokens that change the logits at a position when they are changed themselves, read in these pieces."""
-    T, V = tokens.shape[1], subject.sizes.vocab_size
+    T, V = tokens.shape[1], read.subject.sizes.vocab_size
     texts = tokens[:1].repeat(T + 1, 1)
     for s in range(T):
         texts[s, s] = (texts[s, s] + 1) % V
-    logits = read_in_pieces(subject, model, texts, pieces)[:, position]
-    moved = (logits[:-1] - logits[-1]).abs().amax(dim=-1) > bound(subject, logits).size
+    logits = read.pieces(texts, pieces)[:, position]
+    moved = (logits[:-1] - logits[-1]).abs().amax(dim=-1) > read.bound(logits).size
     return moved.nonzero().flatten().tolist()
 
 
@@ -237,38 +145,34 @@ def partitions(subject: Any) -> st.SearchStrategy[list[int]]:
 
 
 def has_cache(subject: Any) -> None:
-    cached_model(subject)
-    length(subject)
+    reader(subject)
 
 
-@needs(LOGITS, CAUSAL, DECODING)
+@needs(DECODING)
 @drawn(pieces=partitions, seed=st.integers(0, 99), when=has_cache)
 def check_cached_pieces_equal_full(subject: Any, pieces: list[int], seed: int) -> None:
     """Read over the cache in pieces of any lengths, a text has the logits it has when it is read whole."""
-    model = known_model(subject)
-    tokens = subject.tokens(2, sum(pieces), seed=seed)
-    want = read_whole(subject, model, tokens)
-    got = read_in_pieces(subject, model, tokens, pieces)
-    at = first_wrong(got, want, bound(subject, want).size)
+    read, tokens = reader(subject), subject.tokens(2, sum(pieces), seed=seed)
+    want, got = read.whole(tokens), read.pieces(tokens, pieces)
+    at = first_wrong(got, want, read.bound(want).size)
     if at is not None:
-        judge_pieces(subject, model, tokens, pieces, got, want, at)
+        judge_pieces(read, tokens, pieces, got, want, at)
 
 
 def padded(subject: Any) -> None:
-    has_cache(subject)
+    reader(subject)
     if not subject.takes_mask:
         raise NotApplicable("the model takes no padding mask")
 
 
-@needs(LOGITS, CAUSAL, DECODING, "check_cache.check_cached_pieces_equal_full")
+@needs(DECODING, PIECES)
 @drawn(pieces=partitions, side=st.sampled_from(("left", "right")), seed=st.integers(0, 99), when=padded)
 def check_cached_padding_equals_full(subject: Any, pieces: list[int], side: str, seed: int) -> None:
     """Read over the cache in pieces under a padding mask, real tokens have the logits they have when read whole."""
-    model, T = known_model(subject), sum(pieces)
+    read, T = reader(subject), sum(pieces)
     tokens, mask = subject.tokens(3, T, seed=seed), ragged(3, T, side, seed=seed).to(subject.device)
-    want = read_whole(subject, model, tokens, mask)
-    got = read_in_pieces(subject, model, tokens, pieces, mask)
-    at = first_wrong(got, want, bound(subject, want).size, real=mask)
+    want, got = read.whole(tokens, mask), read.pieces(tokens, pieces, mask)
+    at = first_wrong(got, want, read.bound(want).size, real=mask)
     if at is None:
         return
     row, position = at
@@ -283,56 +187,45 @@ def check_cached_padding_equals_full(subject: Any, pieces: list[int], side: str,
     )
 
 
-_models: WeakKeyDictionary[Any, nn.Module] = WeakKeyDictionary()
-
-
-def known_model(subject: Any) -> nn.Module:
-    """The same model for every drawn case of a check."""
-    if subject not in _models:
-        _models[subject] = cached_model(subject)
-    return _models[subject]
-
-
-@needs(LOGITS, CAUSAL, DECODING)
+@needs(DECODING)
 def check_caches_are_isolated(subject: Any) -> None:
     """A new cache knows nothing of what was read before, and two caches in use side by side do not meet."""
-    model, T = cached_model(subject), max(2, length(subject) // 2)  # two such texts fit a block that was not emptied
+    read, T = reader(subject), max(2, length(subject) // 2)  # two such texts fit a block that was not emptied
     first, second = subject.tokens(2, T, seed=subject.seed), subject.tokens(2, T - 1, seed=subject.seed + 1)
-    whole, other = read_whole(subject, model, first), read_whole(subject, model, second)
+    whole, other = read.whole(first), read.whole(second)
     for text, want, what in (
         (first, whole, "the first text read over a cache"),
         (second, other, "a second text, read over a new cache,"),
         (first, whole, "the first text, read again over a new cache,"),
     ):
-        expect_unmoved(subject, read_in_pieces(subject, model, text, [text.shape[1] - 1, 1]), want, what)
+        pieces = [text.shape[1] - 1, 1] if text.shape[1] > 1 else [1]
+        expect_unmoved(read, read.pieces(text, pieces), want, what)
     expect_same(
-        read_whole(subject, model, first),
+        read.whole(first),
         whole,
         says="a text read without a cache changed after others were read with one",
         likely=("cache-leaks-between-calls",),
     )
-    if side_by_side(subject, model):
-        one, two = subject.new_cache(model, 2), subject.new_cache(model, 2)
-        a = [read_in_pieces(subject, model, first[:, :-1], [T - 1], cache=one)]
-        b = read_in_pieces(subject, model, second[:, :1], [1], cache=two)
-        a.append(read_in_pieces(subject, model, first[:, -1:], [1], cache=one))
-        expect_unmoved(
-            subject, torch.cat(a, dim=1), whole, "a text read by turns with another, each over its own cache,"
-        )
-        expect_unmoved(subject, b, other[:, :1], "the other of two texts read by turns")
+    if side_by_side(read):
+        one, two = read.new_cache(2), read.new_cache(2)
+        a = [read.pieces(first[:, :-1], [T - 1], cache=one)]
+        b = read.pieces(second[:, :1], [1], cache=two)
+        a.append(read.pieces(first[:, -1:], [1], cache=one))
+        expect_unmoved(read, torch.cat(a, dim=1), whole, "a text read by turns with another, each over its own cache,")
+        expect_unmoved(read, b, other[:, :1], "the other of two texts read by turns")
 
 
-def side_by_side(subject: Any, model: nn.Module) -> bool:
+def side_by_side(read: Reader) -> bool:
     """Whether two caches are two things: a model that keeps its one cache inside has nothing to hand out twice."""
-    one, two = subject.new_cache(model, 2), subject.new_cache(model, 2)
+    one, two = read.new_cache(2), read.new_cache(2)
     if one is two or getattr(one, "inside_the_model", False):
         advise("the model keeps its cache inside itself: one text at a time")
         return False
     return True
 
 
-def expect_unmoved(subject: Any, got: Tensor, want: Tensor, what: str) -> None:
-    at = first_wrong(got, want, bound(subject, want).size)
+def expect_unmoved(read: Reader, got: Tensor, want: Tensor, what: str) -> None:
+    at = first_wrong(got, want, read.bound(want).size)
     if at is not None:
         fail(
             f"{what} differs at position {at[1]} of row {at[0]} from the same text read whole {apart(got, want, at)}: "
@@ -344,19 +237,18 @@ def expect_unmoved(subject: Any, got: Tensor, want: Tensor, what: str) -> None:
         )
 
 
-@needs(LOGITS, CAUSAL, DECODING)
+@needs(DECODING)
 def check_cached_rows_are_isolated(subject: Any) -> None:
     """Over a cache, what one row reads changes nothing in the others, bit for bit."""
-    model, T = cached_model(subject), length(subject)
+    read, T = reader(subject), length(subject)
     tokens = subject.tokens(3, T, seed=subject.seed)
     changed = tokens.clone()
     changed[1] = (changed[1] + 1) % subject.sizes.vocab_size
-    pieces = [T - 2, 1, 1]
-    got, want = (read_in_pieces(subject, model, text, pieces)[[0, 2]] for text in (changed, tokens))
+    got, want = (read.pieces(text, [T - 2, 1, 1])[[0, 2]] for text in (changed, tokens))
     expect_same(
         got,
         want,
-        bound=EQUAL_SHAPE if precision(subject).dtype == precision(subject).inside else bound(subject, want),
+        bound=EQUAL_SHAPE if read.inside == read.dtype else read.bound(want),
         says="row 1 read other tokens over the cache, and rows 0 and 2 changed",
         axes=("row (0 or 2)", "position", "symbol"),
         likely=("cache-rows-mixed",),
@@ -364,21 +256,20 @@ def check_cached_rows_are_isolated(subject: Any) -> None:
     )
 
 
-@needs(LOGITS, CAUSAL, DECODING)
+@needs(DECODING)
 def check_cache_overflow_is_refused_or_slides(subject: Any) -> None:
     """More tokens than the block holds are refused, or answered as without a cache; a cache never wraps in silence."""
-    model, block = cached_model(subject), subject.sizes.block_size
+    read, block = reader(subject), subject.sizes.block_size
     if block > 256:
         raise NotApplicable(f"a block size of {block} is too long to be overfilled")
     for pieces in ([block - 1, 1, 1, 1], [block, 2], [block - 1, 3]):
-        T = sum(pieces)
-        tokens = subject.tokens(2, T, seed=subject.seed)
+        tokens = subject.tokens(2, sum(pieces), seed=subject.seed)
         try:
-            got = read_in_pieces(subject, model, tokens, pieces)
+            got = read.pieces(tokens, pieces)
         except Exception as error:
             clearly_refused(error, block)
             continue
-        judge_overflow(subject, model, tokens, got, pieces)
+        judge_overflow(read, tokens, got, pieces)
 
 
 def clearly_refused(error: Exception, block: int) -> None:
@@ -388,18 +279,18 @@ def clearly_refused(error: Exception, block: int) -> None:
         )
 
 
-def judge_overflow(subject: Any, model: nn.Module, tokens: Tensor, got: Tensor, pieces: Sequence[int]) -> None:
+def judge_overflow(read: Reader, tokens: Tensor, got: Tensor, pieces: Sequence[int]) -> None:
     """What came out past the block size is what the model says to the latest tokens, or to all, read whole."""
-    T, block = tokens.shape[1], subject.sizes.block_size
+    T, block = tokens.shape[1], read.subject.sizes.block_size
     for position in range(block, T):
         answers = []
         for window in (block, position + 1):
             try:
-                answers.append(read_whole(subject, model, tokens[:, position + 1 - window : position + 1])[:, -1])
+                answers.append(read.whole(tokens[:, position + 1 - window : position + 1])[:, -1])
             except Exception:
                 continue
         here = got[:, position : position + 1]
-        if not answers or any(difference(here, want[:, None]) <= bound(subject, want).size for want in answers):
+        if not answers or any(difference(here, want[:, None]) <= read.bound(want).size for want in answers):
             continue
         fail(
             f"the cache takes {T} tokens, in pieces of {list(pieces)}, where the block size is {block}, and answers "

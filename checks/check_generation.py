@@ -18,6 +18,7 @@ from checks.randomness import states
 from checks.scripted import Stage, graphs, stage
 
 LOGITS = "check_contract.check_logits_have_shape"
+REPEATS = "check_modes.check_eval_repeats_itself"
 CACHED = "check_cache.check_cached_decoding_equals_full"
 ISOLATED = "check_cache.check_caches_are_isolated"
 PADDED = ("check_cache.check_cached_padding_equals_full", "check_masking.check_left_padding_changes_nothing")
@@ -26,7 +27,7 @@ GREEDY = "check_generation.check_greedy_equals_the_naive_loop"
 ROWS = 64  # so many that no two windows of the text are followed by the same tokens in all of them
 
 
-@needs(LOGITS, CACHED, ISOLATED)
+@needs(LOGITS, REPEATS, CACHED, ISOLATED)
 def check_generate_appends_tokens(subject: Any) -> None:
     """Generate gives exactly as many new tokens as were asked for, behind the unchanged prompt or alone."""
     on = stage(subject)
@@ -64,14 +65,14 @@ def check_greedy_equals_the_naive_loop(subject: Any) -> None:
     """Greedy decoding says what reading the whole text anew at each step says: any batch size, cached or not, twice."""
     on, block = stage(subject), subject.sizes.block_size
     V = min(on.vocab_size, 32)
-    for B, T, n in ((V, 3, 3), (1, 4, 5), (3, 1, 5)):
+    for B, T, n in ((V, 3, 3), (1, 4, 5), (3, 1 if on.reads_one else 2, 5)):
         n = max(1, min(n, block - T))
         prompts = on.prompts(B, min(T, block - n), n)
         want = on.naive(prompts, n).tolist()
         for options in cache_options(on):
             for turn in range(2):
                 said = on.generate(prompts, n, **greedily(on), **options)
-                if said != want:
+                if said != want and not needs_preparing(on, options):
                     explain(on, prompts, said, want, turn=turn, **options)
         note(**{f"distinct tokens from {B} prompts": len({token for row in want for token in row})})
 
@@ -82,9 +83,20 @@ def greedily(on: Stage) -> dict[str, Any]:
 
 
 def cache_options(on: Stage) -> list[dict[str, bool]]:
-    if not isinstance(on.decoder.defaults.get("use_cache"), bool):
+    """With the cache and without, where the function lets one choose."""
+    if not isinstance(on.decoder.defaults.get("use_cache", False), bool) or "use_cache" not in on.decoder.takes:
         return [{}]
     return [{"use_cache": True}, {"use_cache": False}]
+
+
+def needs_preparing(on: Stage, options: dict[str, bool]) -> bool:
+    """A cache that is off unless asked for may have to be installed first: wrong text over it is no finding."""
+    if not options.get("use_cache") or on.decoder.defaults.get("use_cache"):
+        return False
+    advise(
+        f"{on.decoder.name} with its cache on says something else than without: if the cache needs no preparing, look"
+    )
+    return True
 
 
 @needs(APPENDS, GREEDY)
@@ -166,7 +178,7 @@ def check_padded_prompts_continue_as_alone(subject: Any) -> None:
     """In a batch of padded prompts each is continued as it is alone, whatever stands in the padding."""
     on, n = stage(subject), 4
     longest = max(2, min(5, subject.sizes.block_size - n))
-    lengths = [min(length, longest) for length in (2, 5, 3, 1)]
+    lengths = [min(length, longest) for length in (2, 5, 3, 1 if on.reads_one else 4)]
     alone = [on.prompts(1, length, n) for length in lengths]
     want = [on.naive(prompt, n).tolist()[0] for prompt in alone]
     wrong: dict[str, Rows] = {}
@@ -197,17 +209,17 @@ def continued(on: Stage, alone: list[Tensor], side: str, n: int) -> Rows | None:
     for row, prompt in enumerate(alone):
         real = slice(T - prompt.shape[1], T) if side == "left" else slice(0, prompt.shape[1])
         tokens[row, real], mask[row, real] = prompt[0], 1
-    return first_accepted(on, tokens, mask.to(tokens.device), n)
+    return first_accepted(on, tokens, mask.to(tokens.device), n)[0]
 
 
-def first_accepted(on: Stage, tokens: Tensor, mask: Tensor, n: int) -> Rows | None:
-    """Under a mask of truth values or of integers, whichever does not raise."""
+def first_accepted(on: Stage, tokens: Tensor, mask: Tensor, n: int) -> tuple[Rows | None, torch.dtype]:
+    """What is said under a mask of truth values or of integers, whichever does not raise, and which it was."""
     for dtype in (torch.long, torch.bool) if on.decoder.of_transformers else (torch.bool, torch.long):
         try:
-            return on.generate(tokens, n, mask=mask.to(dtype), **greedily(on))
+            return on.generate(tokens, n, mask=mask.to(dtype), **greedily(on)), dtype
         except Exception:
             continue
-    return None
+    return None, torch.long
 
 
 def judge_padding(on: Stage, alone: list[Tensor], wrong: dict[str, Rows], want: Rows) -> None:
@@ -308,11 +320,9 @@ def check_generate_leaves_prompt_and_weights(subject: Any) -> None:
     weights = {name: value.detach().clone() for name, value in on.model.named_parameters()}
     rows = subject.tokens(2 if on.decoder.batched else 1, 3, seed=subject.seed).tolist()
     prompt = on.decoder.given(rows, subject.device)
-    mask = torch.ones(len(rows), 3, dtype=torch.bool, device=subject.device)
-    given = {"mask": mask} if "mask" in on.decoder.takes and on.decoder.form == "rows" else {}
-    if on.decoder.of_transformers:
-        given = {"mask": mask.long()}
-    was = {name: value.clone() for name, value in given.items()}
+    given, was = {}, torch.ones(len(rows), 3, dtype=torch.long, device=subject.device)
+    if "mask" in on.decoder.takes and on.decoder.form == "rows":
+        given = {"mask": was.to(first_accepted(on, prompt, was, 1)[1])}
     with on.watching():
         on.decoder.raw(on.model, prompt, len(rows), 4, **given)
     left = prompt.tolist() if isinstance(prompt, Tensor) else prompt
@@ -325,11 +335,8 @@ def check_generate_leaves_prompt_and_weights(subject: Any) -> None:
             before=rows,
             after=left,
         )
-    for name, value in given.items():
-        if not torch.equal(value, was[name]):
-            fail(
-                f"the {name} was {was[name].tolist()} and is {value.tolist()} after the call", before=was[name].tolist()
-            )
+    if given and not torch.equal(given["mask"].long(), was):
+        fail(f"the mask was all ones and is {given['mask'].tolist()} after the call: {on.decoder.name} writes into it")
     for name, value in on.model.named_parameters():
         if not torch.equal(value, weights[name]):
             fail(f"{on.decoder.name} changed the parameter {name}", parameter=name)
@@ -404,7 +411,7 @@ def check_generate_leaves_random_states(subject: Any) -> None:
                 f"the global random state of {' and '.join(rewound)} after {on.decoder.name} does not depend on what "
                 f"it was before: it is seeded inside{' by seed=5' if options else ''}, so that every sample rewinds "
                 "training's dropout and shuffling",
-                likely=("sampling-reseeds-training", "seed-fixed-inside-generate"),
+                likely=("generate-reseeds-global-state", "seed-fixed-inside-generate"),
                 advice="draw with a torch.Generator of your own, or leave seeding to the caller",
                 states=rewound,
             )

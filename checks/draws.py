@@ -59,7 +59,7 @@ class Sampler:
     given: Tensor
 
     def __post_init__(self) -> None:
-        self.prompts = self.on.subject.tokens(len(self.given), 1, seed=self.on.subject.seed)
+        self.prompts = self.on.subject.tokens(len(self.given), 2, seed=self.on.subject.seed)
 
     def likeliest(self, temperature: float = 1.0) -> Tensor:
         """The right probabilities [B, V] at a temperature, the largest first."""
@@ -86,8 +86,8 @@ class Sampler:
     def counts(self, options: dict[str, Any], *, draw: int = 0) -> Tensor:
         """How often each token [V] came out of some 768 draws from the first row's probabilities."""
         self.on.script = dealt(self.given[:1])
-        rows, n = 64 if self.on.decoder.batched else 8, max(1, self.on.block_size - 1)
-        prompts, V = self.on.subject.tokens(rows, 1), self.given.shape[1]
+        rows, n = 64 if self.on.decoder.batched else 8, max(1, min(self.on.block_size, 24) - 2)
+        prompts, V = self.on.subject.tokens(rows, 2), self.given.shape[1]
         counts = torch.zeros(V, dtype=torch.long)
         for call in range(-(-DRAWS // (rows * n))):
             with seeded(self.on.subject.seed + 1000 * draw + call):

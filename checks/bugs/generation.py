@@ -359,7 +359,7 @@ def same_seed_always(parts: SimpleNamespace) -> None:
 
 
 @bug(
-    "sampling-reseeds-training",
+    "generate-reseeds-global-state",
     "the global generator is seeded at each call: training's dropout and order start again",
     caught_by=(RANDOM,),
     source="https://github.com/huggingface/diffusers/issues/7991 ; https://github.com/d8ahazard/sd_dreambooth_extension/pull/1060",

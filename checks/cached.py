@@ -1,0 +1,146 @@
+"""Texts read whole and read over a key-value cache in pieces, and how far apart the two may lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from checks.expect import Bound, NotApplicable
+from checks.precision import precision, spread
+
+LONGEST = 24  # tokens
+FINENESS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Standard deviations of the logits, by the coarsest type on the way: clean caches stay a tenth of it or less.
+ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 0.1}
+
+
+class Coarsest(TorchDispatchMode):
+    """Sees the coarsest floating-point type of any tensor that is made or written to."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(made, Tensor) and made.dtype in FINENESS:
+                self.dtype = max(self.dtype, made.dtype, key=FINENESS.index)
+        return result
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads texts by a model of strong weights, with and without its cache."""
+
+    subject: Any
+    model: nn.Module
+    inside: torch.dtype  # the coarsest type on the way through the cache
+    dtype: torch.dtype  # of the weights
+
+    @torch.no_grad()
+    def whole(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V], without a cache."""
+        return self.subject.logits(self.model, tokens, mask)
+
+    @torch.no_grad()
+    def pieces(self, tokens: Tensor, pieces: Sequence[int], mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        """The same over a cache, so many tokens at a time; ∞ where a call answers for its last token only."""
+        cache = self.new_cache(len(tokens)) if cache is None else cache
+        ends = torch.tensor([0, *pieces]).cumsum(0).tolist()
+        found = []
+        for start, end in pairwise(ends):
+            part = None if mask is None else mask[:, start:end].contiguous()
+            logits = self.subject.logits(self.model, tokens[:, start:end].contiguous(), part, cache)
+            missing = end - start - logits.shape[1]
+            found += [logits.new_full((len(tokens), missing, logits.shape[2]), torch.inf), logits]
+        return torch.cat(found, dim=1)
+
+    def new_cache(self, batch_size: int) -> Any:
+        return self.subject.new_cache(self.model, batch_size)
+
+    def bound(self, logits: Tensor) -> Bound:
+        factor = ALLOWED[self.inside]
+        kind = str(self.inside).removeprefix("torch.")
+        return Bound(factor * spread(logits), f"{factor:.0e} standard deviations of the logits, {kind} on the way")
+
+    def sharp(self, **sizes: Any) -> Reader:
+        """The same with a model of other sizes."""
+        return Reader(self.subject, fresh(self.subject, self.dtype, **sizes), self.inside, self.dtype)
+
+
+_known: WeakKeyDictionary[Any, Reader] = WeakKeyDictionary()
+
+
+def reader(subject: Any) -> Reader:
+    """One for all checks of a subject. Raises NotApplicable where there is no cache, or no room to read in pieces."""
+    if subject not in _known:
+        _known[subject] = meet(subject)
+    known = _known[subject]
+    return known if subject.builds_afresh else known.sharp()  # one instance has had other weights in between
+
+
+def meet(subject: Any) -> Reader:
+    """Found by reading a text: where the cache refuses float64, in float32."""
+    if not subject.causal:
+        raise NotApplicable("declared as not causal: what is read later changes what was read before")
+    T = length(subject)
+    if subject.new_cache(fresh(subject, precision(subject).dtype), 1) is None:
+        raise NotApplicable("the model has no key-value cache that is known here")
+    for dtype in dict.fromkeys((precision(subject).dtype, torch.float32)):
+        made = Reader(subject, fresh(subject, dtype), torch.float32, dtype)
+        try:
+            with Coarsest(max(precision(subject).inside, dtype, key=FINENESS.index)) as seen:
+                made.pieces(subject.tokens(2, T), [2, *[1] * (T - 2)])
+        except Exception:
+            if dtype == torch.float32:
+                raise
+            continue
+        return Reader(subject, made.model, seen.dtype, dtype)
+    raise AssertionError("unreachable: float32 returns or raises")
+
+
+def fresh(subject: Any, dtype: torch.dtype, **sizes: Any) -> nn.Module:
+    return subject.amplified(seed=subject.seed, dtype=dtype, **sizes)
+
+
+def length(subject: Any) -> int:
+    """Tokens of a text that fills the block, or 24 of them."""
+    T = min(subject.sizes.block_size, LONGEST)
+    if T < 3:
+        raise NotApplicable(f"a block size of {T} is too short to be read in pieces")
+    return T
+
+
+def distances(got: Tensor, want: Tensor) -> Tensor:
+    """[B, T]: how far apart two logits are, ∞ where only one of them is NaN, 0 where a call gave none."""
+    given = ~got.isposinf().all(dim=-1, keepdim=True)
+    apart = torch.where(got.isnan() & want.isnan(), 0.0, (got - want).abs().nan_to_num(nan=torch.inf))
+    return torch.where(given, apart, 0.0).amax(dim=-1)
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    return float(distances(got, want).max())
+
+
+def first_wrong(got: Tensor, want: Tensor, size: float, real: Tensor | None = None) -> tuple[int, int] | None:
+    """The row and position of the first logits, of real tokens, that are too far apart."""
+    wrong = distances(got, want) > size
+    if real is not None:
+        wrong = wrong & real
+    if not bool(wrong.any()):
+        return None
+    position = int(wrong.any(dim=0).int().argmax())
+    return int(wrong[:, position].int().argmax()), position
+
+
+def apart(got: Tensor, want: Tensor, at: tuple[int, int]) -> str:
+    """How far two logits are apart at a row and a position."""
+    return f"by {float(distances(got, want)[at]) / spread(want):.2g} standard deviations of the logits"
