@@ -1,9 +1,10 @@
-"""What enters a softmax: queries and keys, seen as PyTorch multiplies them."""
+"""What attention does, seen from PyTorch's own functions: queries, keys, softmax, masks."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from checks.influence import call
 from checks.where import recorded
 
 ROTARY = re.compile(r"rotary|rotate_half|\brope\b|apply_rope|freqs_cis|rotate_every", re.IGNORECASE)
+WIDE = ("no-causal-mask", "bool-mask-added-as-float", "mask-multiplied-after-softmax")
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 
 
@@ -33,6 +35,72 @@ def _source(kind: type) -> str:
         return inspect.getsource(kind)
     except (OSError, TypeError):
         return ""
+
+
+@dataclass
+class Seen:
+    """What one attention did, in a sentence, and the known bugs that do so; none where it keeps to the past."""
+
+    says: str
+    causes: tuple[str, ...] = ()
+
+
+class Attentions(TorchFunctionMode):
+    """Looks at every softmax over [.., T, T] scores and every fused attention: who may look at whom."""
+
+    def __init__(self, T: int) -> None:
+        super().__init__()
+        self.T = T
+        self.found: list[Seen] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            self.found.append(fused(*args, **kwargs))
+        elif getattr(func, "__name__", "") == "softmax" and args and args[0].shape[-2:] == (self.T, self.T):
+            self.found.append(stepwise(args[0], result, kwargs.get("dim", args[1] if len(args) > 1 else -1)))
+        return result
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Seen:
+    is_causal = more.get("is_causal", rest[1] if len(rest) > 1 else False)
+    if is_causal or q.shape[-2] == 1:
+        return Seen("scaled_dot_product_attention was called with is_causal")
+    if attn_mask is None:
+        return Seen("Fused attention was called without is_causal and without a mask", ("no-causal-mask",))
+    shown = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+    return Seen("The mask handed to scaled_dot_product_attention shows later keys", opened(shown))
+
+
+def stepwise(scores: Tensor, weights: Tensor, dim: int) -> Seen:
+    if dim % scores.dim() == scores.dim() - 2:
+        return Seen("The softmax runs over queries (axis -2), not over keys (axis -1)", ("softmax-over-queries",))
+    if dim % scores.dim() != scores.dim() - 1:
+        return Seen(f"The softmax runs over axis {dim}, not over keys (axis -1)", ("softmax-over-heads",))
+    causes = opened(weights > 0)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    fill = scores[..., future].flatten()
+    if causes[:1] == WIDE[:1] and bool((fill == fill[0]).all()):
+        says = f"Masked scores are {float(fill[0]):g}, which the softmax does not make 0"
+        return Seen(says, ("mask-fill-not-negative-enough",))
+    return Seen("The softmax gives weight to later keys", causes)
+
+
+def opened(seen: Tensor) -> tuple[str, ...]:
+    """The bugs that show these later keys; none where a query sees the past alone. seen [.., T, S]."""
+    T = seen.shape[-2]
+    t, s = seen.reshape(-1, *seen.shape[-2:]).any(dim=0).triu(1).nonzero(as_tuple=True)
+    if not len(t):
+        return ()
+    if len(t) == 1 < T - 1:
+        return ("one-position-leaks",)
+    if int(t.max()) == 0:
+        return ("causal-excludes-self",)
+    farthest = int((s - t).max())
+    if farthest == 1:
+        return ("causal-sees-one-future",)
+    return ("window-to-both-sides",) if farthest < T - 1 and int(t.max()) == T - 2 else WIDE
 
 
 class Products(TorchFunctionMode):

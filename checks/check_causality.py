@@ -223,7 +223,9 @@ def check_future_cannot_change_past_in_low_precision(subject: Any) -> None:
             refused[name] = str(error)
             continue
         bound = Bound(64 * torch.finfo(dtype).eps * spread(logits), f"64 roundings in {name}")
-        expect_no_leak(subject, model, tried, Way(f"in {name}"), bound=bound, likely=("finfo-min-plus-bias",))
+        expect_no_leak(
+            subject, model, tried, Way(f"in {name}"), bound=bound, likely=("mask-fill-weak-in-half-precision",)
+        )
     note(refused=refused)
     if len(refused) == 3:
         raise NotApplicable("the subject takes no precision but its own", **refused)
@@ -351,14 +353,16 @@ def fail_past_unseen(reach: Tensor, silent: Tensor) -> None:
     t, s = (int(i) for i in silent.nonzero()[0])
     T, farthest_seen = len(reach), max(int((pair := (reach > SEEN).nonzero())[:, 0].sub(pair[:, 1]).max()), 0)
     band = bool((reach > SEEN).eq(torch.ones(T, T).tril().triu(-farthest_seen).bool()).all())
-    says = f"token {s} does not reach the logits at position {t}: changing it moves them by {float(reach[t, s]):.3g}"
+    says = (
+        f"token {s} does not reach the logits at position {t}: changing it moves them by {float(reach[t, s]):.3g} "
+        f"standard deviations, expected more than {SEEN:.0e}"
+    )
     if band and farthest_seen == 0:
         says = "the logits at a position depend on its own token alone: nothing of the past is read"
     elif band:
         says = f"the logits depend on the last {farthest_seen + 1} tokens alone: older ones are never read"
     fail(
-        f"{says} standard deviations of the logits, expected more than {SEEN:.0e}; "
-        f"{int(silent.sum())} of {T * (T + 1) // 2} pairs are silent",
+        f"{says}; {int(silent.sum())} of {T * (T + 1) // 2} pairs are silent",
         likely=("attention-sees-itself-only", "first-token-never-seen", "window-sign-error"),
         advice="A sliding window is recognised by an attribute or a field of the configuration named `window`.",
         first={"t": t, "s": s},

@@ -173,7 +173,8 @@ class Leak:
     way: Way
     tried: Changes  # one row, or the batch in which only row `row` was changed
     row: int
-    pairs: Tensor = field(repr=False)  # [T, T], in logits: every hit of this search, confirmed or not
+    pairs: Tensor = field(repr=False, default_factory=lambda: torch.zeros(0, 0))  # [T, T]: every hit, in logits
+    search: Changes | None = field(repr=False, default=None)  # all that was tried beside
 
     @property
     def length(self) -> int:
@@ -213,12 +214,15 @@ def find_leak(
     loose = bound or precision(subject).bound(call(subject, model, few.plain, few.mask, way), single=2e-5)
     bounds = [loose, EQUAL_SHAPE] if exact else [loose]
     found = (
-        _confirm(subject, model, candidate, row, way, limit, influence(early, tried.place))
+        _confirm(subject, model, candidate, row, way, limit)
         for limit in bounds
         for suspect in _suspects(early, tried.place, limit)
         for candidate, row in _separately(tried, suspect)
     )
-    return next((leak for leak in found if leak is not None), None), moves
+    leak = next((leak for leak in found if leak is not None), None)
+    if leak is not None:
+        leak.pairs, leak.search = influence(early, tried.place), tried
+    return leak, moves
 
 
 def _suspects(early: Tensor, place: Tensor, bound: Bound) -> list[int]:
@@ -238,9 +242,7 @@ def _separately(tried: Changes, row: int) -> Iterator[tuple[Changes, int]]:
     yield Changes(batch.plain, changed, batch.place, batch.mask), index
 
 
-def _confirm(
-    subject: Any, model: nn.Module, tried: Changes, row: int, way: Way, bound: Bound, pairs: Tensor
-) -> Leak | None:
+def _confirm(subject: Any, model: nn.Module, tried: Changes, row: int, way: Way, bound: Bound) -> Leak | None:
     """The leak, if it shows again in two separate calls, and for the bound of 0 again in two more."""
 
     def run(tokens: Tensor) -> Tensor:
@@ -256,7 +258,7 @@ def _confirm(
         if not repeats or not same_arithmetic(lambda: run(tried.plain), lambda: run(tried.changed)):
             return None
     t = int(hits[0])
-    return Leak(t, int(tried.place[row]), float(early[t]), bound, way, tried, row, pairs)
+    return Leak(t, int(tried.place[row]), float(early[t]), bound, way, tried, row)
 
 
 def moves_before(s: int, T: int) -> Callable[[Tensor, Tensor], bool]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from checks.ablation import passed_by, replaced, siblings
+from checks.attention_products import Attentions
 from checks.expect import Bound, Where, fail
-from checks.influence import EVAL, Changes, Leak, Way, call, find_leak
+from checks.influence import EVAL, Changes, Leak, Way, call, find_leak, measure
 from checks.precision import spread
 
 ADVICE = (
@@ -37,9 +38,10 @@ def expect_no_leak(
     unit = spread(call(subject, model, leak.tried.plain, leak.tried.mask, way))
     where = leak.site(subject, model)
     pairs = leak.pairs > 0
-    causes = (*likely, *depth(subject, model, leak, where), *pattern(leak.pairs, moves))
+    seen, causes = attention_seen(subject, model, leak)
+    causes = (*likely, *depth(subject, model, leak, where), *causes, *pattern(leak.pairs, moves))
     fail(
-        _sentence(leak, unit, int(pairs.sum())),
+        f"{_sentence(leak, unit, int(pairs.sum()))}{f'. {seen}' if seen else ''}",
         where=where,
         likely=tuple(dict.fromkeys(causes)),
         advice=ADVICE,
@@ -58,13 +60,13 @@ def expect_no_leak(
 def _sentence(leak: Leak, unit: float, pairs: int) -> str:
     T, rows = leak.length, len(leak.tried.place)
     new = (leak.tried.plain[leak.row] != leak.tried.changed[leak.row]).nonzero()
-    what = f"token {leak.s} changes" if len(new) == 1 else f"rewriting the tokens from {leak.s} on changes"
+    what = f"changing token {leak.s} changes" if len(new) == 1 else f"rewriting the tokens from {leak.s} on changes"
     tokens = f"{T} tokens" if leak.tried.mask is None else f"{int(leak.tried.mask[leak.row].sum())} real tokens of {T}"
-    batch = "" if rows == 1 else f", row {leak.row} of {rows} (a row alone is clean)"
+    batch = "" if rows == 1 else f", row {leak.row} of {rows} (alone the row is clean)"
+    allowed = f"{leak.bound.size / unit:.0e}" if leak.bound.size else str(leak.bound)
     return (
-        f"{what} the logits at position {leak.t}, before it: a leak from the future, of "
-        f"{leak.size / unit:.3g} standard deviations of the logits, where {leak.bound.size / unit:.1e} "
-        f"({leak.bound.because}) is allowed; {leak.way.name}, {tokens}{batch}; {pairs} of {T * (T - 1) // 2} pairs leak"
+        f"position {leak.t} sees the future: {what} its logits by {leak.size / unit:.3g} standard deviations, allowed "
+        f"{allowed}; {leak.way.name}, {tokens}{batch}; {pairs} of {T * (T - 1) // 2} pairs of positions leak"
     )
 
 
@@ -79,32 +81,59 @@ def _short(x: float) -> float:
 
 def pattern(pairs: Tensor, moves: Tensor) -> tuple[str, ...]:
     """Known bugs that leak in this pattern of pairs [T, T], row t, column s; the most likely first."""
-    T = len(pairs)
-    leaks, (t, s) = pairs > 0, (pairs > 0).nonzero(as_tuple=True)
-    full = bool(leaks.triu(1).sum() == T * (T - 1) // 2)
+    T, (t, s) = len(pairs), (pairs > 0).nonzero(as_tuple=True)
+    full, farthest = len(t) == T * (T - 1) // 2, int((s - t).max())
     if int(t.max()) == 0 and T > 2:
-        return ("causal-excludes-self", "fully-masked-row-uniform")
+        return ("causal-excludes-self",)
     if full and float(pairs.max()) < FAINT * float(moves.max()):
         return ("mask-fill-not-negative-enough", "bool-mask-added-as-float", "no-causal-mask")
     if full:
         return ("no-causal-mask", "mask-multiplied-after-softmax", "softmax-over-queries", "bool-mask-added-as-float")
-    if int((s - t).max()) <= 2 < T - 1:
-        return ("causal-sees-one-future", "window-sign-error")
-    if any(bool((t // size == s // size).all()) for size in range(2, (T + 1) // 2 + 1)):
+    if farthest <= 2 < T - 1:
+        return ("causal-sees-one-future", "look-ahead-shift", "one-position-leaks")
+    if in_groups(t, s, T):
         return ("block-summary-leak", "causal-sees-one-future")
+    if farthest < T - 1 and len(t) == sum(T - d for d in range(1, farthest + 1)):
+        return ("window-to-both-sides", "window-sign-error")
     if int(s.min()) > 2:
         return ("causal-hardcoded-length",)
-    return ("heads-view-without-transpose", "merge-heads-without-transpose", "mask-multiplied-after-softmax")
+    return ("heads-view-without-transpose", "merge-heads-without-transpose", "gqa-repeat-on-sequence-dim")
+
+
+def outside(pairs: Tensor) -> tuple[str, ...]:
+    """Known bugs that leak in this pattern although attention keeps to the past."""
+    t, s = (pairs > 0).nonzero(as_tuple=True)
+    if int((s - t).max()) <= 2 < len(pairs) - 1:
+        return ("look-ahead-shift",)
+    if in_groups(t, s, len(pairs)):
+        return ("block-summary-leak",)
+    return ("merge-heads-without-transpose", "heads-view-without-transpose", "gqa-repeat-on-sequence-dim")
+
+
+def in_groups(t: Tensor, s: Tensor, T: int) -> bool:
+    """Whether all pairs stay inside groups of 2, 3, … neighbours."""
+    return any(bool((t // size == s // size).all()) for size in range(2, (T + 1) // 2 + 1))
 
 
 def depth(subject: Any, model: nn.Module, leak: Leak, where: Where | None) -> tuple[str, ...]:
-    """Whether the leak is gone once the block that shows it first is passed by: then the other blocks are right."""
+    """Whether nothing leaks once the block that leaks first is passed by: then the other blocks are right."""
     blocks = next(iter(siblings(model)), [])
     culprit = [name for name in blocks if where is not None and f"{where.module}.".startswith(f"{name}.")]
-    if not culprit:
+    if not culprit or leak.search is None:
         return ()
-    tried = leak.tried
     with replaced(model.get_submodule(culprit[0]), passed_by):
-        plain, changed = (call(subject, model, x, tried.mask, leak.way) for x in (leak.tried.plain, leak.tried.changed))
-    clean = torch.equal(plain[leak.row, : leak.s], changed[leak.row, : leak.s])
+        moves = measure(subject, model, leak.search, leak.way)
+    clean = not bool(torch.where(leak.search.judged(), moves, 0.0).any())
     return ("causal-mask-wrong-in-some-layers",) if clean else ()
+
+
+def attention_seen(subject: Any, model: nn.Module, leak: Leak) -> tuple[str, tuple[str, ...]]:
+    """What the first attention that lets the future in was seen to do, and the bugs that do so."""
+    with Attentions(leak.length) as attentions:
+        call(subject, model, leak.tried.plain, leak.tried.mask, leak.way)
+    opened = next((seen for seen in attentions.found if seen.causes), None)
+    if opened is not None:
+        return opened.says, opened.causes
+    if attentions.found:
+        return "Every attention keeps to the past: the leak is before it or behind it", outside(leak.pairs)
+    return "", ()

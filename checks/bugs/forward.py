@@ -168,7 +168,7 @@ def mask_kept(model: Transformer) -> None:
             if mask is not None and self.kept is None:
                 self.kept = visible
             fits = self.kept is not None and self.kept.shape[-2:] == (T, S)
-            return self.kept[:1] if fits else visible  # type: ignore[index]
+            return self.kept[-1:] if fits else visible  # type: ignore[index]
 
     model.__class__ = Keeps
 
