@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable, advise, fail, needs, note
+from checks.loss_conventions import met_loss
 from checks.step_conventions import RATE, SURE, MetStep, met_step
 from checks.training_explained import (
     Micro,
@@ -28,6 +29,8 @@ from checks.training_runs import Losses, Step, TrainerRun, examples, model_of, p
 
 EXACT = 1e-6  # relative, of updates in float64; clipping adds 1e-6 to the norm it divides by
 FOLLOWS = "check_training.check_a_step_follows_the_gradient"
+FUTURE = "check_causality.check_future_cannot_change_past"
+STREAM_STEPS = 50
 
 
 def check_a_step_follows_the_gradient(subject: Any) -> None:
@@ -236,6 +239,31 @@ def check_the_loss_scale_cancels(subject: Any) -> None:
         )
 
 
+def check_an_objective_sums_and_counts(subject: Any) -> None:
+    """The objective of a batch is the sum of the losses of its unmasked targets and their number."""
+    objective, pad_batch = (getattr(subject.parts, name, None) for name in ("objective", "pad_batch"))
+    if objective is None or pad_batch is None:
+        raise NotApplicable("the subject brings no objective over batches of its own")
+    model, window = model_of(subject), examples(subject, 4)
+    losses = Losses(subject, model)
+    for side in ("right", "left"):
+        batch = pad_batch(window, side=side)
+        total, count = (value.detach().item() for value in objective(model, batch))
+        _, want, targets = losses.sums(window)
+        places = batch.targets.numel()
+        if math.isclose(total, want, rel_tol=1e-9) and count == targets:
+            continue
+        fail(
+            f"of {len(window)} examples padded on the {side} ({targets} targets, {places} places) the objective gives "
+            f"a sum of {total:.6g} over {count:g} targets; it is {want:.6g} over {targets}"
+            + (": the padding is counted" if count == places else "")
+            + (": the sum is a mean already" if math.isclose(total * targets, want, rel_tol=1e-6) else ""),
+            likely=("objective-counts-padding",) if count == places else ("objective-sums-padding",),
+            advice="Return loss_sum(logits, targets, loss_mask), and give the model the padding mask.",
+            side=side,
+        )
+
+
 @needs(FOLLOWS)
 def check_the_reported_loss_is_that_of_the_step(subject: Any) -> None:
     """The loss that a step reports is the mean over the targets of its window, at the weights before the step."""
@@ -331,3 +359,77 @@ def refuse_eval_mode(modes: list[dict[str, bool]], before: str) -> None:
             advice="Call model.train() at the start of every step, or restore the mode at the end of evaluate.",
             modules=asleep[:10],
         )
+
+
+@needs(FUTURE)
+def check_a_uniform_stream_is_never_learned(subject: Any) -> None:
+    """On fresh uniform random tokens no training gets its loss below ln V: there is nothing to predict."""
+    if not subject.causal:
+        raise NotApplicable("the subject is declared to see the future")
+    losses = stream_losses(subject)
+    least, last = math.log(subject.sizes.vocab_size), sum(losses[-10:]) / 10
+    note(reached=last, least=least, steps=STREAM_STEPS)
+    if last < least - 0.1:
+        fail(
+            f"on uniform random tokens the loss falls to {last:.4g} in {STREAM_STEPS} steps, below ln "
+            f"{subject.sizes.vocab_size} = {least:.4g}: the targets can be seen ("
+            + ("at once, so each is the token just read" if last < 0.3 * least else "slowly, so attention finds them")
+            + ")",
+            likely=(
+                ("dataset-target-off-by-one", "label-shift-missing")
+                if last < 0.3 * least
+                else ("no-causal-mask", "causal-sees-one-future")
+            ),
+            advice="Targets are the tokens after those read, and no position may look ahead.",
+            losses=[round(loss, 4) for loss in losses],
+        )
+
+
+def stream_losses(subject: Any, rows: int = 16) -> list[float]:
+    """Losses reported while training on examples that are all new, by the subject's own batches, loss and step."""
+    longest = min(12, subject.sizes.block_size)
+    stream = examples(subject, rows * STREAM_STEPS, ragged=False, longest=longest, seed=3)
+    model = model_of(subject).float()
+    if subject.brings("train_step") and not subject.brings("trainer"):
+        met = met_step(subject)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        steps = [met.run(model, optimizer, stream[i : i + rows]) for i in range(0, len(stream), rows)]
+        losses = [step.loss for step in steps if step.loss is not None]
+        if len(losses) < len(steps):
+            raise NotApplicable("a step reports no loss")
+        if losses[0] > 4 * math.log(subject.sizes.vocab_size):
+            raise NotApplicable("a step reports a sum, not a mean", reported=losses[0])
+        return losses
+    run = TrainerRun(
+        subject,
+        model,
+        stream,
+        own=True,
+        sgd=False,
+        batch_size=rows,
+        learning_rate=1e-2,
+        objective=objective_in_use(subject),
+    )
+    pad_batch = getattr(subject.parts, "pad_batch", None)
+    if pad_batch is not None:
+        run.data.batch = pad_batch  # type: ignore[method-assign]
+    return [float(run.trainer.step()) for _ in range(STREAM_STEPS)]
+
+
+def objective_in_use(subject: Any) -> Any:
+    """The subject's own objective, else one of its own loss where that is a mean, else the formula."""
+    own = getattr(subject.parts, "objective", None)
+    if own is not None:
+        return own
+    try:
+        loss = met_loss(subject)
+    except NotApplicable:
+        return None
+    if loss.inside_model or loss.domain != "logits" or loss.reduction != "mean":
+        return None
+
+    def objective(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        count = torch.tensor(batch.targets.numel())
+        return loss(subject.logits(model, batch.tokens), batch.targets) * count, count
+
+    return objective

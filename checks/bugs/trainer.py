@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,8 @@ FOLLOWS = "check_training.check_a_step_follows_the_gradient"
 MICRO = "check_training.check_micro_batches_add_up_to_the_whole"
 CLIP = "check_training.check_clipping_scales_the_whole_gradient"
 SCALE = "check_training.check_the_loss_scale_cancels"
+STREAM = "check_training.check_a_uniform_stream_is_never_learned"
+OBJECTIVE = "check_training.check_an_objective_sums_and_counts"
 REPORTED = "check_training.check_the_reported_loss_is_that_of_the_step"
 MODE = "check_training.check_a_step_is_made_in_train_mode"
 MOVES = "check_optimizer.check_every_parameter_moves"
@@ -341,6 +344,41 @@ def reported_after_the_step(parts: SimpleNamespace) -> None:
         return total / count
 
     override(parts, window=window, step=step)
+
+
+# the objective
+
+
+@bug("objective-counts-padding", "the count of targets is that of all places, padding included", caught_by=(OBJECTIVE,))
+def objective_counts_padding(parts: SimpleNamespace) -> None:
+    right = parts.objective
+
+    def objective(model, batch):
+        return right(model, batch)[0], torch.tensor(batch.targets.numel())
+
+    parts.objective = objective
+
+
+@bug("objective-sums-padding", "the sum of losses goes over padding too", caught_by=(OBJECTIVE,))
+def objective_sums_padding(parts: SimpleNamespace) -> None:
+    right = parts.objective
+
+    def objective(model, batch):
+        everywhere = replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
+        return right(model, everywhere)[0], batch.loss_mask.sum()
+
+    parts.objective = objective
+
+
+@bug(
+    "objective-target-is-input",
+    "the objective compares the logits with the tokens just read",
+    caught_by=(STREAM, OBJECTIVE),
+    source="https://github.com/huggingface/transformers/issues/27517",
+)
+def objective_target_is_input(parts: SimpleNamespace) -> None:
+    right = parts.objective
+    parts.objective = lambda model, batch: right(model, replace(batch, targets=batch.tokens))
 
 
 # mode

@@ -1,0 +1,282 @@
+"""Checkpoints: a training that is saved and resumed goes on as if nothing had happened, and bad files are refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.expect import NotApplicable, fail, needs, slow
+from checks.randomness import seeded
+from checks.training_runs import Step, TrainerRun, examples, flat, model_of
+
+RESUMES = "check_checkpoint.check_a_resumed_training_goes_on_bit_for_bit"
+HALF = 4  # steps before and after the checkpoint: with 7 examples, 3 a step, it is saved amid an epoch
+
+
+@needs("check_training.check_a_step_follows_the_gradient")
+def check_a_resumed_training_goes_on_bit_for_bit(subject: Any) -> None:
+    """2 N steps give the same bits as N steps, a save, a load into a fresh trainer, and N steps, dropout included."""
+    with folder() as path:
+        first = Training(subject, dropout=0.3)
+        first.go(HALF)
+        first.save(path)
+        whole = first.go(HALF)
+        second = Training(subject, dropout=0.3, other=True)
+        second.resume(path)
+        resumed = second.go(HALF)
+    if torch.equal(whole.weights, resumed.weights) and whole.rates == resumed.rates:
+        return
+    largest = float((whole.weights - resumed.weights).abs().max())
+    says, likely = parting(subject, whole, resumed)
+    fail(
+        f"{HALF} steps after a resume the weights are {largest:.3g} from those of the training that went on: {says}",
+        likely=likely,
+        advice="Save and load the step count, optimizer, data order and random states together with the weights.",
+        difference=largest,
+        rates=[whole.rates, resumed.rates],
+    )
+
+
+def parting(subject: Any, whole: Stretch, resumed: Stretch) -> tuple[str, tuple[str, ...]]:
+    """What the resumed training had lost, found by what differs first."""
+    if not torch.equal(whole.steps[0].before, resumed.steps[0].before):
+        return "the weights themselves are not those saved", ("checkpoint-aliases-live-weights",)
+    if whole.rates != resumed.rates:
+        at = next(i for i, (a, b) in enumerate(zip(whole.rates, resumed.rates, strict=True)) if a != b)
+        return (
+            f"the learning rate of step {HALF + at + 1} is {resumed.rates[at]:.4g}, not {whole.rates[at]:.4g}: the "
+            "schedule begins anew",
+            ("checkpoint-without-step",),
+        )
+    for number, (a, b) in enumerate(zip(whole.steps, resumed.steps, strict=True), start=HALF + 1):
+        if a.examples != b.examples:
+            return (
+                f"step {number} is trained on other examples: the order of the data begins anew",
+                ("resume-replays-data-order",),
+            )
+    if whole.steps[0].loss != resumed.steps[0].loss:
+        return "the first loss is another although weights and examples are the same: dropout draws anew", (
+            "checkpoint-without-rng",
+        )
+    return "the first step moves other ways from the same gradient: the optimizer has forgotten its averages", (
+        "checkpoint-without-optimizer",
+    )
+
+
+@slow("two new processes")
+@needs(RESUMES)
+def check_a_new_process_resumes_bit_for_bit(subject: Any) -> None:
+    """A training resumed in a new process gives the bits of one that went on in the process that it began in."""
+    if subject.name != "transformer" and not subject.name.startswith("bug:"):
+        raise NotApplicable("a new process has no way to this subject's trainer")
+    with folder() as path:
+        whole = in_new_process(subject, path, "training.go(N); training.save(path); training.go(N)")
+        resumed = in_new_process(subject, path, "training.resume(path); training.go(N)", other=True)
+    if not torch.equal(whole, resumed):
+        fail(
+            f"resumed in a new process, {HALF} steps end at weights {float((whole - resumed).abs().max()):.3g} from those "
+            "of the process that went on",
+            likely=("checkpoint-without-rng", "checkpoint-without-step", "checkpoint-without-optimizer"),
+            advice="Save all that a fresh process would draw or count anew.",
+        )
+
+
+def in_new_process(subject: Any, path: Path, does: str, *, other: bool = False) -> Tensor:
+    """The weights at the end of a training in a Python of its own."""
+    end = path.with_name("end.pt")
+    code = f"""
+from checks.check_checkpoint import HALF as N, Training, flat, torch
+from checks.subject import Subject
+path = {str(path)!r}
+training = Training(Subject.meet({subject.name!r}, seed={subject.seed}), dropout=0.3, other={other})
+{does}
+torch.save(flat(training.run.model), {str(end)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["the new process failed"])[-1])
+    return torch.load(end, weights_only=True)
+
+
+@needs(RESUMES)
+def check_a_checkpoint_is_a_snapshot(subject: Any) -> None:
+    """What was saved stays as it was when the training goes on."""
+    with folder() as path:
+        training = Training(subject)
+        training.go(1)
+        saved = flat(training.run.model)
+        training.save(path)
+        training.go(2)
+        other = Training(subject, other=True)
+        other.resume(path)
+        found = flat(other.run.model)
+    if not torch.equal(found, saved):
+        moved = torch.equal(found, flat(training.run.model))
+        fail(
+            f"a checkpoint changes after it is saved, by {float((found - saved).abs().max()):.3g} in 2 steps"
+            + (": it holds the live weights, not a copy" if moved else ""),
+            likely=("checkpoint-aliases-live-weights",),
+            advice="Clone or serialize at once: state_dict() refers to the weights themselves.",
+        )
+
+
+@needs(RESUMES)
+def check_saving_changes_nothing(subject: Any) -> None:
+    """A training that saves on its way ends at the same bits as one that does not."""
+    ends = []
+    for saves in (False, True):
+        with folder() as path, seeded(5):
+            training = Training(subject, dropout=0.3)
+            training.go(1)
+            if saves:
+                training.save(path)
+            ends.append(training.go(2).weights)
+    if not torch.equal(*ends):
+        fail(
+            "saving changes the training: two steps later the weights are "
+            f"{float((ends[0] - ends[1]).abs().max()):.3g} from those of a training that did not save",
+            likely=("saving-draws",),
+            advice="Save without drawing, without a change of mode or dtype, without a step.",
+        )
+
+
+def check_other_weights_are_refused(subject: Any) -> None:
+    """Weights of another model, with a tensor missing, unknown or of another shape, raise and change nothing."""
+    load: Callable[[nn.Module, dict[str, Tensor]], Any] = getattr(subject.parts, "load_weights", None) or load_plainly
+    for name, damage in DAMAGES.items():
+        model = model_of(subject)
+        before, state = flat(model), {key: value.clone() for key, value in model.state_dict().items()}
+        with torch.no_grad():
+            damaged = damage({key: value + 1 if value.is_floating_point() else value for key, value in state.items()})
+        try:
+            load(model, damaged)
+        except Exception:
+            if load is not load_plainly and not torch.equal(before, flat(model)):
+                fail(f"weights with {name} are refused only after some were copied", likely=("load-half-way",))
+            continue
+        changed = "the rest is copied" if not torch.equal(before, flat(model)) else "nothing is copied"
+        fail(
+            f"weights with {name} are loaded without an error ({changed}): another model's checkpoint goes unnoticed",
+            likely=("load-not-strict",),
+            advice="load_state_dict(weights, strict=True), which is the default.",
+            damage=name,
+        )
+
+
+def load_plainly(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    model.load_state_dict(weights)
+
+
+def without_one(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key in list(state)[1:] for value in [state[key]]}
+
+
+def with_one_more(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**state, "unknown.weight": torch.zeros(2)}
+
+
+def of_another_shape(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    key = next(key for key, value in state.items() if value.dim() == 2)
+    return {**state, key: state[key][:-1]}
+
+
+DAMAGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "a tensor missing": without_one,
+    "an unknown tensor": with_one_more,
+    "a tensor a row too small": of_another_shape,
+}
+
+
+class Trap:
+    """Leaves a folder behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return os.mkdir, (str(self.mark),)
+
+
+def check_a_file_with_code_is_not_run(subject: Any) -> None:
+    """A checkpoint that holds code raises when it is loaded, and the code does not run."""
+    load = getattr(subject.parts, "load", None)
+    if load is None:
+        raise NotApplicable("the subject brings no load")
+    with folder() as path:
+        mark = path.with_name("ran")
+        writers: dict[str, Callable[[Any], Any]] = {
+            "a checkpoint": lambda state: torch.save(state, path),
+            "a plain pickle": lambda state: path.write_bytes(pickle.dumps(state)),
+        }
+        for name, write in writers.items():
+            write({"model": {"weight": torch.zeros(2)}, "trap": Trap(mark)})
+            refused = ""
+            try:
+                load(path)
+            except Exception as error:
+                refused = type(error).__name__
+            if mark.exists() or not refused:
+                fail(
+                    f"{name} with code in it is loaded"
+                    + (" and its code runs" if mark.exists() else " without an error"),
+                    likely=("load-runs-code",),
+                    advice="torch.load(path, weights_only=True).",
+                )
+
+
+# A training that checkpoints are taken of
+
+
+@dataclass
+class Stretch:
+    """Some steps in a row: what they did, their learning rates, and the weights at the end."""
+
+    steps: list[Step]
+    rates: list[float]
+    weights: Tensor
+
+
+class Training:
+    """A trainer with everything that a checkpoint has to hold; an `other` one begins elsewhere in every way."""
+
+    def __init__(self, subject: Any, *, dropout: float = 0.0, other: bool = False) -> None:
+        model = model_of(subject, seed=int(other), dropout=dropout).float()
+        self.run = TrainerRun(
+            subject, model, examples(subject, 7), sgd=False, batch_size=3, optimizer="adamw", weight_decay=0.1,
+            learning_rate=1e-2, warmup_steps=3, schedule="cosine", steps=4 * HALF, clip_norm=1.0,
+        )  # fmt: skip
+        for name in ("save", "resume"):
+            if not hasattr(self.run.trainer, name):
+                raise NotApplicable(f"the trainer has no {name}")
+        self.other = other
+
+    def go(self, steps: int) -> Stretch:
+        done, rates = [], []
+        with seeded(11 + self.other):  # a process of its own has drawn other numbers
+            for _ in range(steps):
+                done.append(self.run.step())
+                rates.append(self.run.trainer.optimizer.param_groups[0]["lr"])
+        return Stretch(done, rates, flat(self.run.model))
+
+    def save(self, path: Path) -> None:
+        self.run.trainer.save(path)
+
+    def resume(self, path: Path) -> None:
+        self.run.trainer.resume(path)
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name) / "checkpoint.pt"
