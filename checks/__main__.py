@@ -9,7 +9,7 @@ import sys
 if sys.path and sys.path[0] in ("", __import__("os").getcwd()):  # the working directory may have a timeit.py of its own
     sys.path.pop(0)
 
-from checks.supervisor import main  # noqa: E402
+from checks.supervisor import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

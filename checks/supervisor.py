@@ -29,7 +29,7 @@ Options are those of `pytest --model`: --seed N, --checkpoint FILE, --with PART=
 BOOT = """
 import json, sys
 sys.path.append({root!r})
-import checks, pytest
+import pytest
 code = pytest.main(sys.argv[2:])
 with open(sys.argv[1], "a", encoding="utf-8") as file:
     file.write(json.dumps({{"ended": int(code)}}) + "\\n")

@@ -43,9 +43,9 @@ class Forward:
 
     way: Way
     layout: Layout
-    vocabulary: int  # width of what comes back
+    vocabulary: int  # width of what came back when it was met
     returns: str  # (Tensor [3, 7, 17], None)
-    keep: int | None = None  # ids of the vocabulary that are the subject's; the rest is padding's
+    keep: int | None = None  # ids of that vocabulary that checks use; the one after them is the padding's
     differentiable: bool = True
     assumed: tuple[str, ...] = ()
     more: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)  # a causal mask where the model wants one
@@ -55,10 +55,8 @@ class Forward:
         return self.way.run(model, tokens, **{**given, **more})
 
     def read(self, output: Any, B: int, T: int) -> Tensor:
-        return self.layout_of(output, B, T)[..., : self.keep]
-
-    def layout_of(self, output: Any, B: int, T: int) -> Tensor:
-        return pick(output, self.layout, B, T, self.vocabulary)
+        logits = pick(output, self.layout, B, T)
+        return logits if self.keep is None else logits[..., :-1]
 
     def logits(self, model: nn.Module, tokens: Tensor, **more: Any) -> Tensor:
         """[B, T] to [B, T, V]. Raises Unreadable for an output without them."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ class Recipe:
     choice: int = 0
     varies: dict[str, str] = field(default_factory=dict)  # parameter -> size
     assumed: dict[str, Any] = field(default_factory=dict)
-    _sizes: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)  # of the models built
+    _sizes: dict[int, tuple[ref, dict[str, Any]]] = field(default_factory=dict)  # of the models built, by their id
     _settled: dict[str, Any] = field(default_factory=dict)
     _reads_globals: bool = False
 
@@ -68,7 +68,8 @@ class Recipe:
             self.settle(sizes, filling)
             model = as_module(self._call(filling), self.home)
             self._initialize(model)
-        self._sizes[model] = dict(sizes)
+        self._sizes = {key: known for key, known in self._sizes.items() if known[0]() is not None}
+        self._sizes[id(model)] = ref(model), dict(sizes)  # by id: a model may define equality as it likes
         return model
 
     @functools.cached_property
@@ -79,13 +80,14 @@ class Recipe:
         said = self.asked
         return Filling(sizes, self.causal, said.spelled, said.from_kwargs, said.choices, self.choice, self.special)
 
-    def sizes_of(self, model: nn.Module) -> Mapping[str, Any]:
-        """The sizes that a model was built with."""
-        return self._sizes.get(model, names.DEFAULTS)
+    def sizes_of(self, model: nn.Module) -> Mapping[str, Any] | None:
+        """The sizes that a model was built with; None for another one, a copy say."""
+        known = self._sizes.get(id(model))
+        return known[1] if known is not None and known[0]() is model else None
 
     def settle_for(self, model: nn.Module) -> None:
         """Where sizes are globals, sets them to those that the model was built with."""
-        sizes = self._sizes.get(model)
+        sizes = self.sizes_of(model)
         if self._reads_globals and sizes is not None and sizes != self._settled:
             with self.home:
                 self.settle(sizes)

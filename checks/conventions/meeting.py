@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,15 +17,15 @@ from torch import Tensor, nn
 from checks.conventions import checkpoints, measuring, names
 from checks.conventions.axes import settle
 from checks.conventions.caches import Cache, Protocol, meet_cache, step
-from checks.conventions.calling import LENGTH, ROWS, Forward, Uncallable, Way, meet_forward, parameters_of
+from checks.conventions.calling import LENGTH, ROWS, Forward, Uncallable, meet_forward
 from checks.conventions.choosing import Named, asked_for, named, second_choice
-from checks.conventions.constructing import Callable_, NotAModel, Recipe, Unfillable, recipes
+from checks.conventions.constructing import Recipe, Unfillable, recipes
 from checks.conventions.filling import signature_of
 from checks.conventions.home import Home, SubjectHang
 from checks.conventions.masks import MaskForm, mask_argument, meet_mask
 from checks.conventions.reading import Unreadable
 from checks.conventions.stubs import Stub
-from checks.conventions.usage import UsageError, place, shown, what_happened
+from checks.conventions.usage import UsageError, shown, what_happened
 from checks.expect import NotApplicable
 
 SEARCH_SECONDS = 20.0  # for all attempts to build and call
@@ -52,6 +53,7 @@ class Met:
     parts: dict[str, Any] = field(default_factory=dict)
     longest: int | None = None  # tokens that the model reads at most, if it has such a limit
     device: Any = "cpu"
+    has_generate: bool = False  # as a method of the model
     assumed: list[str] = field(default_factory=list)
 
     def logits(
@@ -325,7 +327,8 @@ def _met(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int | No
 
     constructor = _constructor(recipe)
     return Met(
-        recipe.home, "", build, sizes, varies, forward, constructor, recipe=recipe, longest=longest, device=device
+        recipe.home, "", build, sizes, varies, forward, constructor, recipe=recipe, longest=longest, device=device,
+        has_generate=callable(getattr(model, "generate", None)),
     )  # fmt: skip
 
 
@@ -345,7 +348,7 @@ def _forward(
     fixed = "block_size" not in recipe.varies.values()
 
     def block_of(model: nn.Module) -> int:
-        return int(min(sizes["block_size"], MOST_TOKENS) if fixed else recipe.sizes_of(model)["block_size"])
+        return int(min(sizes["block_size"], MOST_TOKENS) if fixed else (recipe.sizes_of(model) or sizes)["block_size"])
 
     try:
         forward = meet_forward(model, vocabulary, block_of, device, keep)
@@ -489,11 +492,33 @@ def _defined(target: Any, home: Home) -> str:
     return f"{shown(code.co_filename)}:{code.co_firstlineno}: "
 
 
-def header_of(met: Met, more: Iterator[str] | list[str] = ()) -> str:  # type: ignore[assignment]
-    """The line of facts."""
-    facts = [met.shown, met.constructor, f"{met.forward.way.says} → {met.forward.returns}", *more]
-    assumed = [*met.home.remarks, *met.forward.assumed, *met.assumed]
+def header_of(met: Met) -> str:
+    """The line of facts: what was met, how it is built and called, what it has, what was assumed."""
+    ignored = ignored_index(met.home)
+    facts = [
+        met.shown,
+        met.constructor,
+        f"{met.forward.way.says} → {met.forward.returns}",
+        *([f"ignore_index {ignored}"] if ignored is not None else []),
+        *(f"{name} {'✓' if has else '✗'}" for name, has in (("generate", _generates(met)), ("cache", met.protocol))),
+        *([f"padding mask: {met.mask_forms[0]}"] if met.mask_forms else []),
+        *([f"brings {', '.join(sorted(met.parts))}"] if met.parts else []),
+        *([met.returns] if met.returns != "logits" else []),
+    ]
+    put_back = [f"{name} was changed: put back" for name in met.home.changed]
+    assumed = [*met.home.remarks, *met.forward.assumed, *met.assumed, *put_back]
     return " · ".join(facts + ([f"assumed: {'; '.join(assumed)}"] if assumed else []))
 
 
-__all__ = ["Callable_", "Met", "NotAModel", "Way", "header_of", "meet", "parameters_of", "place"]
+def _generates(met: Met) -> bool:
+    return "generate" in met.parts or met.has_generate
+
+
+def ignored_index(home: Home) -> int | None:
+    """The `ignore_index=` that the subject's code passes to a loss."""
+    for source in home.sources.values():
+        for node in source.nodes:
+            if isinstance(node, ast.keyword) and node.arg == "ignore_index":
+                with contextlib.suppress(ValueError):
+                    return int(ast.literal_eval(node.value))
+    return None

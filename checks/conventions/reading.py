@@ -33,12 +33,24 @@ class Layout:
     says: str
     arrange: Arrange
 
+    def fits(self, x: Tensor, B: int, T: int) -> bool:
+        """Whether a tensor has the places of so many tokens, in this layout or flat."""
+        shape = tuple(x.shape)
+        if self.says == "[B, V, T]":
+            return len(shape) == 3 and (shape[0], shape[2]) == (B, T)
+        places = (T, B) if self.says == "[T, B, V]" else (B, T)
+        return len(shape) in (2, 3) and shape[:-1] in (places, (B * T,))
 
-PLAIN = Layout("[B, T, V]", lambda x, B, T: x)
-FLAT = Layout("[B·T, V]", lambda x, B, T: x.reshape(B, T, x.shape[-1]))
+
+def _unflattened(x: Tensor, B: int, T: int) -> Tensor:
+    return x.reshape(B, T, x.shape[-1])
+
+
+PLAIN = Layout("[B, T, V]", _unflattened)
+FLAT = Layout("[B·T, V]", _unflattened)
 TIME_FIRST = Layout("[T, B, V]", lambda x, B, T: x.reshape(T, B, x.shape[-1]).transpose(0, 1))
 CLASSES_FIRST = Layout("[B, V, T]", lambda x, B, T: x.transpose(1, 2))
-ONE_ROW = Layout("[T, V]", lambda x, B, T: x.reshape(B, T, x.shape[-1]))
+ONE_ROW = Layout("[T, V]", _unflattened)
 
 
 def tensors_in(output: Any) -> Iterator[tuple[str, Tensor]]:
@@ -82,13 +94,13 @@ def recognise(output: Any, B: int, T: int, V: int | None) -> tuple[Layout, Tenso
     raise _unreadable(output, found, B, T, V)
 
 
-def pick(output: Any, layout: Layout, B: int, T: int, V: int) -> Tensor:
-    """The logits [B, T, V] in an output whose layout is known."""
+def pick(output: Any, layout: Layout, B: int, T: int) -> Tensor:
+    """The logits [B, T, V] in an output whose layout is known, of whatever vocabulary."""
     found = list(tensors_in(output))
     for _, tensor in found:
-        if tensor.numel() == B * T * V and tensor.dim() >= 2 and (tensor.shape[-1] == V or layout is CLASSES_FIRST):
+        if layout.fits(tensor, B, T):
             return layout.arrange(tensor, B, T)
-    raise _unreadable(output, found, B, T, V)
+    raise _unreadable(output, found, B, T, None)
 
 
 def _layout(x: Tensor, B: int, T: int, V: int | None) -> Layout | None:
