@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,10 +33,16 @@ class Metrics:
         """Records go to the file within. What was recorded after `step` is forgotten; with step 0, everything."""
         kept = [record for record in self.records() if 0 < step and record["step"] <= step]
         self.memory.clear()
-        with nullcontext() if self.path is None else open(self.path, "w", encoding="utf-8", buffering=1) as self.file:
+        if self.path is not None:
+            self.file = open(self.path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115, closed below
+        try:
             self.write(kept)
             yield
-        self.file = None
+        finally:
+            if self.file is not None:
+                with suppress(OSError):  # every line is on its way already, or its own error has been raised
+                    self.file.close()
+            self.file = None
 
     def add(self, **record: Any) -> None:
         self.unread.append({name: value for name, value in record.items() if value is not None})

@@ -166,10 +166,10 @@ class Trainer:
 
     def normalise(self, count: Tensor) -> None:
         """From the gradient of the sum to that of the mean over the whole window, however it was shared and split."""
-        scale = self.processes.count / count  # averaging has divided by the processes already
+        share = count / self.processes.count  # averaging has divided by the processes already
         for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+                parameter.grad.div_(share)  # not times its inverse, which would be rounded to float32
 
     def clip(self) -> None:
         if self.config.clip_norm is not None:
