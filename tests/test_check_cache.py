@@ -1,0 +1,133 @@
+"""What the laws of the cache say about each way to get it wrong, and whom they leave alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from checks import checks_in
+from checks.bugs import all_bugs
+from checks.cached import Coarsest, distances, first_wrong
+from checks.subject import Subject, reference_parts
+from checks.verdict import Verdict, check_id, judge
+
+CHECKS = {check.__name__: check for check in checks_in("cache")}
+SEED = 3
+
+
+def verdict(bug: str, check: str) -> Verdict:
+    found = judge(CHECKS[check], all_bugs()[bug].subject(seed=SEED), {})
+    assert found.outcome == "failed", f"{found.outcome}: {found.says}"
+    return found
+
+
+def findings(subject: Subject) -> list[str]:
+    earlier: dict[str, Verdict] = {}
+    for check in CHECKS.values():
+        earlier[check_id(check)] = judge(check, subject, earlier)
+    return [name for name, found in earlier.items() if found.outcome not in ("passed", "not_applicable", "blocked")]
+
+
+DECODING = "check_cached_decoding_equals_full"
+PIECES = "check_cached_pieces_equal_full"
+
+
+def test_a_cache_that_is_not_read_is_named_by_the_tokens_that_do_not_count():
+    found = verdict("cache-not-appended", DECODING)
+    assert "token 4, read over a cache of 4 tokens" in found.says and "tokens 0 to 11" in found.says
+    assert found.evidence["position"] == 4 and found.likely[0] == "cache-not-appended"
+
+
+def test_a_mask_at_the_top_left_is_named_by_what_it_shows():
+    found = verdict("sdpa-topleft-alignment", DECODING)
+    assert "depend on tokens 0 and 12 and not on tokens 1 to 11" in found.says
+    assert found.likely[0] == "sdpa-topleft-alignment"
+
+
+def test_a_mask_at_the_top_left_of_pieces_only_is_named_by_what_it_hides():
+    found = verdict("sdpa-topleft-chunk-only", PIECES)
+    assert "not on tokens 7 to 11" in found.says and "sdpa-topleft-chunk-only" in found.likely
+    assert sum(found.example["pieces"]) == 13 and len(found.example["pieces"]) == 2
+
+
+def test_a_prefill_without_a_mask_is_named_by_the_future_it_sees():
+    found = verdict("prefill-unmasked-when-cache-given", DECODING)
+    assert "the empty cache" in found.says and "position 0" in found.says and "later tokens 1 to 3" in found.says
+    assert found.likely[0] == "prefill-unmasked-when-cache-given"
+
+
+@pytest.mark.parametrize(
+    ("bug", "check", "place"),
+    [
+        ("decode-position-always-zero", DECODING, "token 4, read over a cache of 4"),
+        ("rope-single-position-kernel", DECODING, "token 4, read over a cache of 4"),
+        ("prefill-all-same-position", DECODING, "tokens 0 to 3, read over the empty cache"),
+        ("chunked-prefill-positions", PIECES, "tokens 1 to 12, read over a cache of 1"),
+    ],
+)
+def test_wrong_positions_are_told_from_wrong_masks(bug, check, place):
+    found = verdict(bug, check)
+    assert place in found.says and "positions given" in found.says
+    assert bug in found.likely
+
+
+def test_rows_and_layers_that_meet_are_named():
+    assert "each row read alone is right" in verdict("cache-rows-mixed", DECODING).says
+    assert "with one block they are right" in verdict("cache-swaps-layers", DECODING).says
+
+
+def test_padding_forgotten_by_the_cache_is_shown_with_its_mask():
+    found = verdict("cache-forgets-padding", "check_cached_padding_equals_full")
+    assert 0 in found.evidence["mask"] and found.evidence["mask"][found.evidence["position"]] == 1
+    assert {"pieces", "side", "seed"} <= found.example.keys()
+
+
+def test_a_cache_that_stays_on_the_model_is_found_by_the_second_text():
+    found = verdict("cache-leaks-between-calls", "check_caches_are_isolated")
+    assert "a second text" in found.says and found.evidence["position"] == 0
+
+
+def test_an_overflow_is_named_with_both_lengths():
+    found = verdict("cache-overflow", "check_cache_overflow_is_refused_or_slides")
+    assert "15 tokens" in found.says and "block size is 13" in found.says and found.evidence["position"] == 13
+
+
+@pytest.mark.parametrize(
+    "bug", [bug for bug in all_bugs().values() if bug.component == "cache"], ids=lambda bug: bug.id
+)
+def test_one_mistake_gives_one_finding(bug):
+    assert len(findings(bug.subject(seed=SEED))) == 1
+
+
+@pytest.mark.parametrize("config", [{}, dict(positions="rotary", n_kv_head=2), dict(attention="explicit")], ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_reference_is_left_alone(config, seed):
+    assert findings(Subject("transformer", reference_parts(**config), seed=seed)) == []
+
+
+def test_a_model_without_a_cache_is_not_judged():
+    class Plain(torch.nn.Embedding):
+        def forward(self, tokens, mask=None):
+            return super().forward(tokens)
+
+    parts = reference_parts()
+    parts.build_model = lambda vocab_size, **sizes: Plain(vocab_size, vocab_size)
+    found = judge(CHECKS[DECODING], Subject("plain", parts), {})
+    assert found.outcome == "not_applicable" and "no key-value cache" in found.says
+
+
+def test_nan_on_one_side_is_a_difference_and_a_missing_answer_is_none():
+    want = torch.zeros(1, 3, 2)
+    got = torch.zeros(1, 3, 2)
+    got[0, 1], got[0, 2] = torch.inf, torch.nan
+    assert distances(got, want).tolist() == [[0.0, 0.0, torch.inf]]
+    assert first_wrong(got, want, 1e-9) == (0, 2)
+    assert first_wrong(got, want, 1e-9, real=torch.tensor([[True, True, False]])) is None
+
+
+def test_the_coarsest_type_on_the_way_is_seen_even_when_written_into_a_buffer():
+    with Coarsest() as seen:
+        buffer = torch.zeros(2, dtype=torch.float64)
+        assert seen.dtype == torch.float64
+        torch.zeros(2, dtype=torch.bfloat16).copy_(buffer)
+    assert seen.dtype == torch.bfloat16
