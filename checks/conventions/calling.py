@@ -148,6 +148,7 @@ def ways(model: nn.Module, vocabulary: int, block_of: Callable[[nn.Module], int]
     if hasattr(model, "setup_caches"):
         yield from (_prepared(way, block_of) for way in direct)
     if isinstance(model, Callable_):
+        yield Way("f(array)", _on_array, "it reads NumPy arrays")
         yield _row_by_row()
     yield from _methods(model, vocabulary)
 
@@ -401,6 +402,10 @@ def _one_by_one(parameters: list[Parameter]) -> Way:
         return torch.cat(steps, dim=1)
 
     return Way(f"forward({parameters[0].name}, {start})", run, "it reads one token at a time")
+
+
+def _on_array(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+    return model(tokens.cpu().numpy(), **more)
 
 
 def _row_by_row() -> Way:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from checks.conventions import names
+from checks.conventions.filling import signature_of
 from checks.conventions.home import Home, installed
 from checks.conventions.loading import load_file, load_module, package_of
 from checks.conventions.stubs import Stub
@@ -23,6 +24,7 @@ from checks.conventions.usage import UsageError, shown
 
 SUFFIXES = (".py", ".ipynb")
 FACTORIES = ("build_model", "make_model", "create_model", "get_model", "build_transformer", "load_model")
+COURSE = "load_model_and_tokenizer"  # (folder) -> model, tokenizer: the contract of a course
 KINDS = ("model", "transformer", "gpt", "llama", "lm")
 FORMS = "FILE.py[:NAME], NOTEBOOK.ipynb[:NAME] or package.module:NAME"
 
@@ -116,8 +118,11 @@ def asked_for(found: Named) -> list[Any]:
     classes = _tops(found, [v for v in scope.values() if _is_model_class(v) and v.__module__ == found.module.__name__])
     factories = [v for k, v in scope.items() if inspect.isfunction(v) and _is_factory(k, v, found)]
     instances = [v for v in scope.values() if isinstance(v, nn.Module)]
+    arrays = [v for v in scope.values() if _is_plain_model(v, found)]
     others = [v for v in scope.values() if _is_model_class(v) and found.home.owns(inspect_file(v))]
-    candidates = classes or instances or _tops(found, others)
+    candidates = classes or instances or _tops(found, others) or _tops(found, arrays)
+    if not candidates and not factories and callable(scope.get(COURSE)):
+        return [scope[COURSE]]
     return list(dict.fromkeys([*factories, *candidates]))
 
 
@@ -155,6 +160,14 @@ def _candidates(found: Named) -> list[str]:
 
 def _is_model_class(value: Any) -> bool:
     return inspect.isclass(value) and issubclass(value, nn.Module) and value is not nn.Module
+
+
+def _is_plain_model(value: Any, found: Named) -> bool:
+    """A class without nn.Module that can be called and is built from sizes: a model in NumPy."""
+    if not inspect.isclass(value) or value.__module__ != found.module.__name__:
+        return False
+    sizes = {size for p in signature_of(value).parameters if (size := names.size_of(p.name))} - {"dropout"}
+    return any("__call__" in vars(cls) for cls in value.__mro__[:-1]) and len(sizes) >= 2
 
 
 def _is_factory(name: str, function: Callable, found: Named) -> bool:

@@ -50,15 +50,19 @@ def _position_rows(model: nn.Module, tables: list[nn.Embedding]) -> int | None:
     width, rows = tables[0].embedding_dim, tables[0].num_embeddings
     for name, module in model.named_modules():
         other = isinstance(module, nn.Embedding) and module is not tables[0] and module.embedding_dim == width
-        if other and (POSITIONS.search(name.lower()) or module.num_embeddings != rows):
+        if other and (_for_positions(name) or module.num_embeddings != rows):
             return int(module.num_embeddings)
     tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
-        if tensor.dim() in (2, 3) and POSITIONS.search(name.lower()) and tensor.shape[-1] == width:
+        if tensor.dim() in (2, 3) and _for_positions(name) and tensor.shape[-1] == width:
             found = [n for n in tensor.shape[:-1] if n > 1]
             if len(found) == 1:
                 return int(found[0])
     return None
+
+
+def _for_positions(name: str) -> bool:
+    return POSITIONS.search(name.rpartition(".")[2].lower()) is not None
 
 
 def _repeated(model: nn.Module) -> int | None:

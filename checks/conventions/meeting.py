@@ -18,7 +18,7 @@ from checks.conventions import checkpoints, measuring, names
 from checks.conventions.axes import settle
 from checks.conventions.caches import Cache, Protocol, meet_cache, step
 from checks.conventions.calling import LENGTH, ROWS, Forward, Uncallable, meet_forward
-from checks.conventions.choosing import Named, asked_for, named, second_choice
+from checks.conventions.choosing import COURSE, Named, asked_for, named, second_choice
 from checks.conventions.constructing import Recipe, Unfillable, recipes
 from checks.conventions.filling import signature_of
 from checks.conventions.home import Home, SubjectHang
@@ -156,6 +156,9 @@ def meet(
         found, home, targets = None, Home(), [what]
         label = _label(what)
     name = found.name if found else label
+    course: dict[str, Any] = {}
+    if found is not None and getattr(targets[0], "__name__", "") == COURSE:
+        targets, course = _of_course(found, targets[0])
     met, trials = _first(targets, home, device, causal, label, name)
     if not met and found is not None:
         met, more = _first(second_choice(found, targets), home, device, causal, label, name)
@@ -166,9 +169,23 @@ def meet(
         raise UsageError(explain(trials, home, label))
     subject = met[0] if checkpoint is None else _loaded(met[0], checkpoint, device, causal)
     if found is not None:
-        subject.parts = parts_of(found)
+        subject.parts = {**course, **parts_of(found)}
     subject.parts.update(given_parts(parts or {}))
     return subject
+
+
+def _of_course(found: Named, load: Callable) -> tuple[list[Any], dict[str, Any]]:
+    """The model and the tokenizer of a course's contract, loaded from the file's own folder."""
+    assert found.home.file is not None
+    try:
+        with found.home:
+            loaded = load(str(found.home.file.parent))
+    except Exception as error:
+        raise UsageError(f"{found.shown}:{COURSE} failed on its folder\n  {what_happened(error, found.home)}") from None
+    if not isinstance(loaded, tuple | list) or not isinstance(loaded[0], nn.Module):
+        raise UsageError(f"{found.shown}:{COURSE} gave {type(loaded).__name__}: expected (model, tokenizer)")
+    found.home.remark(f"{COURSE}(its folder) gives the model")
+    return [loaded[0]], {"tokenizer": loaded[1]} if len(loaded) > 1 else {}
 
 
 def _loaded(met: Met, file: str, device: Any, causal: bool) -> Met:
