@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable, fail, needs, slow
+from checks.expect import NotApplicable, fail, needs, note, slow
 from checks.randomness import seeded
 from checks.training_runs import Step, TrainerRun, examples, flat, model_of
 
@@ -80,16 +80,20 @@ def check_a_new_process_resumes_bit_for_bit(subject: Any) -> None:
     """A training resumed in a new process gives the bits of one that went on in the process that it began in."""
     if subject.name != "transformer" and not subject.name.startswith("bug:"):
         raise NotApplicable("a new process has no way to this subject's trainer")
-    with folder() as path:
-        whole = in_new_process(subject, path, "training.go(N); training.save(path); training.go(N)")
-        resumed = in_new_process(subject, path, "training.resume(path); training.go(N)", other=True)
-    if not torch.equal(whole, resumed):
-        fail(
-            f"resumed in a new process, {HALF} steps end at weights {float((whole - resumed).abs().max()):.3g} from those "
-            "of the process that went on",
-            likely=("checkpoint-without-rng", "checkpoint-without-step", "checkpoint-without-optimizer"),
-            advice="Save all that a fresh process would draw or count anew.",
-        )
+    wholes, resumed = [], []
+    for _ in range(2):  # the bits of two processes may differ for reasons of the machine: a hit is tried again
+        with folder() as path:
+            wholes.append(in_new_process(subject, path, "training.go(N); training.save(path); training.go(N)"))
+            resumed.append(in_new_process(subject, path, "training.resume(path); training.go(N)", other=True))
+        if any(torch.equal(a, b) for a in wholes for b in resumed):
+            note(tries=len(wholes))
+            return
+    apart = min(float((a - b).abs().max()) for a in wholes for b in resumed)
+    fail(
+        f"resumed in a new process, {HALF} steps end at weights {apart:.3g} from those of the process that went on",
+        likely=("checkpoint-without-rng", "checkpoint-without-step", "checkpoint-without-optimizer"),
+        advice="Save all that a fresh process would draw or count anew.",
+    )
 
 
 def in_new_process(subject: Any, path: Path, does: str, *, other: bool = False) -> Tensor:
