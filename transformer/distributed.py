@@ -111,17 +111,23 @@ def terminated_by_torchrun() -> Iterator[None]:
         return
 
     def stop(*_: Any) -> None:
+        finish_by_itself()
         raise ProcessLost("terminated, as torchrun does when another process has ended")
 
     before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    yield  # after an error the process ends, and says why, without being terminated on the way
+    signal.signal(signal.SIGTERM, before)
+
+
+def finish_by_itself() -> None:
+    """From here on torchrun's signal does not cut off the last words of this process."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")  # says gloo
 
 
 def lost_another_process(error: BaseException) -> bool:
+    """Whether this is why the error came."""
     return isinstance(error, ProcessLost | distributed.DistError) or any(words in str(error) for words in LOST)

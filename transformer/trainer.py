@@ -303,6 +303,7 @@ class Trainer:
         except RuntimeError as error:
             if self.processes.count == 1 or not distributed.lost_another_process(error):
                 raise
+            distributed.finish_by_itself()
             who = f"process {self.processes.rank} of {self.processes.count}"
             raise distributed.ProcessLost(
                 f"{who} stops at step {self.steps_done + 1}: another has ended. {self.last_checkpoint()}. {error}"
