@@ -1,0 +1,327 @@
+"""Lower precision costs what its rounding costs and no more, for long, wide and extreme inputs too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.expect import NotApplicable, Where, advise, fail, needs, note
+from checks.precision import precision
+from checks.rounding import Casts, Promoted, naively
+from checks.subject import EXISTENCE
+from checks.where import Call, first_bad, locate, recorded
+
+CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
+# How many times the error of a naive evaluation is too much. Correct models: at most 1.6 in half precision, where the
+# rounding of results is all there is, and 4.9 in float32, where the sums inside an operation count as well.
+TIMES = {torch.float32: 20.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+LONG, WIDE = 512, 512
+SHARP = (2.0, 1.0)  # attention so sure of places that a wrong angle shows
+EXTREME = 20.0
+
+
+@dataclass
+class Runs:
+    """The logits of one model: in the finest type, naively rounded, and as the model itself gives them."""
+
+    exact: Tensor
+    naive: Tensor
+    own: Tensor
+    dtype: torch.dtype
+    routes: bool
+
+    def size(self, error: Tensor) -> float:
+        """Root mean square; with routing the median over tokens, since one rounding may send a token elsewhere."""
+        per_token = error.double().pow(2).mean(-1)
+        return float((per_token.median() if self.routes else per_token.mean()).sqrt())
+
+    @property
+    def error(self) -> float:
+        return self.size(self.own - self.exact)
+
+    @property
+    def unavoidable(self) -> float:
+        return self.size(self.naive - self.exact)
+
+    @property
+    def bound(self) -> float:
+        floor = torch.finfo(self.dtype).eps * self.size(self.exact)
+        return TIMES[self.dtype] * self.unavoidable + floor
+
+
+@dataclass
+class Trial:
+    """What is compared: a type, how the model comes to it, and what it reads."""
+
+    what: str  # as it reads in a sentence
+    dtype: torch.dtype
+    tokens: Tensor
+    mask: Tensor | None = None
+    autocast: bool = False
+    scheme: tuple[float, float] | None = EXISTENCE[1]
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of the weights."""
+        return torch.float32 if self.autocast else self.dtype
+
+
+def _twin(subject: Any, trial: Trial, to: torch.dtype) -> nn.Module:
+    """A model whose weights are representable in the trial's type, converted to `to`; its buffers were not rounded."""
+    model = subject.amplified(trial.scheme, seed=subject.seed, dtype=torch.float32, **trial.sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(parameter.to(trial.stored))
+    return model.to(to)
+
+
+def _runs(subject: Any, trial: Trial, *, buffers: bool = True) -> Runs:
+    """`buffers=False` leaves the model's buffers in float32 when it is converted."""
+    fine = precision(subject).dtype
+    if trial.dtype == fine:
+        raise NotApplicable(f"the model runs in nothing finer than {_name(fine)}")
+    twin = _twin(subject, trial, fine)
+    with torch.no_grad(), Promoted(fine):
+        exact = subject.logits(twin, trial.tokens, trial.mask)
+    with naively(twin, trial.dtype) as mode, Promoted(fine):
+        naive = subject.logits(twin, trial.tokens, trial.mask).detach()
+    own = _own(subject, trial, buffers=buffers)
+    keep = torch.ones_like(trial.tokens, dtype=torch.bool) if trial.mask is None else trial.mask
+    return Runs(exact[keep], naive[keep], own[keep].to(exact.dtype), trial.dtype, mode.routes)
+
+
+def _own(subject: Any, trial: Trial, *, buffers: bool = True) -> Tensor:
+    model = _twin(subject, trial, trial.stored if buffers else torch.float32)
+    if not buffers:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(trial.stored)
+    with torch.no_grad(), torch.autocast(subject.device.type, dtype=trial.dtype, enabled=trial.autocast):
+        return _or_refused(subject, model, trial)
+
+
+def _or_refused(subject: Any, model: nn.Module, trial: Trial) -> Tensor:
+    """A type that the model, or a kernel, refuses is no fault; a constant that does not fit it deserves a word."""
+    try:
+        return subject.logits(model, trial.tokens, trial.mask)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "without overflow" in reason:
+            advise(f"{trial.what} raises: a constant, such as a mask's fill of -1e9, does not fit {_name(trial.dtype)}")
+        raise NotApplicable(f"{_name(trial.dtype)} is refused: {reason}") from None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _judge(runs: Runs, trial: Trial, **finding: Any) -> None:
+    note(error=runs.error, unavoidable=runs.unavoidable, bound=runs.bound)
+    if not bool(runs.exact.isfinite().all()) or not bool(runs.naive.isfinite().all()):
+        raise NotApplicable(f"the numbers of this model do not fit {_name(runs.dtype)}")
+    place, dtype = finding.pop("where"), _name(runs.dtype)
+    if not bool(runs.own.isfinite().all()):
+        token = int((~runs.own.isfinite()).any(-1).nonzero()[0])
+        fail(
+            f"{trial.what} gives NaN or infinity, first at token {token} of {len(runs.own)}, where rounding every "
+            f"result to {dtype} gives finite logits",
+            where=place(),
+            **finding,
+        )
+    if not runs.error <= runs.bound:
+        fail(
+            f"{trial.what} is off by {runs.error:.3g} (root mean square), "
+            f"{runs.error / max(runs.unavoidable, 1e-300):.3g} times the {runs.unavoidable:.3g} that rounding every "
+            f"result to {dtype} costs; allowed {TIMES[runs.dtype]:g} times and one unit in the last place, "
+            f"{runs.bound:.3g}",
+            where=place(),
+            error=runs.error,
+            unavoidable=runs.unavoidable,
+            bound=runs.bound,
+            **finding,
+        )
+
+
+def _place(subject: Any, trial: Trial) -> Where | None:
+    """The first module, in execution order, whose output is further off than its inputs and rounding explain."""
+    fine = precision(subject).dtype
+    twin = _twin(subject, trial, fine)
+    with torch.no_grad(), recorded(twin) as exact, Promoted(fine):
+        subject.logits(twin, trial.tokens, trial.mask)
+    with recorded(twin) as naive, naively(twin, trial.dtype), Promoted(fine):
+        subject.logits(twin, trial.tokens, trial.mask)
+    model = _twin(subject, trial, trial.stored)
+    autocast = torch.autocast(subject.device.type, dtype=trial.dtype, enabled=trial.autocast)
+    with torch.no_grad(), recorded(model) as own, autocast:
+        subject.logits(model, trial.tokens, trial.mask)
+    others = [{(call.module, call.nth): call for call in calls} for calls in (exact, naive)]
+    for call in own:
+        truth, rounded = (calls.get((call.module, call.nth)) for calls in others)
+        if truth is not None and rounded is not None and _worse(call, truth, rounded, trial.dtype):
+            return locate(model, call.module)
+    return None
+
+
+def _worse(own: Call, exact: Call, naive: Call, dtype: torch.dtype) -> bool:
+    def off(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> bool:
+        for x, y, z in zip(a, b, c, strict=False):
+            if x.shape == y.shape == z.shape and x.numel():
+                error, least = ((t.double() - y.double()).pow(2).mean().sqrt() for t in (x, z))
+                floor = torch.finfo(dtype).eps * y.double().pow(2).mean().sqrt()
+                if not error <= TIMES[dtype] * least + 2 * floor:
+                    return True
+        return False
+
+    return off(own.outputs, exact.outputs, naive.outputs) and not off(own.inputs, exact.inputs, naive.inputs)
+
+
+def _tokens(subject: Any, B: int, T: int) -> Tensor:
+    return subject.tokens(B, T, seed=subject.seed)
+
+
+def _varied(subject: Any, **sizes: int) -> dict[str, int]:
+    """The sizes asked for where the subject can take them, else its own."""
+    return {name: value for name, value in sizes.items() if subject.can_vary(name)}
+
+
+@needs(*CONTRACT)
+def check_float32_keeps_its_digits(subject: Any) -> None:
+    """In float32 the logits are those of float64 but for the rounding of float32."""
+    tokens = _tokens(subject, 3, subject.sizes.block_size)
+    trial = Trial("the model in float32", torch.float32, tokens)
+    runs, place = _runs(subject, trial), partial(_place, subject, trial)
+    if not runs.error <= runs.bound:
+        with Casts() as casts:
+            subject.logits(subject.build(seed=subject.seed), tokens)
+        if casts.autocast:
+            raise NotApplicable("the forward runs under an autocast of its own")
+        activations = [cast.line for cast in casts.seen if cast.activation]
+        if casts.seen and not activations:
+            lines = ", ".join(sorted({f"{cast.line.file}:{cast.line.line}" for cast in casts.seen if cast.line}))
+            advise(f"constants are rounded to {_name(casts.seen[0].to)} ({lines}), for an error of {runs.error:.2g}")
+            return
+        place = partial(next, iter(activations), None) if activations else place
+    _judge(
+        runs,
+        trial,
+        where=place,
+        likely=("downcast-inside", "mask-added-and-subtracted"),
+        advice="look for .half(), .bfloat16() and .to(dtype) inside the forward, and for a large number that is added "
+        "and taken away again",
+    )
+
+
+@needs(*CONTRACT)
+def check_bfloat16_stays_close(subject: Any) -> None:
+    """Converted to bfloat16, the model is off by what rounding costs, with padding and in wide layers too."""
+    trials = _short_trials(subject, torch.bfloat16)
+    if subject.can_vary("n_embd"):
+        few = _tokens(subject, 1, min(subject.sizes.block_size, 8))
+        sizes = _varied(subject, n_embd=WIDE, n_layer=1)
+        trials.append(Trial(f"a model of width {WIDE} in bfloat16", torch.bfloat16, few, sizes=sizes))
+    for trial in trials:
+        _judge(
+            _runs(subject, trial),
+            trial,
+            where=partial(_place, subject, trial),
+            likely=("rms-in-half-precision",),
+            advice="sums of many terms (a norm's mean square, a softmax) belong in float32: x.float(), and back at the "
+            "end",
+        )
+
+
+@needs(*CONTRACT)
+def check_float16_stays_close(subject: Any) -> None:
+    """Converted to float16, the model is off by what rounding costs, with padding too."""
+    for trial in _short_trials(subject, torch.float16):
+        _judge(
+            _runs(subject, trial),
+            trial,
+            where=partial(_place, subject, trial),
+            likely=("fp16-mask-overflow",),
+            advice="float16 ends at 65504: fill masks with -inf or torch.finfo(dtype).min, by masked_fill or where",
+        )
+
+
+def _short_trials(subject: Any, dtype: torch.dtype) -> list[Trial]:
+    T, name = subject.sizes.block_size, f"the model in {_name(dtype)}"
+    tokens = _tokens(subject, 3, T)
+    trials = [Trial(name, dtype, tokens)]
+    if subject.takes_mask and T > 7:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[0, -3:] = False
+        mask[-1, :4] = False
+        trials.append(Trial(f"{name}, with a padding mask,", dtype, tokens, mask))
+    return trials
+
+
+@needs(*CONTRACT, "check_numerics.check_bfloat16_stays_close")
+def check_long_sequences_stay_close(subject: Any) -> None:
+    """Over a long sequence, converted to bfloat16 or under autocast, the model is off by what rounding costs."""
+    sizes = _varied(subject, block_size=LONG, n_layer=1, n_embd=4 * subject.sizes.n_embd)  # heads wide enough to turn
+    tokens = _tokens(subject, 1, min(sizes.get("block_size", subject.sizes.block_size), LONG))
+    T = tokens.shape[1]
+    converted = Trial(f"a sequence of {T} tokens in bfloat16", torch.bfloat16, tokens, scheme=SHARP, sizes=sizes)
+    trials = [converted, replace(converted, what=f"a sequence of {T} tokens under autocast to bfloat16", autocast=True)]
+    refused = []
+    for trial in trials:
+        try:
+            runs = _runs(subject, trial)
+        except NotApplicable as reason:
+            refused.append(reason)
+            continue
+        if not runs.error <= runs.bound and _owed_to_buffers(subject, trial):
+            advise(
+                f"{trial.what} is off by {runs.error / runs.unavoidable:.3g} times what rounding costs, because "
+                "converting the model rounds its buffers too. Inverse frequencies are better kept in float32"
+            )
+            continue
+        _judge(
+            runs,
+            trial,
+            where=partial(_place, subject, trial),
+            likely=("rope-half-precision", "rope-angles-by-matmul"),
+            advice="bfloat16 cannot tell position 257 from 258: compute angles in float32 and outside autocast",
+        )
+    if len(refused) == len(trials):
+        raise refused[0]
+
+
+def _owed_to_buffers(subject: Any, trial: Trial) -> bool:
+    """Whether the model is close when only its weights are converted: as libraries do it, so no fault of the model."""
+    try:
+        runs = _runs(subject, trial, buffers=False)
+    except NotApplicable:
+        return False
+    return runs.error <= runs.bound
+
+
+@needs(*CONTRACT)
+def check_extreme_weights_give_finite_logits(subject: Any) -> None:
+    """Weights twenty times too large make the model sure of itself and give no NaN or infinity."""
+    model = subject.amplified(seed=subject.seed, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.requires_grad:
+                parameter.mul_(EXTREME)
+    tokens = _tokens(subject, 3, subject.sizes.block_size)
+    with torch.no_grad(), recorded(model) as calls:
+        logits = subject.logits(model, tokens)
+    if bool(logits.isfinite().all()):
+        return
+    finite = [t[t.isfinite()].abs().max() for call in calls for t in call.outputs if bool(t.isfinite().any())]
+    if max(map(float, finite), default=0.0) > 1e15:
+        raise NotApplicable("nothing in this model bounds its activations: they outgrow float32")
+    index = [int(i) for i in (~logits.isfinite()).nonzero()[0]]
+    fail(
+        f"with weights {EXTREME:g} times too large the logits are not finite, first at row {index[0]}, position "
+        f"{index[1]}: training diverges to NaN where it should only be slow",
+        where=first_bad(model, partial(subject.logits, model, tokens), lambda t: not bool(t.isfinite().all())),
+        likely=("softmax-without-maximum",),
+        advice="use torch.softmax, which subtracts the maximum; divide by nothing that can be 0",
+    )
