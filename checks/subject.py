@@ -274,8 +274,11 @@ def _bug(id: str) -> Any:
     return known[id]
 
 
-def reference_parts(**config: Any) -> SimpleNamespace:
-    """The parts of the reference, to be replaced one at a time; `config` fixes fields of its ModelConfig."""
+def reference_parts(*, spec: str | None = None, **config: Any) -> SimpleNamespace:
+    """The parts of the reference, to be replaced one at a time; `config` fixes fields of its ModelConfig.
+
+    `spec` is the architecture that they declare to be, "gpt2" or "llama"; by default they declare none.
+    """
     from transformer import checkpoint, data, generation, loss, trainer
     from transformer.model import ModelConfig, Transformer
 
@@ -293,6 +296,7 @@ def reference_parts(**config: Any) -> SimpleNamespace:
         load=checkpoint.load,
         load_weights=checkpoint.load_weights,
         declares=dict(
+            spec=spec,
             shift=0, skip=0, reduction="mean", empty=0.0, smoothing=0.0, pad=None, float32=True,  # the loss
             clip="norm", decay="matrices", order="every example once an epoch",  # the training
         ),

@@ -1,0 +1,181 @@
+"""A foreign model's weights, found by identity: what each is shaped like, who owns it, which layer, when it is used.
+
+Names play no part here, so that hidden or unusual ones cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+# What asks a tensor about itself, and what gives the same numbers in another shape: neither is a use.
+QUESTIONS = {"__get__", "size", "dim", "numel", "stride", "data_ptr", "__len__", "is_floating_point", "is_contiguous",
+             "element_size", "ndimension", "get_device", "__repr__", "__hash__", "untyped_storage"}  # fmt: skip
+VIEWS = {"t", "transpose", "permute", "view", "reshape", "contiguous", "expand", "detach", "unsqueeze", "squeeze", "to",
+         "type_as", "double", "float", "__getitem__", "chunk", "split", "unbind", "flatten", "swapaxes", "narrow",
+         "expand_as", "view_as", "clone", "requires_grad_", "type"}  # fmt: skip
+
+# Functions that multiply by a matrix, and whether they want it [in, out].
+USED_INPUT_FIRST = {"linear": False, "matmul": True, "__matmul__": True, "__rmatmul__": True, "mm": True, "addmm": True}
+
+
+@dataclass(eq=False)
+class Weight:
+    """One tensor of the subject, under its first name."""
+
+    name: str
+    tensor: Tensor
+    owner: nn.Module
+    trained: bool  # a parameter; else a buffer
+    start: Tensor  # its values at initialization
+    names: list[str] = field(default_factory=list)  # all names; more than one where it is tied
+    order: int | None = None  # of its first use in a forward pass; None if it is never used
+    by: str = ""  # the function that used it first
+    call: int | None = None  # the number of that call: a matrix and its bias share it
+    input_first: bool | None = None  # a matrix stored [in, out]; None where its use does not tell
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def numel(self) -> int:
+        return self.tensor.numel()
+
+    @property
+    def is_vector(self) -> bool:
+        return sum(n > 1 for n in self.shape) <= 1
+
+    def __str__(self) -> str:
+        return f"{self.name} {list(self.shape)}"
+
+
+@dataclass
+class Inventory:
+    """`layers[l][r]` is weight r of layer l, the same r for the same part; `outer` belongs to no layer."""
+
+    outer: list[Weight]
+    layers: list[list[Weight]]
+    buffers: list[Weight]
+
+    @property
+    def weights(self) -> list[Weight]:
+        return list({id(w): w for w in (*self.outer, *(w for layer in self.layers for w in layer))}.values())
+
+
+def take(model: nn.Module, run: Callable[[], Any], n_layer: int) -> Inventory:
+    """The inventory of a freshly initialized model; `run()` is one forward pass of it."""
+    weights = _by_identity(model)
+    record_use(weights, run)
+    trained = {id(w.tensor): w for w in weights if w.trained}
+    blocks, inside = _layers(model, n_layer), set()
+    layers: list[list[Weight]] = [[] for _ in range(n_layer if blocks else 0)]
+    for modules in blocks:
+        each = len(modules) // n_layer
+        for index, module in enumerate(modules):
+            mine = [trained[id(p)] for p in module.parameters() if id(p) in trained]
+            layers[index // each] += mine
+            inside |= {id(w) for w in mine}
+    outer = [w for w in weights if w.trained and id(w) not in inside]
+    return Inventory(_in_order(outer), _aligned(layers), [w for w in weights if not w.trained])
+
+
+def _by_identity(model: nn.Module) -> list[Weight]:
+    found: dict[tuple, Weight] = {}
+    owners = dict(model.named_modules(remove_duplicate=False))
+    for trained, tensors in (
+        (True, model.named_parameters(remove_duplicate=False)),
+        (False, model.named_buffers(remove_duplicate=False)),
+    ):
+        for name, tensor in tensors:
+            if not tensor.is_floating_point():
+                continue
+            owner = owners[name.rpartition(".")[0]]
+            start = tensor.detach().clone()
+            key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+            key = key if tensor.numel() else (id(tensor),)
+            found.setdefault(key, Weight(name, tensor, owner, trained, start)).names.append(name)
+    return list(found.values())
+
+
+def _layers(module: nn.Module, n_layer: int) -> list[list[nn.Module]]:
+    """The outermost modules that repeat layer by layer: lists of k·n_layer siblings with the same shapes inside."""
+    siblings: dict[tuple, list[nn.Module]] = {}
+    for child in module._modules.values():
+        if child is not None:
+            shapes = tuple(tuple(p.shape) for p in child.parameters())
+            siblings.setdefault(shapes, []).append(child)
+    found = []
+    for shapes, modules in siblings.items():
+        if shapes and n_layer > 1 and len(modules) % n_layer == 0:
+            found.append(modules)
+        else:
+            found += [group for child in modules for group in _layers(child, n_layer)]
+    return found
+
+
+class _Uses(TorchFunctionMode):
+    """Notes when each weight is first used, and by which function."""
+
+    def __init__(self, weights: list[Weight]) -> None:
+        super().__init__()
+        self.at = {w.tensor.untyped_storage().data_ptr(): w for w in weights if w.tensor.numel()}
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in QUESTIONS:
+            self.calls += 1
+            for position, tensor in enumerate(_tensors((args, kwargs))):
+                weight = self.at.get(tensor.untyped_storage().data_ptr())
+                if weight is not None:
+                    self._note(weight, name, position, tensor)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, weight: Weight, name: str, position: int, used: Tensor) -> None:
+        if weight.order is None:
+            weight.order = self.calls * 100 + position
+        if weight.call is None and name not in VIEWS:
+            weight.order, weight.by, weight.call = self.calls * 100 + position, name, self.calls
+            if name in USED_INPUT_FIRST and used.dim() == 2:
+                flipped = used.stride() != weight.tensor.stride()
+                weight.input_first = USED_INPUT_FIRST[name] != flipped
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            yield leaf
+
+
+def record_use(weights: list[Weight], run: Callable[[], Any]) -> None:
+    """Fills in when each weight is used."""
+    with torch.no_grad(), _Uses(weights):
+        run()
+
+
+def _in_order(weights: list[Weight]) -> list[Weight]:
+    """By first use; an unused weight follows the one beside it."""
+    place = 0
+    keys = {}
+    for weight in weights:
+        place = place if weight.order is None else weight.order
+        keys[id(weight)] = place
+    return sorted(weights, key=lambda w: keys[id(w)])
+
+
+def _aligned(layers: list[list[Weight]]) -> list[list[Weight]]:
+    """Every layer in the order in which the first uses its weights."""
+    if not layers:
+        return []
+    order = {id(w): index for index, w in enumerate(layers[0])}
+    places = [order[id(w)] for w in _in_order(layers[0])]
+    if any(len(layer) != len(places) for layer in layers):
+        return layers
+    return [[layer[place] for place in places] for layer in layers]

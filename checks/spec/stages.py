@@ -1,0 +1,138 @@
+"""Where two models part: sublayers silenced in both, so that what still differs lies in what still speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import nn
+
+from checks.spec.agreement import apart
+from checks.spec.oracle import Variant
+from checks.spec.roles import Plan
+from checks.spec.settling import Settled, disagreement, one_thread
+from checks.spec.simulation import Simulated, damaged, explanations, logits
+
+# What speaks in a stage, and which output projections are silent. Products of parts become sums, and bugs separate.
+STAGES: dict[str, tuple[str, ...]] = {
+    "embedding, positions, final norm and head": ("attention", "feed-forward"),
+    "feed-forward and its norm": ("attention",),
+    "attention and its norm": ("feed-forward",),
+}
+
+
+@dataclass
+class Explained:
+    """The known bugs that give the subject's numbers: each of `ties` alone, or all of `together` at once."""
+
+    plan: Plan
+    variant: Variant
+    ties: list[Simulated] = field(default_factory=list)
+    together: list[list[Simulated]] = field(default_factory=list)  # a list of ties for each part
+    parts: list[str] = field(default_factory=list)  # stages in which the numbers differ
+    complete: bool = True  # False where the time was over before every bug was tried
+
+    @property
+    def ids(self) -> list[str]:
+        groups = [self.ties] if self.ties else self.together
+        return [one.bug.id for group in groups for one in group]
+
+
+@contextlib.contextmanager
+def silenced(plan: Plan, which: tuple[str, ...]) -> Iterator[None]:
+    """Inside, the subject's output projections of attention or feed-forward are zero."""
+    outputs = {"attention": plan.output, "feed-forward": plan.feed_forward_output}
+    places = [place for name in which for place in (outputs[name].at, outputs[name].bias) if place is not None]
+    tensors = [layer[place].tensor for layer in plan.inventory.layers for place in places]
+    before = [tensor.detach().clone() for tensor in tensors]
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.zero_()
+        try:
+            yield
+        finally:
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
+def differing(found: Settled, plan: Plan, variant: Variant) -> dict[str, float]:
+    """The disagreement in each stage."""
+    errors = {}
+    for stage, which in STAGES.items():
+        with silenced(plan, which):
+            errors[stage] = disagreement(found.specimen, plan, variant, found.specimen.logits())
+    return errors
+
+
+def explain(found: Settled, seconds: float) -> Explained | None:
+    """Single bugs on full weights first, for the likeliest plans; then a bug for each part, and all of them at once."""
+    with one_thread():
+        return _explain(found, time.monotonic() + seconds)
+
+
+def _explain(found: Settled, until: float) -> Explained | None:
+    bound = found.specimen.bound.size
+    ranked = promising(found)
+    if not ranked:
+        return None
+    first = Explained(*ranked[0][:2], parts=[s for s, e in ranked[0][2].items() if e > bound])
+    for plan, variant, errors in ranked:
+        parts = [stage for stage, error in errors.items() if error > bound]
+        ties, complete = explanations(plan, variant, found.specimen.tokens, found.theirs, bound, until)
+        if ties:
+            return Explained(plan, variant, ties=ties, parts=parts, complete=complete)
+        first.complete &= complete
+    for plan, variant, errors in ranked[:2]:
+        together = _by_part(found, plan, variant, errors, until)
+        if together:
+            return Explained(plan, variant, together=together, parts=[s for s, e in errors.items() if e > bound])
+    first.complete &= time.monotonic() < until
+    return first
+
+
+def promising(found: Settled) -> list[tuple[Plan, Variant, dict[str, float]]]:
+    """Plans and variants by how many stages agree; of one plan only those that no other beats in every stage."""
+    bound = found.specimen.bound.size
+    seen = [(plan, variant, differing(found, plan, variant)) for plan, variant in _few(found)]
+    seen.sort(key=lambda each: sum(error > bound for error in each[2].values()))
+    best = sum(error > bound for error in seen[0][2].values()) if seen else 0
+    return [each for each in seen if sum(error > bound for error in each[2].values()) == best]
+
+
+def _few(found: Settled) -> list[tuple[Plan, Variant]]:
+    """All variants of the likeliest plans."""
+    plans = list(dict.fromkeys(id(plan) for plan, _ in found.candidates))[:6]
+    return [(plan, variant) for plan, variant in found.candidates if id(plan) in plans][:48]
+
+
+def _by_part(
+    found: Settled, plan: Plan, variant: Variant, errors: dict[str, float], until: float
+) -> list[list[Simulated]]:
+    """For each stage that differs, the bugs that explain it; only if together they give the full numbers."""
+    seen, bound = found.specimen, found.specimen.bound.size
+    groups: list[list[Simulated]] = []
+    for stage, which in STAGES.items():
+        if errors[stage] <= bound:
+            continue
+        with silenced(plan, which):
+            ties, _ = explanations(plan, variant, seen.tokens, seen.logits(), bound, until)
+        if not ties:
+            return []
+        if not any({one.bug.id for one in ties} & {one.bug.id for one in group} for group in groups):
+            groups.append(ties)
+    if len(groups) < 2:
+        return []
+    for choice in product(*groups):
+        model = damaged([one.bug for one in choice], plan, variant)
+        if model is not None and _same(model, found, bound):
+            return groups
+    return []
+
+
+def _same(model: nn.Module, found: Settled, bound: float) -> bool:
+    ours = logits(model, found.specimen.tokens)
+    return ours.shape == found.theirs.shape and apart(found.theirs, ours) <= bound
