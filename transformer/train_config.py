@@ -8,7 +8,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained. The defaults are the quick recipe: they learn the sentence in about fifty steps."""
+    """How a model is trained. The defaults are the quick recipe: they learn the sentence in about fifty steps.
+
+    All its copies are alike, so that two teach as much as a hundred; one alone would hide an axis that is mixed up.
+    """
 
     steps: int = 1000  # optimizer steps at most
     stop_loss: float | None = 1e-5  # training ends at the first loss this low, in nats a target; None: never
