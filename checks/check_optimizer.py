@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from checks.check_training import FOLLOWS, at
 from checks.expect import advise, fail, needs, note
-from checks.step_conventions import met_step
+from checks.step_conventions import equal_examples, met_step
 from checks.training_runs import Losses, TrainerRun, examples, model_of, pieces
 
 
@@ -26,7 +26,7 @@ def check_every_parameter_moves(subject: Any) -> None:
     else:
         met = met_step(subject)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-        steps = [met.run(model, optimizer, examples(subject, 3, ragged=False)) for _ in range(2)]
+        steps = [met.run(model, optimizer, equal_examples(subject, 3)) for _ in range(2)]
     gradient = pieces(model, at(model, steps[0], Losses(subject, model).mean)[0])
     moved = pieces(model, steps[-1].after - steps[0].before)
     largest = max(float(g.abs().max()) for g in gradient.values())

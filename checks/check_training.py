@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from checks.expect import NotApplicable, advise, fail, needs, note
 from checks.loss_conventions import met_loss
-from checks.step_conventions import RATE, SURE, MetStep, met_step
+from checks.loss_formula import cross_entropy
+from checks.step_conventions import RATE, SURE, MetStep, equal_examples, met_step
 from checks.training_explained import (
     Micro,
     accumulation_mistakes,
@@ -22,6 +23,7 @@ from checks.training_explained import (
     clipped,
     clipping_mistakes,
     near,
+    pairings,
     parallel,
     step_mistakes,
 )
@@ -60,7 +62,7 @@ def follow_with_train_step(subject: Any) -> None:
     met = met_step(subject)
     note(called=met.says, update_per_gradient=met.factor)
     model = model_of(subject).to(met.dtype)
-    batches = [examples(subject, 3, ragged=False, seed=seed) for seed in (1, 2)]
+    batches = [equal_examples(subject, 3, seed=seed) for seed in (1, 2)]
     write(model, met.first.before)
     losses = Losses(subject, model)
     gradient, targets = losses.mean(batches[0])[0], sum(len(e) - 1 for e in batches[0])
@@ -89,11 +91,7 @@ def other_direction(subject: Any, model: nn.Module, met: MetStep, gradient: Tens
     got = -met.first.update / RATE
     if not got.any():
         refuse_update(got, gradient, "the first step", *cause(got, step_mistakes(got, gradient, [], 1, 1)))
-    for shift, says in SHIFTS.items():
-        wrong = Losses(subject, model, shift=shift).mean(batch)[0]
-        if parallel(got, wrong) > SURE - 1e-4:
-            bug = "label-shift-missing" if shift < 0 else "label-shifted-twice"
-            refuse_update(got, gradient, f"the first step ({met.says})", says, (bug,))
+    refuse_pairing(subject, model, met, got, gradient, batch)
     split = [p for p in pieces(model, got).items() if p[1].any()]
     wanted = pieces(model, gradient)
     if all(parallel(piece, wanted[name]) > SURE for name, piece in split):
@@ -107,10 +105,21 @@ def other_direction(subject: Any, model: nn.Module, met: MetStep, gradient: Tens
     refuse_update(got, gradient, f"the first step ({met.says})", *named)
 
 
-SHIFTS = {
-    -1: "that of predicting the token just read: the targets are not shifted",
-    1: "that of predicting the token after the next: the targets are shifted twice",
-}
+def refuse_pairing(subject: Any, model: nn.Module, met: MetStep, got: Tensor, gradient: Tensor, batch: list) -> None:
+    """Fails if the update is along the gradient of other targets."""
+    whole = torch.tensor(batch, device=subject.device)
+    tokens, targets = whole[:, :-1], whole[:, 1:]
+    losses = Losses(subject, model)
+    for says, likely, logits, labels in pairings(subject.logits(model, tokens), tokens, targets):
+        wrong = losses.gradient(cross_entropy(logits, labels).mean())
+        if parallel(got, wrong) > SURE - 1e-4:
+            refuse_update(got, gradient, f"the first step ({met.says})", says, likely)
+    T = targets.shape[1]
+    for n in (1, 2, 3):
+        skipped = losses.gradient(cross_entropy(subject.logits(model, tokens)[:, n:], targets[:, n:]).mean())
+        if n < T - 1 and parallel(got, skipped) > SURE - 1e-4:
+            advise(f"the step leaves the first {n} targets of every row out of its loss")
+            raise NotApplicable(f"the first {n} targets of every row carry no loss in this step")
 
 
 def refuse_update(got: Tensor, want: Tensor, when: str, says: str, likely: tuple[str, ...]) -> None:
@@ -323,9 +332,13 @@ def mode_of_train_step(subject: Any) -> None:
     model = model_of(subject).to(met.dtype).eval()
     with watched_modes(model) as modes:
         met.run(model, torch.optim.SGD(model.parameters(), lr=RATE), met.first.examples)
-    if modes and any(modes[0].values()):
-        refuse_eval_mode(modes, "the caller's eval()")
-    elif modes:
+    if modes and all(modes[0].values()):
+        return
+    model.train()
+    with watched_modes(model) as again:
+        met.run(model, torch.optim.SGD(model.parameters(), lr=RATE), met.first.examples)
+    refuse_eval_mode(again, "the caller's train()")
+    if modes:
         advise("train_step leaves the mode to its caller: call model.train() before, also after every evaluation")
 
 
@@ -361,7 +374,7 @@ def refuse_eval_mode(modes: list[dict[str, bool]], before: str) -> None:
         )
 
 
-@needs(FUTURE)
+@needs(FUTURE, FOLLOWS)
 def check_a_uniform_stream_is_never_learned(subject: Any) -> None:
     """On fresh uniform random tokens no training gets its loss below ln V: there is nothing to predict."""
     if not subject.causal:

@@ -129,15 +129,40 @@ def step_mistakes(got: Tensor, g: Tensor, earlier: Sequence[Tensor], count: int,
     ]
     if earlier:
         causes.append(("that of the step before", ("step-with-stale-gradient",), earlier[-1]))
-        # what is left of earlier gradients may have been divided or clipped with this one
-        left = [torch.stack(list(earlier)).sum(0), earlier[-1]]
-        share = [float((got - g) @ rest / rest.square().sum()) for rest in left]
-        causes += [
-            (f"this gradient and {k:.3g} × what the steps before left in .grad", ("zero-grad-missing",), g + k * rest)
-            for k, rest in zip(share, left, strict=True)
-            if k > 1e-3
-        ]
+        for rest in (torch.stack(list(earlier)).sum(0), earlier[-1]):
+            a, b = shares(got, g, rest)
+            if a > 0 and b > 1e-3 * a:  # what is left may have been divided or clipped together with this gradient
+                says = f"{a:.3g} × this gradient and {b:.3g} × what the steps before left in .grad"
+                causes.append((says, ("zero-grad-missing",), a * g + b * rest))
     return causes
+
+
+def shares(got: Tensor, one: Tensor, other: Tensor) -> tuple[float, float]:
+    """The factors of the sum of two updates that is nearest to a third."""
+    both = torch.stack((one, other), 1)
+    a, b = torch.linalg.lstsq(both, got[:, None]).solution.flatten().tolist()
+    return a, b
+
+
+def pairings(logits: Tensor, tokens: Tensor, targets: Tensor) -> list[tuple[str, tuple[str, ...], Tensor, Tensor]]:
+    """Logits and targets as a mistaken step may pair them, of a batch [B, T]: what it would be, and what it trains."""
+    B, T, V = logits.shape
+    turned = logits.transpose(0, 1).reshape(B, T, V)
+    flat = logits.reshape(1, B * T, V)
+    copied = ("label-shift-missing", "dataset-target-off-by-one")
+    return [
+        ("that of predicting the token just read: the targets are not shifted", copied, logits, tokens),
+        ("that of predicting the token just read", copied, logits[:, 1:], targets[:, :-1]),
+        ("that of predicting the token after the next: the targets are shifted twice", ("label-shifted-twice",),
+         logits[:, :-1], targets[:, 1:]),
+        ("that without the last target of every row", ("last-target-dropped",), logits[:, :-1], targets[:, :-1]),
+        ("that of a batch flattened before it is shifted: a row's end predicts the start of the next",
+         ("flatten-then-shift",), flat[:, :-1], targets.reshape(1, -1)[:, 1:]),
+        ("that of a batch flattened before it is shifted: a row's end predicts the start of the next",
+         ("flatten-then-shift",), flat[:, :-1], tokens.reshape(1, -1)[:, 1:]),
+        ("that of logits and targets reshaped in different orders", ("logits-labels-reshape-order",), turned, targets),
+        ("that of a second softmax", ("softmax-twice",), logits.softmax(-1), targets),
+    ]  # fmt: skip
 
 
 def cause(got: Tensor, causes: Sequence[Cause]) -> tuple[str, tuple[str, ...]]:

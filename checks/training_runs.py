@@ -166,24 +166,27 @@ class Losses:
 
     subject: Any
     model: nn.Module
-    shift: int = 0  # of the targets, for what a mistaken loss would train
 
     def of(self, example: Example) -> tuple[Tensor, float, int]:
         """Gradient of the sum, sum, and number of targets of one example."""
         ids = torch.tensor([example], device=self.subject.device)
         logits, targets = self.subject.logits(self.model, ids[:, :-1]), ids[:, 1:]
-        if self.shift:
-            keep = slice(None, -self.shift) if self.shift > 0 else slice(-self.shift, None)
-            cut = slice(self.shift, None) if self.shift > 0 else slice(None, self.shift)
-            logits, targets = logits[:, keep], targets[:, cut]
         total = cross_entropy(logits, targets).sum()
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        found = iter(torch.autograd.grad(total, parameters, allow_unused=True) if targets.numel() else ())
-        gradients = [
-            g.flatten() if p.requires_grad and (g := next(found, None)) is not None else torch.zeros(p.numel()).double()
-            for p in self.model.parameters()
-        ]
-        return torch.cat([g.double() for g in gradients]), float(total.detach()), targets.numel()
+        return self.gradient(total), total.item(), targets.numel()
+
+    def gradient(self, value: Tensor) -> Tensor:
+        """Of a scalar, with respect to all parameters, flat; 0 for frozen ones."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        found = dict(
+            zip(
+                map(id, trained), torch.autograd.grad(value, trained, allow_unused=True, retain_graph=True), strict=True
+            )
+        )
+        pieces = [found.get(id(p)) for p in self.model.parameters()]
+        sizes = [p.numel() for p in self.model.parameters()]
+        return torch.cat(
+            [torch.zeros(n).double() if g is None else g.flatten().double() for g, n in zip(pieces, sizes, strict=True)]
+        )
 
     def sums(self, given: Iterable[Example]) -> tuple[Tensor, float, int]:
         gradient, total, count = torch.zeros(sum(p.numel() for p in self.model.parameters())).double(), 0.0, 0
