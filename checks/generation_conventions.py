@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ class Decoder:
     form: str = "rows"
     batched: bool = True  # whether it takes several rows at once
     with_prompt: bool = True  # whether the answer begins with the prompt
+    counts_prompt: bool = False  # whether the number asked for is that of all tokens, the prompt's included
 
     def __call__(self, model: nn.Module, prompts: Tensor | Rows, n: int, **options: Any) -> Rows:
         """The new tokens of each row. `options` are roles of NAMES; what is not given is neutral: T = 1, no filter."""
@@ -100,7 +101,8 @@ class Decoder:
         rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
         found = []
         for group in [rows] if self.batched else [[row] for row in rows]:
-            said = read_answer(self.raw(model, self.given(group, device(model)), len(group), n, **options))
+            count = n + len(group[0]) if self.counts_prompt else n
+            said = read_answer(self.raw(model, self.given(group, device(model)), len(group), count, **options))
             if len(said) != len(group):
                 raise Unreadable(f"{self.name} answered {len(said)} rows to {len(group)}")
             found += list(zip(said, group, strict=True))
@@ -262,16 +264,23 @@ def learn_forms(known: Decoder, model: nn.Module) -> Decoder:
     first: Exception | None = None
     for form in likely_forms(known, model):
         for batched in (True, False) if form in ("rows", "lists") else (False,):
-            attempt = Decoder(**{**vars(known), "form": form, "batched": batched})
+            attempt = replace(known, form=form, batched=batched)
             try:
-                answers = attempt.answers(model, rows, n)
+                return learn_lengths(attempt, model, rows, n)
             except Exception as error:  # the wrong form, or a mistake inside: the first of these is told if none fits
                 first = first or error
-                continue
-            whole = all(len(row) >= T for row, _ in answers)
-            return Decoder(**{**vars(attempt), "with_prompt": whole})
     assert first is not None
     raise first
+
+
+def learn_lengths(attempt: Decoder, model: nn.Module, rows: Rows, n: int) -> Decoder:
+    """Whether the answer has the prompt in it, and whether the number asked for counts it."""
+    said, prompt = attempt.answers(model, rows, n)[0]
+    attempt = replace(attempt, with_prompt=len(said) >= len(prompt))
+    if len(attempt(model, rows, n)[0]) == n:
+        return attempt
+    total = replace(attempt, counts_prompt=True)
+    return total if len(total(model, rows, n)[0]) == n else attempt
 
 
 def likely_forms(known: Decoder, model: nn.Module) -> list[str]:

@@ -24,6 +24,7 @@ from checks.precision import precision
 Script = Callable[[Tensor, Tensor | None], Tensor]
 
 STEP = 30.0  # nats between a token and the next likeliest on the stage: e^-30 is never drawn
+RANKS = 20  # likeliest tokens that keep their order; the others are all as unlikely
 # Deviations of the logits: two tokens nearer than that may swap, by the coarsest type on the way.
 TIE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 CACHES = {"cache", "past_key_values", "past_kv", "past_kvs", "kv_cache", "kv_caches", "layer_past", "past", "input_pos"}
@@ -38,8 +39,10 @@ def ranked(logits: Tensor, tokens: Tensor | None) -> Tensor:
     if tokens is not None and tokens.shape[-1] >= scores.shape[-2]:
         read = tokens[..., tokens.shape[-1] - scores.shape[-2] :]
         scores.scatter_(-1, read.reshape(*scores.shape[:-1], 1), -torch.inf)
-    rank = scores.argsort(dim=-1, descending=True).argsort(dim=-1)
-    return (-STEP * rank.clamp(max=20)).log_softmax(dim=-1).to(logits)
+    likeliest = scores.topk(min(RANKS, scores.shape[-1]), dim=-1).indices
+    rank = torch.full_like(scores, RANKS)
+    rank.scatter_(-1, likeliest, torch.arange(likeliest.shape[-1]).to(rank).expand_as(likeliest))
+    return (-STEP * rank).log_softmax(dim=-1).to(logits)
 
 
 def dealt(scores: Tensor) -> Script:
@@ -175,9 +178,12 @@ def learn(subject: Any) -> Known:
 
 
 def meet(subject: Any, dtype: torch.dtype, inside: torch.dtype) -> Known:
-    model = subject.amplified(seed=subject.seed, dtype=dtype)
+    model, text = subject.amplified(seed=subject.seed, dtype=dtype), subject.tokens(2, 3)
     with torch.no_grad():
-        V = subject.logits(model, subject.tokens(2, 3)).shape[-1]
+        logits, again = subject.logits(model, text), subject.logits(model, text)
+    if not torch.allclose(logits, again, rtol=0, atol=1e-4 * float(logits.std()), equal_nan=True):
+        raise NotApplicable("the model answers the same text differently from call to call, in eval mode")
+    V = logits.shape[-1]
     calls = decoder(subject, model, V)
     with Coarsest(inside) as seen:
         speaker = find_speaker(model, calls, V)
