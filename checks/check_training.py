@@ -25,6 +25,7 @@ from checks.training_explained import (
     near,
     pairings,
     parallel,
+    shares,
     step_mistakes,
 )
 from checks.training_runs import Losses, Step, TrainerRun, examples, model_of, pieces, write
@@ -33,6 +34,7 @@ EXACT = 1e-6  # relative, of updates in float64; clipping adds 1e-6 to the norm 
 FOLLOWS = "check_training.check_a_step_follows_the_gradient"
 FUTURE = "check_causality.check_future_cannot_change_past"
 STREAM_STEPS = 50
+UNDECIDED = 0.7  # cosine above which an unknown update may be an auxiliary loss
 
 
 def check_a_step_follows_the_gradient(subject: Any) -> None:
@@ -101,8 +103,11 @@ def other_direction(subject: Any, model: nn.Module, met: MetStep, gradient: Tens
     if near(got, gradient.clamp(-limit, limit)):
         advise(f"gradients are clipped value by value, at {limit:.3g}, which turns them")
         return
-    named = cause(got, step_mistakes(got, gradient, [], sum(len(e) - 1 for e in batch), len(batch)))
-    refuse_update(got, gradient, f"the first step ({met.says})", *named)
+    says, likely = cause(got, step_mistakes(got, gradient, [], sum(len(e) - 1 for e in batch), len(batch)))
+    if not says and parallel(got, gradient) > UNDECIDED:
+        advise(f"an update is {angle(got, gradient)}° from the gradient of the mean next-token loss")
+        raise NotApplicable("the step adds something to the next-token loss that is not known here", called=met.says)
+    refuse_update(got, gradient, f"the first step ({met.says})", says, likely)
 
 
 def refuse_pairing(subject: Any, model: nn.Module, met: MetStep, got: Tensor, gradient: Tensor, batch: list) -> None:
@@ -114,12 +119,26 @@ def refuse_pairing(subject: Any, model: nn.Module, met: MetStep, got: Tensor, gr
         wrong = losses.gradient(cross_entropy(logits, labels).mean())
         if parallel(got, wrong) > SURE - 1e-4:
             refuse_update(got, gradient, f"the first step ({met.says})", says, likely)
-    T = targets.shape[1]
+    chosen = policy(losses, got, subject.logits(model, tokens), targets)
+    if chosen:
+        advise(f"the loss of this step {chosen}")
+        raise NotApplicable(f"the loss of this step {chosen}", called=met.says)
+
+
+def policy(losses: Losses, got: Tensor, logits: Tensor, targets: Tensor) -> str:
+    """The legitimate choice that explains an update: targets left out on purpose, or smoothed."""
+    values = cross_entropy(logits, targets)
     for n in (1, 2, 3):
-        skipped = losses.gradient(cross_entropy(subject.logits(model, tokens)[:, n:], targets[:, n:]).mean())
-        if n < T - 1 and parallel(got, skipped) > SURE - 1e-4:
-            advise(f"the step leaves the first {n} targets of every row out of its loss")
-            raise NotApplicable(f"the first {n} targets of every row carry no loss in this step")
+        if n < targets.shape[1] - 1 and parallel(got, losses.gradient(values[:, n:].mean())) > SURE - 1e-4:
+            return f"leaves out the first {n} targets of every row"
+    for symbol in targets.unique().tolist():
+        if parallel(got, losses.gradient(values[targets != symbol].mean())) > SURE - 1e-4:
+            return f"leaves out targets of id {symbol}: right if that is padding and nothing else"
+    plain, even = losses.gradient(values.mean()), losses.gradient(-logits.log_softmax(-1).mean())
+    a, b = shares(got, plain, even)
+    if a > 0 and 0 < b < a and parallel(got, a * plain + b * even) > SURE - 1e-4:
+        return f"smooths its targets, by {b / (a + b):.3g}"
+    return ""
 
 
 def refuse_update(got: Tensor, want: Tensor, when: str, says: str, likely: tuple[str, ...]) -> None:
@@ -303,8 +322,10 @@ def check_the_reported_loss_is_that_of_the_step(subject: Any) -> None:
     ]
     says, likely = next(((m, k) for m, v, k in meanings if math.isclose(step.loss, v, rel_tol=1e-4)), ("", ()))
     text = f"a step reports a loss of {step.loss:.6g}; over the {count} targets of its window it was {want:.6g}"
-    if subject.declared("reduction") is None and likely == () and says:
-        advise(f"{text}: it is {says}")
+    if not subject.brings("trainer") and not likely:
+        advise(text + (f": it is {says}" if says else ""))
+        if not says:
+            raise NotApplicable("what the step reports is not the mean next-token loss", reported=step.loss, mean=want)
         return
     fail(text + (f": it is {says}" if says else ""), likely=likely, got=step.loss, want=want)
 

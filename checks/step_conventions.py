@@ -113,7 +113,10 @@ def trials(subject: Any, function: Callable, roles: dict[str, str], errors: list
     """One step in every form that the function takes; the first that follows the gradient is the last tried."""
     batch = equal_examples(subject, 3, seed=1)
     forms = FORMS if "batch" in roles.values() else FORMS[:2] if "targets" in roles.values() else FORMS[3:]
+    ran = False
     for dtype in (torch.float64, torch.float32):
+        if ran:
+            return  # float32 is for what float64 cannot be handed to, not for a second look
         for form in forms:
             model = model_of(subject).to(dtype)
             optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -126,7 +129,7 @@ def trials(subject: Any, function: Callable, roles: dict[str, str], errors: list
             except Exception as error:
                 errors.append(f"{form}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
                 continue
-            step = Step(batch, reported(result), before, flat(model))
+            ran, step = True, Step(batch, reported(result), before, flat(model))
             towards = -step.update / RATE
             right = parallel(towards, gradient) > (SURE if dtype == torch.float64 else 1 - 1e-4)
             factor = float(towards.norm() / gradient.norm())
