@@ -33,11 +33,8 @@ class Option:
 
 def options(parameter: Parameter, target: Callable, scope: Mapping[str, Any], home: Home) -> Iterator[Option]:
     """Ways to make what a parameter like `config` wants, the surest first."""
-    seen: list[type] = []
-    for cls in _classes(parameter, target, scope, home):
-        if cls not in seen:
-            seen.append(cls)
-            yield Option(cls.__name__, functools.partial(make, cls, scope))
+    for cls in _own_classes(parameter, target, scope, home):
+        yield Option(cls.__name__, functools.partial(make, cls, scope))
     if (default := getattr(target, "get_default_config", None)) is not None:
         yield Option("get_default_config()", functools.partial(_adapted, default))
     for name, value in list(scope.items()):
@@ -47,20 +44,29 @@ def options(parameter: Parameter, target: Callable, scope: Mapping[str, Any], ho
             yield Option(name, functools.partial(Settings, base=_plain_vars(value)))
     for literal in _dictionaries(home, scope):
         yield Option("a dictionary", functools.partial(Settings, base=literal))
+    read, elsewhere = asked_by(home).read, _classes_elsewhere(home)
+    elsewhere.sort(key=lambda cls: (-len(read & _fields(cls)), not _affinity(cls, target), cls.__name__))
+    for cls in elsewhere:
+        if read <= _fields(cls):
+            yield Option(cls.__name__, functools.partial(make, cls, scope))
     yield Option("a configuration with what it reads", Settings)
+    for cls in elsewhere:
+        yield Option(cls.__name__, functools.partial(make, cls, scope))
 
 
-def _classes(parameter: Parameter, target: Callable, scope: Mapping[str, Any], home: Home) -> Iterator[type]:
-    annotated = resolve(parameter.kind, scope)
-    if annotated is not None and is_config(annotated):
-        yield annotated
-    if inspect.isclass(declared := getattr(target, "config_class", None)):
-        yield declared
+def _own_classes(parameter: Parameter, target: Callable, scope: Mapping[str, Any], home: Home) -> list[type]:
+    """Configuration classes that the annotation, the class itself or its module names."""
+    named = [resolve(parameter.kind, scope), getattr(target, "config_class", None)]
+    first = [cls for cls in named if inspect.isclass(cls) and is_config(cls)]
     found = {v for v in scope.values() if inspect.isclass(v) and is_config(v) and home.owns(_file(v))}
-    found |= {
-        cls for module in _beside(home) for cls in vars(module).values() if inspect.isclass(cls) and is_config(cls)
-    }
-    yield from sorted(found, key=lambda cls: (-_affinity(cls, target), -sized(_fields(cls)), cls.__name__))
+    rest = sorted(found, key=lambda cls: (not _affinity(cls, target), -sized(_fields(cls)), cls.__name__))
+    return list(dict.fromkeys([*first, *rest]))
+
+
+def _classes_elsewhere(home: Home) -> list[type]:
+    """Configuration classes of other files of the project that are called something like config."""
+    modules = list(_beside(home))
+    return list({cls for module in modules for cls in vars(module).values() if inspect.isclass(cls) and is_config(cls)})
 
 
 def _affinity(cls: type, target: Callable) -> bool:
@@ -172,16 +178,19 @@ def _set_sizes(config: Any, filling: Filling, done: Iterable[str] = ()) -> Any:
 class Asked:
     """What the subject's code says about its settings by reading them."""
 
-    spelled: frozenset[str]  # `config.n_layer`, `self.cfg["n_layer"]`
+    read: frozenset[str]  # every setting that the file itself reads
+    spelled: frozenset[str]  # those of all files that are sizes: `config.n_layer`, `self.cfg["n_layer"]`
     from_kwargs: frozenset[str]  # `kwargs.get("n_layer")`
     choices: dict[str, list[str]]  # strings that a setting is compared with: `if config.model_type == "gpt"`
 
 
 def asked_by(home: Home) -> Asked:
     read: set[str] = set()
+    mine: set[str] = set()
     from_kwargs: set[str] = set()
     choices: dict[str, list[str]] = {}
-    for name, source in list(home.sources.items()):
+    ordered = sorted(home.sources.items(), key=lambda item: item[0] != home.main)  # the subject's own file first
+    for name, source in ordered:
         scope = vars(home.modules_now().get(name, names))
         for node in sorted(source.nodes, key=lambda node: getattr(node, "lineno", 0)):
             if isinstance(node, ast.Attribute) and _is_config(node.value):
@@ -191,11 +200,12 @@ def asked_by(home: Home) -> Asked:
                 from_kwargs |= {key[1]} if isinstance(key[0], ast.Name) and key[0].id.endswith("kwargs") else set()
             elif isinstance(node, ast.Compare) and (choice := _choice(node, scope)) is not None:
                 choices.setdefault(choice[0], []).append(choice[1])
+        mine |= read if name == home.main else set()
     known = frozenset(
         name for name in read
         if names.size_of(name) or (plain := names.squash(name)) in choices or plain in names.KEY_VALUE_HEADS
     )  # fmt: skip
-    return Asked(known, known & from_kwargs, choices)
+    return Asked(frozenset(mine), known, known & from_kwargs, choices)
 
 
 def _key(node: ast.AST) -> tuple[ast.expr, str] | None:

@@ -27,7 +27,7 @@ from checks.conventions.taking import pure
 # What is tried when a constructor refuses the first filling: another of the strings that it compares a setting with,
 # no name of a preset beside the sizes.
 NO_PRESET = {"modeltype": None, "preset": None, "version": None, "modelname": None}
-VARIANTS: tuple[tuple[int, dict[str, Any]], ...] = ((0, {}), (1, {}), (0, NO_PRESET))
+VARIANTS: tuple[tuple[int, dict[str, Any]], ...] = ((1, {}), (0, NO_PRESET))
 INITIALIZERS = ("init_weights", "initialize_weights", "reset_parameters", "initialize", "init_parameters")
 
 
@@ -215,14 +215,31 @@ def recipes(target: Callable, home: Home, causal: bool) -> Iterator[Recipe]:
     with home:
         signature, scope = signature_of(target), scope_of(target, home)
         wants = [p for p in signature.parameters if wants_config(p, scope)]
-        choices = [list(configs.options(p, target, scope, home)) for p in wants]
-    fixed = not signature.parameters and not signature.takes_anything
-    for choice, special in VARIANTS:
-        for chosen in product(*choices):
-            options = {p.name: option for p, option in zip(wants, chosen, strict=True)}
-            yield Recipe(target, "", home, causal, options, special, choice)
-        if fixed:
+    found: list[dict[str, Option]] = []
+    for options in _configurations(wants, target, scope, home):
+        found.append(options)
+        yield Recipe(target, "", home, causal, options)
+    if signature.parameters or signature.takes_anything:
+        for choice, special in VARIANTS:
+            yield from (Recipe(target, "", home, causal, options, special, choice) for options in found)
+
+
+def _configurations(
+    wants: list[Parameter], target: Callable, scope: Mapping[str, Any], home: Home
+) -> Iterator[dict[str, Option]]:
+    """An option for each parameter that is a configuration; of a single one, no more are sought than are asked for."""
+    if len(wants) != 1:
+        with home:
+            choices = [list(configs.options(p, target, scope, home)) for p in wants]
+        yield from ({p.name: o for p, o in zip(wants, chosen, strict=True)} for chosen in product(*choices))
+        return
+    options = configs.options(wants[0], target, scope, home)
+    while True:
+        with home:
+            option = next(options, None)
+        if option is None:
             return
+        yield {wants[0].name: option}
 
 
 def wants_config(parameter: Parameter, scope: Mapping[str, Any]) -> bool:

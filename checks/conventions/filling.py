@@ -133,7 +133,8 @@ class Filling:
     def value(self, parameter: Parameter, among: Iterable[str]) -> Any:
         """What the parameter gets; MISSING where its default stays."""
         name, plain = parameter.name, names.squash(parameter.name)
-        if plain in self.special:
+        if plain in self.special and parameter.default not in (MISSING, None):
+            self.assumed[name] = self.special[plain]
             return self.special[plain]
         if plain in names.CAUSAL and not self.causal:
             return MISSING

@@ -110,13 +110,16 @@ def take(source: Source, module: ModuleType, home: Home, wanted: tuple[str, ...]
     flags = _future(source)
     for tree, filename in zip(source.trees, source.filenames, strict=True):
         kept = definitions(tree, wanted)
-        left += dropped(tree, kept)
+        skipped = dropped(tree, kept)
         vars(module)[STUB] = _Stands(home, filename)
         for statement in SoftImports().visit(kept).body:
             if not _define(statement, filename, flags, module):
-                left.append(statement.lineno)
-    lines = f", not line{'s' * (len(left) > 1)} {_ranges(left)}" if left else ""
-    home.remark(f"{why}: took its imports, classes, functions and constants{lines}")
+                skipped.append(statement.lineno)
+        cell = filename.partition("[cell ")[2].removesuffix("]")
+        left += [int(cell)] * bool(skipped) if cell else skipped
+    unit = "cell" if source.filenames[0].endswith("]") else "line"
+    places = f", not {unit}{'s' * (len(set(left)) > 1)} {_ranges(left)}" if left else ""
+    home.remark(f"{why}: took its imports, classes, functions and constants{places}")
 
 
 def _define(statement: ast.stmt, filename: str, flags: int, module: ModuleType) -> bool:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ OTHER_SIZES: tuple[dict[str, int], ...] = (
     {}, {"n_embd": 64}, {"n_head": 2}, {"n_embd": 128, "n_head": 2}, {"n_embd": 256, "n_head": 2},
     {"block_size": 16, "n_embd": 64}, {"block_size": 32, "n_embd": 64}, {"n_layer": 4}, {"block_size": 128},
 )  # fmt: skip
+ASSIGNABLE = (bool, int, float, str, torch.dtype, type(None))
 PARTS = ("loss", "generate", "train_step", "objective", "trainer", "tokenizer", "declares")
 
 
@@ -274,9 +275,11 @@ def _try_target(target: Any, home: Home, device: Any, causal: bool, trials: list
         return _try_instance(target, home, device, causal, trials)
     if not inspect.isclass(target) and not inspect.isroutine(target) and not callable(target):
         return None
-    everything = list(recipes(target, home, causal))
+    everything: Iterable[Recipe] = recipes(target, home, causal)
     for sizes in OTHER_SIZES:
+        tried: list[Recipe] = []
         for recipe in everything:
+            tried.append(recipe)
             if time.monotonic() > deadline:
                 return None
             met = _try_recipe(recipe, sizes, device, trials)
@@ -286,6 +289,7 @@ def _try_target(target: Any, home: Home, device: Any, causal: bool, trials: list
                 return None
         if all(isinstance(t.error, Unfillable) for t in trials if t.target is target):
             return None
+        everything = tried
     return None
 
 
@@ -517,14 +521,24 @@ def header_of(met: Met) -> str:
         met.constructor,
         f"{met.forward.way.says} → {met.forward.returns}",
         *([f"ignore_index {ignored}"] if ignored is not None else []),
-        *(f"{name} {'✓' if has else '✗'}" for name, has in (("generate", _generates(met)), ("cache", met.protocol))),
+        f"generate {'✓' if _generates(met) else '✗'}",
+        f"cache ✓ ({met.protocol.says})" if met.protocol else "cache ✗",
         *([f"padding mask: {met.mask_forms[0]}"] if met.mask_forms else []),
         *([f"brings {', '.join(sorted(met.parts))}"] if met.parts else []),
         *([met.returns] if met.returns != "logits" else []),
     ]
     put_back = [f"{name} was changed: put back" for name in met.home.changed]
-    assumed = [*met.home.remarks, *met.forward.assumed, *met.assumed, *put_back]
+    assumed = [*_values(met), *met.home.remarks, *met.forward.assumed, *met.assumed, *put_back]
     return " · ".join(facts + ([f"assumed: {'; '.join(assumed)}"] if assumed else []))
+
+
+def _values(met: Met) -> list[str]:
+    """What the constructor was given that is no size."""
+    given = met.recipe.assumed if met.recipe is not None else {}
+    told = [f"{name}={value!r}" for name, value in given.items() if isinstance(value, ASSIGNABLE)]
+    padding = [n for n in given if names.squash(n) in names.PADDING]
+    unused = [f"{padding[0]} is an id that no check uses"] if padding else []
+    return ([", ".join(told[:8]) + ", …" * (len(told) > 8)] if told else []) + unused
 
 
 def _generates(met: Met) -> bool:

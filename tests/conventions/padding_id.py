@@ -1,0 +1,41 @@
+"""A padding id is required, and its tokens are not attended to."""
+
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        T = x.shape[1]
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, attn_mask=future, need_weights=False)[0]
+        return x + self.feed_forward(x)
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size, block_size, n_embd, n_head, n_layer, pad_idx):
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, n_embd)
+        self.positions = nn.Embedding(block_size, n_embd)
+        self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
+        self.head = nn.Linear(n_embd, vocab_size)
+        self.pad_idx = pad_idx
+
+    def hidden(self, idx):
+        x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1], device=idx.device))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, idx):
+        x = self.tokens(idx).masked_fill((idx == self.pad_idx)[..., None], 0.0)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)

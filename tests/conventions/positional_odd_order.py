@@ -1,0 +1,37 @@
+"""Positional sizes in an order of their own, none with a default."""
+
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        T = x.shape[1]
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, attn_mask=future, need_weights=False)[0]
+        return x + self.feed_forward(x)
+
+
+class GPT(nn.Module):
+    def __init__(self, heads, emb_dim, ctx_len, num_tokens, depth):
+        super().__init__()
+        self.tokens = nn.Embedding(num_tokens, emb_dim)
+        self.positions = nn.Embedding(ctx_len, emb_dim)
+        self.blocks = nn.ModuleList(Block(emb_dim, heads) for _ in range(depth))
+        self.head = nn.Linear(emb_dim, num_tokens)
+
+    def hidden(self, idx):
+        x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1], device=idx.device))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, idx):
+        return self.head(self.hidden(idx))

@@ -1,0 +1,144 @@
+"""Public code's ways to be built and called, one small file each: met from --model alone, and what the header says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from checks.subject import Subject
+
+HERE = Path(__file__).parent / "conventions"
+
+# file[:NAME] -> what its header must say
+FACTS = {
+    "additive_mask.py": ("GPT(vocab_size, block_size, n_embd, n_head, n_layer)", "mask [B, T] float32, 0 keeps, -inf"),
+    "attention_mask_of_integers.py": ("padding mask: attention_mask [B, T] int64, true keeps",),
+    "attributes_only.py": ("a configuration with what it reads", "max_seq_len"),
+    "bidirectional_by_default.py": ("Model(words, dims, heads, layers)", "bidirectional=False"),
+    "cache_inside.py": ("cache ✓ (use_cache=True, reset_cache())",),
+    "cache_object.py": ("cache ✓ (cache=KVCache())",),
+    "causal_mask_handed.py": ("mask is given a causal mask (True keeps)", "cache ✗"),
+    "classes_first.py": ("→ logits [B, V, T]",),
+    "compared_string.py": ("norm_place='pre'",),
+    "config_class_attributes.py": ("Config(",),
+    "config_class_with_kwargs.py": ("GPTConfig(", "n_layer", "n_head", "n_embd"),
+    "course_contract.py": ("brings tokenizer", "load_model_and_tokenizer(its folder)"),
+    "dataclass_config.py": ("GPTConfig(", "forward(idx, targets) → (logits, loss)", "ignore_index -1", "generate ✗"),
+    "default_config_method.py": ("get_default_config()(", "vocab_size"),
+    "dict_constant.py": ("CONFIG(vocab_size, seq_len, d_model, num_heads, num_layers)",),
+    "dict_in_main.py": ("a dictionary(vocab_size, context_length, emb_dim, n_heads, n_layers)",),
+    "dict_of_outputs.py": ("forward(idx) → dict with", ".logits logits"),
+    "drops_its_last_token.py": ("it drops the last token: one is added",),
+    "encode_decode_project.py": ("encode, decode, project → logits", "a fixed source"),
+    "encoder_decoder.py": ("forward(src, tgt, src_mask, tgt_mask) → logits", "src is a fixed source"),
+    "exact_length.py": ("shorter ones are padded at the right",),
+    "extras_beside_logits.py": ("→ (logits, [",),
+    "factory.py": ("build_model(vocab_size, block_size)", "brings loss"),
+    "factory_with_a_name_of_its_own.py": ("make_model(vocab, max_len, d_model, h, N)", "the Assembled is the model"),
+    "flat_logits.py": ("→ logits [B·T, V]",),
+    "guarded_import.py": ("forward(idx) → logits",),
+    "half_precision_on_a_gpu.py": ("device='cpu'", "dtype=torch.float32"),
+    "head_beside.py": ("generator(forward(idx)) → logits", "log-probabilities"),
+    "initialized_by_hand.py": ("init_weights() called after construction",),
+    "instance.py:model": ("instance.py:model", "one instance, at its own sizes"),
+    "key_padding_mask.py": ("padding mask: key_padding_mask [B, T] bool, true drops",),
+    "keywords.py": ("GPT(hidden_size, num_hidden_layers, num_attention_heads, vocab_size, max_position_embeddings)",),
+    "log_probabilities.py": ("· log-probabilities",),
+    "loss_on_the_model.py": ("forward(tokens, targets) → logits",),
+    "missing_libraries.py": ("wandb_of_nowhere could not be imported: a stand-in is used",),
+    "module_globals.py": ("GPT(block_size, n_embd, n_head, n_layer, vocab_size)",),
+    "nested_config.py": ("Config(vocab_size, max_len, width, heads, layers)",),
+    "notebook.ipynb": ("notebook.ipynb is a notebook", "not cells 6, 7"),
+    "numpy_class.py": ("f(array) → ", "it reads NumPy arrays"),
+    "object_with_logits.py": ("→ Output with .logits logits",),
+    "one_token_at_a_time.py": ("forward(tokens, start_pos)", "it reads one token at a time"),
+    "padded_vocabulary.py": ("vocabulary padded from 17 to 24",),
+    "padding_id.py": ("pad_idx=17", "pad_idx is an id that no check uses"),
+    "past_given_back.py": ("cache ✓ (past=, given back)",),
+    "positional_odd_order.py": ("GPT(heads, emb_dim, ctx_len, num_tokens, depth)",),
+    "positions_required.py": ("forward(idx, input_pos) → logits",),
+    "preset_or_sizes.py": ("GPTConfig(", "model_type=None"),
+    "presets.py": ("GPT(n_layer, n_head, n_embd)",),
+    "project/pkg/model.py": ("Config(vocab_size, seq_len, d_model, n_heads, n_layers)", "PackageNotFoundError at import"),
+    "rows_of_ids.py": ("it reads one row of ids at a time",),
+    "script_that_trains.py": ("script_that_trains.py works at import", "not lines"),
+    "start_position.py": ("forward(tokens, start_pos) → logits",),
+    "time_first.py": ("forward([T, B] src) → logits", "time is the first axis"),
+    "tokenizer_argument.py": ("GPT(", "vocab_size"),
+}
+
+
+@pytest.fixture(scope="module")
+def met() -> dict[str, Subject]:
+    return {}
+
+
+def meet(met: dict[str, Subject], name: str) -> Subject:
+    if name not in met:
+        met[name] = Subject.meet(str(HERE / name))
+    return met[name]
+
+
+def test_there_is_a_test_for_every_file():
+    files = {str(path.relative_to(HERE)) for path in HERE.iterdir() if path.is_file()}
+    assert files == {name.partition(":")[0] for name in FACTS if "/" not in name}
+    assert len(FACTS) >= 30
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_its_logits_have_a_place_for_every_token(met, name):
+    subject = meet(met, name)
+    model, T = subject.build(), min(5, subject.sizes.block_size)
+    logits = subject.logits(model, subject.tokens(2, T))
+    assert logits.shape == (2, T, subject.sizes.vocab_size)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_its_header_states_the_facts(met, name):
+    header = meet(met, name).header
+    for fact in FACTS[name]:
+        assert fact in header
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_its_past_does_not_hear_its_future(met, name):
+    """Which axis is time, which mask is wanted and what is cut off has been understood."""
+    subject = meet(met, name)
+    model = subject.build()
+    tokens = subject.tokens(3, 6, seed=1)
+    other = tokens.clone()
+    other[:, 4] = (other[:, 4] + 1) % subject.sizes.vocab_size
+    one, two = subject.logits(model, tokens), subject.logits(model, other)
+    assert torch.equal(one[:, :4], two[:, :4])
+    assert not torch.equal(one[:, 4:], two[:, 4:])
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_it_is_built_in_other_sizes_where_it_can_vary(met, name):
+    subject = meet(met, name)
+    sizes = {key: value for key, value in dict(vocab_size=24, block_size=16).items() if subject.can_vary(key)}
+    model = subject.build(seed=3, **sizes)
+    vocabulary = sizes.get("vocab_size", subject.sizes.vocab_size)
+    length = min(sizes.get("block_size", subject.sizes.block_size), 16)
+    tokens = subject.tokens(2, length, vocab_size=vocabulary)
+    assert subject.logits(model, tokens).shape == (2, length, vocabulary)
+
+
+def test_seeds_give_models_and_the_same_seed_the_same():
+    subject = Subject.meet(str(HERE / "keywords.py"))
+    one, again, other = (subject.build(seed=seed).tokens.weight for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_one_instance_is_put_back_to_what_it_was():
+    subject = Subject.meet(str(HERE / "instance.py:model"))
+    before = subject.build().head.weight.detach().clone()
+    model = subject.amplified()
+    assert model.head.weight.dtype == torch.float64
+    again = subject.build()
+    assert again.head.weight.dtype == before.dtype and torch.equal(again.head.weight, before)
+    assert not subject.builds_afresh and not subject.can_vary("n_layer")
+    assert (subject.sizes.vocab_size, subject.sizes.block_size, subject.sizes.n_layer) == (23, 11, 3)
