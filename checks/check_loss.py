@@ -257,7 +257,7 @@ def check_known_logits_give_known_losses(subject: Any) -> None:
     """Certainty of the target gives 0, of the token before it much more, and no opinion ln V."""
     loss = met_loss(subject)
     closed_form(subject)
-    if subject.declared("reduction") is None and (loss.reading is None or loss.smoothing or loss.inside_model):
+    if subject.declared("called") is None and (loss.reading is None or loss.smoothing or loss.inside_model):
         raise NotApplicable("label smoothing, or what a model adds to its loss, moves these values")
     V = loss.V
     targets = loss.symbols[torch.arange(2 * loss.places).view(2, -1) * 3 % len(loss.symbols)]

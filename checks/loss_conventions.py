@@ -303,7 +303,7 @@ def forms(function: Any, subject: Any) -> Iterator[Form]:
     roles = parameter_roles(function)
     mask = next((name for name, role in roles.items() if role == "mask"), None)
     drops = mask is not None and any(word in mask.lower() for word in ("pad", "ignore", "drop", "exclude"))
-    declared = subject.declared("reduction") is not None
+    declared = subject.declared("called") is not None
     layouts = ["[B, T, V]"] if "model" in roles.values() or declared else list(LAYOUTS)
     sizes = dict.fromkeys((VOCABULARY, subject.sizes.vocab_size))
     for V, layout, kind in itertools.product(sizes, layouts, KINDS if mask and not declared else KINDS[:1]):
@@ -340,7 +340,10 @@ def filled(function: Any, roles: dict[str, str], layout: str, V: int, kind: torc
 
 
 def parameter_roles(function: Any) -> dict[str, str]:
-    """What each parameter is for, in order. Optional ones are left alone, logits, targets and masks excepted."""
+    """What each parameter is for, in order. Optional ones are left alone, logits, targets and masks excepted.
+
+    Raises NotApplicable for a required one that is for nothing known here.
+    """
     try:
         called = function.forward if isinstance(function, nn.Module) else function
         parameters = list(inspect.signature(called).parameters.values())
@@ -354,7 +357,9 @@ def parameter_roles(function: Any) -> dict[str, str]:
         required, taken = parameter.default is parameter.empty, list(roles.values())
         role = role_of(parameter.name.lower(), taken)
         if required and (not role or role in taken):
-            role = next((other for other in ("logits", "targets", "mask", "ignore") if other not in taken), "")
+            role = next((other for other in ("logits", "targets", "mask") if other not in taken), "")
+            if not role:
+                raise NotApplicable(f"the loss takes {parameter.name!r}, and what that is is not known here")
         if role and role not in taken and (required or role in ("logits", "targets", "mask")):
             roles[parameter.name] = role
     return roles

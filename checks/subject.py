@@ -297,7 +297,8 @@ def reference_parts(*, spec: str | None = None, **config: Any) -> SimpleNamespac
         load_weights=checkpoint.load_weights,
         declares=dict(
             spec=spec,
-            shift=0, skip=0, reduction="mean", empty=0.0, smoothing=0.0, pad=None, float32=True,  # the loss
+            called="loss(logits, targets, mask)", shift=0, skip=0, reduction="mean", empty=0.0, smoothing=0.0,
+            pad=None, float32=True,  # so far the loss
             clip="norm", decay="matrices", order="every example once an epoch",  # the training
         ),
     )  # fmt: skip

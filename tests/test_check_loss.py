@@ -1,0 +1,150 @@
+"""What the loss checks say of each bug, and that they say nothing of right losses as people write them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from checks import checks_in
+from checks.bugs import all_bugs
+from checks.loss_conventions import met_loss
+from checks.subject import Subject, reference_parts
+from checks.verdict import check_id, judge
+from tests.controls_training import LOSSES, loss_subject, of_transformers
+
+CHECKS = {check_id(check).partition(".")[2]: check for check in checks_in("loss")}
+PLACE, DROPPED = "check_a_place_is_trained_on_its_own_target", "check_no_target_is_dropped"
+MASK, VALUE = "check_mask_drops_its_targets_and_no_others", "check_value_is_the_closed_form"
+
+# bug, check, and facts that its message must hold: positions, numbers, names
+SAID = [
+    ("label-shift-missing", PLACE, ["shifts its targets by -1", "asked for none", "the token just read"]),
+    ("label-shifted-twice", PLACE, ["shifts its targets by 1", "target t + 1", "twice"]),
+    ("flatten-then-shift", PLACE, ["row 0, position 6", "row 1's target 0", "flattened before it is shifted"]),
+    ("logits-labels-reshape-order", PLACE, ["rows are mixed", "reshaped in different orders"]),
+    ("last-target-dropped", DROPPED, ["drops target 8", "of 0-8", "the last target is never trained"]),
+    ("loss-mask-shifted-by-one", MASK, ["asked for 0-2", "1 place later"]),
+    ("loss-mask-ignored", MASK, ["drops no target", "asked for 0-2", "no effect"]),
+    ("loss-mask-inverted", MASK, ["drops targets 3-8", "asked for 0-2", "wrong way round"]),
+    ("masked-mean-over-all-positions", VALUE, ["divided by all positions"]),
+    ("masked-numerator-unmasked", VALUE, ["the sum of all positions, divided by the unmasked"]),
+    ("loss-mean-of-sequence-means", VALUE, ["the mean over rows of each row's mean"]),
+    ("loss-divided-by-one-less", VALUE, ["divided by one target less"]),
+    ("ignore-index-mismatch", VALUE, ["the masked ones against the last symbol"]),
+    ("masked-logits-zeroed", VALUE, ["adds ln V"]),
+    ("log-plus-eps", VALUE, ["-log(p + 1e-4)"]),
+    ("loss-in-bf16", VALUE, ["%", "bfloat16"]),
+    ("softmax-twice", VALUE, ["a second softmax"]),
+    ("loss-softmax-over-positions", VALUE, ["a softmax over positions"]),
+    ("loss-in-bits", VALUE, ["in bits"]),
+    ("labels-smoothed", VALUE, ["0.0941", "declared 0"]),
+    ("pad-id-collides-with-real-token", "check_every_symbol_counts_as_target", ["token id 0"]),
+    ("naive-log-of-softmax", "check_extreme_logits_stay_finite", ["logits up to 1000", "inf"]),
+    ("nan-times-zero-mask", "check_masked_logits_may_be_anything", ["NaN logits at masked places"]),
+    ("all-masked-batch-nan", "check_nothing_to_learn_is_no_loss", ["every target masked", "nan"]),
+    ("labels-alias-input-ids", "check_loss_leaves_its_inputs_alone", ["its targets", "-100"]),
+    ("nll-of-raw-logits", "check_loss_takes_what_the_model_gives", ["gives logits", "takes log-probabilities"]),
+    ("loss-detached", PLACE, ["no gradient"]),
+]
+
+
+@pytest.mark.parametrize(("bug", "check", "facts"), SAID, ids=[bug for bug, _, _ in SAID])
+def test_a_finding_names_the_mistake(bug, check, facts):
+    """Positions, numbers and the nature of the mistake are in the message, and the bug is the first suspect."""
+    verdict = judge(CHECKS[check], all_bugs()[bug].subject(), {})
+    assert verdict.outcome == "failed"
+    assert not [fact for fact in facts if fact not in verdict.says], verdict.says
+    assert not verdict.likely or bug in verdict.likely
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("name", LOSSES)
+def test_right_losses_are_not_accused(name, seed):
+    """Sum, mean, -1, -100, a shift inside, a mask of any kind: recognised and silent."""
+    subject = loss_subject(name, seed=seed)
+    accused = [v.says for check in CHECKS.values() if (v := judge(check, subject, {})).outcome in ("failed", "error")]
+    assert not accused
+
+
+def test_the_loss_of_the_transformers_library_is_met():
+    """It shifts inside, takes -100, a vocabulary size, and computes in float32."""
+    subject = Subject("hf", vars_of(of_transformers()))
+    accused = [v.says for check in CHECKS.values() if (v := judge(check, subject, {})).outcome in ("failed", "error")]
+    met = met_loss(subject)
+    assert not accused
+    assert (met.shift, met.masks, met.reduction) == (1, "label -100", "mean")
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("flattened by view", dict(shift=0, masks="label -100", reduction="mean")),
+        ("CrossEntropyLoss(ignore_index=-1)", dict(masks="label -1")),
+        ("CrossEntropyLoss(ignore_index=0)", dict(masks="label 0", left_out=(0,))),
+        ("CrossEntropyLoss(sum)", dict(reduction="sum")),
+        ("mean of each row", dict(reduction="the mean over rows of each row's mean", masks="argument")),
+        ("shift and mask inside", dict(shift=1, masks="argument")),
+        ("nll_loss of log-probabilities", dict(domain="log-probabilities")),
+        ("prompt of targets 1-3 skipped", dict(dropped=(1, 2, 3))),
+        ("first three targets skipped", dict(dropped=(0, 1, 2))),
+    ],
+)
+def test_conventions_are_read_from_the_gradient(name, facts):
+    """Shift, mask, reduction, domain and dropped targets are found, not assumed."""
+    met = met_loss(loss_subject(name))
+    assert {key: getattr(met, key) for key in facts} == facts
+
+
+class TwoReturns(nn.Module):
+    """A model in nanoGPT's manner: logits and, given targets, the loss."""
+
+    def __init__(self, shift: int, divided: bool) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(17, 8), nn.Linear(8, 17)
+        self.shift, self.divided = shift, divided
+
+    def forward(self, idx, targets=None):
+        logits = self.head(self.embedding(idx))
+        if targets is None:
+            return logits, None
+        n = self.shift
+        kept, labels = logits[:, : logits.shape[1] - n], targets[:, n:]
+        losses = nn.functional.cross_entropy(kept.transpose(1, 2), labels, ignore_index=-1, reduction="none")
+        return logits, losses.mean() if self.divided else losses.sum() / (labels != -1).sum()
+
+
+def test_the_loss_that_a_model_returns_is_judged():
+    """Its head is made to speak by a script: a right one is silent, one that divides by masked targets is told so."""
+    right = Subject("model", vars_of(None, lambda **sizes: TwoReturns(0, False)))
+    assert met_loss(right).inside_model
+    assert not [v.says for c in CHECKS.values() if (v := judge(c, right, {})).outcome in ("failed", "error")]
+    twice = Subject("model", vars_of(None, lambda **sizes: TwoReturns(2, False)))
+    assert "by 2" in judge(CHECKS[PLACE], twice, {}).says
+    divided = Subject("model", vars_of(None, lambda **sizes: TwoReturns(0, True)))
+    assert "divided by all positions" in judge(CHECKS[VALUE], divided, {}).says
+
+
+def test_a_loss_that_cannot_be_called_is_not_accused():
+    """What stood in the way is said: a parameter that is for nothing known, or the errors of every way tried."""
+    verdict = judge(CHECKS[PLACE], Subject("other", vars_of(lambda anchor, positive, negative, margin: anchor)), {})
+    assert (verdict.outcome, "'margin'" in verdict.says) == ("not_applicable", True)
+    verdict = judge(CHECKS[PLACE], Subject("other", vars_of(lambda logits, targets: logits.no_such_method())), {})
+    assert verdict.outcome == "not_applicable"
+    assert "no_such_method" in verdict.evidence["tried"][0]
+
+
+def test_reading_survives_a_vocabulary_smaller_than_the_batch():
+    """Labels spell out their place in several digits where there are fewer symbols than places."""
+    from checks.loss_reading import read
+    from transformer.loss import next_token_loss
+
+    reading = read(next_token_loss, torch.arange(3), 3)
+    assert torch.equal(reading.source, torch.arange(14).view(2, 7))
+    assert torch.allclose(reading.weight, torch.full((2, 7), 1 / 14, dtype=torch.float64))
+
+
+def vars_of(loss, build=None):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(build_model=build or reference_parts().build_model, loss=loss)
