@@ -19,7 +19,7 @@ THEMES = (
     "contract", "modes", "causality", "masking", "positions",
     "initialization", "gradients", "numerics", "portability",
     "loss", "cache", "generation", "sampling",
-    "training", "optimizer", "evaluation", "data", "checkpoint", "spec", "sanity",
+    "training", "optimizer", "evaluation", "data", "checkpoint", "spec", "memorization", "sanity",
 )  # fmt: skip
 
 

@@ -1,0 +1,81 @@
+"""Learning by heart: the data needs the context it says it needs, and what cannot be learned is named."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from checks.bugs import all_bugs
+from checks.check_memorization import (
+    check_memorizes_a_random_string,
+    check_memorizes_two_strings_with_the_same_middle,
+    context_needed,
+    floor,
+)
+from checks.subject import Subject, reference_parts
+from checks.verdict import judge
+from transformer.data import SentenceTask
+
+BOTH = (check_memorizes_a_random_string, check_memorizes_two_strings_with_the_same_middle)
+
+
+def test_the_context_needed_is_counted_in_latest_tokens():
+    assert context_needed([[1, 2, 3]]) == 1
+    assert context_needed([[1, 2, 1, 3]]) == 2
+    assert context_needed([[1, 7, 8, 2], [3, 7, 8, 4]]) == 3
+    assert context_needed([[1, 2], [1, 3]]) is None
+    task = SentenceTask()
+    assert context_needed([task.tokenizer.encode(task.sentence)]) == 3
+
+
+def test_the_floor_of_a_short_context_is_its_entropy():
+    strings = [[1, 7, 8, 2], [3, 7, 8, 4]]
+    assert floor(strings, 2) == pytest.approx(2 * math.log(2) / 6)
+    assert floor(strings, 3) == 0
+
+
+@pytest.mark.parametrize("check", BOTH)
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("config", [{}, dict(positions="rotary", norm="rms", tied=False)], ids=str)
+def test_the_reference_learns_both(check, seed, config):
+    found = judge(check, Subject("transformer", reference_parts(**config), seed=seed), {})
+    assert found.outcome == "passed", found.says
+
+
+def test_the_strings_need_more_context_than_a_bigram_or_trigram_has():
+    found = judge(BOTH[1], Subject("transformer", reference_parts()), {})
+    assert found.evidence["context_needed"] >= 4 and found.evidence["sentence_context_needed"] == 3
+
+
+def test_a_model_without_the_past_is_named_by_the_floor_at_which_it_stays():
+    found = judge(BOTH[1], all_bugs()["attention-forgets-the-past"].subject(), {})
+    assert found.outcome == "failed" and "the 4 tokens that both strings share" in found.says
+    assert found.evidence["loss"] == pytest.approx(2 * math.log(2) / 22, rel=0.01)
+
+
+def test_an_infinite_loss_is_told_at_its_step():
+    found = judge(BOTH[0], all_bugs()["vocabulary-masked-too-far"].subject(), {})
+    assert found.outcome == "failed" and "inf at step 1" in found.says
+
+
+def test_a_tokenizer_that_makes_the_sentence_a_bigram_is_told():
+    class Words:
+        def encode(self, text):
+            return [1 + text.split().index(word) for word in text.split()]
+
+    parts = reference_parts()
+    parts.tokenizer = Words()
+    found = judge(BOTH[1], Subject("transformer", parts), {})
+    assert found.outcome == "passed" and "a bigram model learns it by heart" in " ".join(found.remarks)
+
+
+def test_a_vocabulary_that_is_too_small_is_not_judged():
+    class Fixed(Subject):
+        def can_vary(self, name):
+            return False
+
+    subject = Fixed("fixed", reference_parts())
+    subject.sizes = type(subject.sizes)(vocab_size=9)
+    found = judge(BOTH[0], subject, {})
+    assert found.outcome == "not_applicable" and "vocabulary of 9" in found.says
