@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -108,7 +109,9 @@ def _own(subject: Any, trial: Trial, *, buffers: bool = True) -> Tensor:
 def _or_refused(subject: Any, model: nn.Module, trial: Trial) -> Tensor:
     """A type that the model, or a kernel, refuses is no fault; a constant that does not fit it deserves a word."""
     try:
-        return subject.logits(model, trial.tokens, trial.mask)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's own about types that meet under autocast
+            return subject.logits(model, trial.tokens, trial.mask)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "without overflow" in reason:

@@ -1,0 +1,300 @@
+"""The same numbers on another path: attention backends, compilers, exporters, recomputation, another device."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from checks.devices import Homeless
+from checks.expect import Bound, NotApplicable, advise, expect_close, fail, farthest, needs, note, slow
+from checks.precision import precise, precision, spread
+from checks.randomness import seeded
+from checks.where import first_breaking
+
+CONTRACT = ("check_contract.check_logits_have_shape",)
+COMPILED = 1e-4  # standard deviations of the logits in float32; correct models: 2e-6
+ROWS = 3
+RATE = 0.3
+
+
+def _tokens(subject: Any) -> Tensor:
+    return subject.tokens(ROWS, subject.sizes.block_size, seed=subject.seed)
+
+
+def _masks(subject: Any, tokens: Tensor) -> Iterator[tuple[str, Tensor | None]]:
+    yield "without a mask", None
+    if subject.takes_mask and tokens.shape[1] > 3:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[-1, -2:] = False
+        yield "with a padding mask", mask
+
+
+def _real(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits with those of padding set to 0: nothing is said of them."""
+    return logits if mask is None else logits.masked_fill(~mask[..., None], 0.0)
+
+
+def _clearly_differ(a: Tensor, b: Tensor) -> bool:
+    return farthest(a, b) > 1e-5 * spread(a)
+
+
+@needs(*CONTRACT)
+def check_forward_stays_on_its_device(subject: Any) -> None:
+    """What the forward makes is where the tokens and weights are, not on the default device."""
+    model, tokens = subject.build(seed=subject.seed), _tokens(subject)
+    for given, mask in _masks(subject, tokens):
+        owned = [*model.parameters(), *model.buffers(), tokens, *([] if mask is None else [mask])]
+        with torch.no_grad(), Homeless(owned) as watch:
+            subject.logits(model, tokens, mask)
+        if watch.found:
+            maker, met, line = watch.found
+            fail(
+                f"the forward ({given}) makes a tensor by torch.{maker} on the default device and mixes it with the "
+                f"model's in {met}: on a GPU this raises",
+                where=line,
+                likely=("device-hardcoded",),
+                advice=f"torch.{maker}(…, device=tokens.device)",
+            )
+
+
+@needs(*CONTRACT)
+def check_attention_backends_agree(subject: Any) -> None:
+    """The logits are the same whichever of PyTorch's kernels, or of the model's own attention paths, computes them."""
+    model, tokens = precise(subject), _tokens(subject)
+    tried = []
+    for given, mask in _masks(subject, tokens):
+        forward = partial(subject.logits, model, tokens, mask)
+        with torch.no_grad():
+            want = forward()
+            for name, path in _paths(model):
+                try:
+                    with path():
+                        got = forward()
+                except Exception as error:  # a path that this model, or this machine, does not have
+                    note(**{f"refused: {name}": f"{type(error).__name__}: {error}"[:200]})
+                    continue
+                tried.append(name)
+                _expect_path(subject, model, got, want, mask, f"{name} ({given})", forward, path)
+    note(tried=sorted(set(tried)))
+    if not tried:
+        raise NotApplicable("the model has one attention path")
+
+
+def _expect_path(
+    subject: Any, model: nn.Module, got: Tensor, want: Tensor, mask: Tensor | None, name: str, forward: Callable,
+    path: Callable,
+) -> None:  # fmt: skip
+    def again() -> Any:
+        with path():
+            return forward()
+
+    expect_close(
+        _real(got, mask),
+        _real(want, mask),
+        bound=precision(subject).bound(want),
+        says=f"with {name} the logits are others",
+        where=partial(first_breaking, model, forward, again, _clearly_differ),
+        likely=("backends-disagree",),
+        advice="both paths need the same mask, scale, softcap and alignment of queries and keys",
+    )
+
+
+FLAG = re.compile(
+    r"^(use_|enable_|is_|_)*(flash|sdpa|fused|efficient|fast|memory_efficient)(_?(attn|attention|path))?$"
+)
+
+
+def _paths(model: nn.Module) -> Iterator[tuple[str, Callable]]:
+    """Other ways of computing attention: PyTorch's plain kernel, the model's own switches, the library's."""
+    yield "PyTorch's math kernel", partial(sdpa_kernel, SDPBackend.MATH)
+    flags = sorted(
+        {key for m in model.modules() for key, v in vars(m).items() if isinstance(v, bool) and FLAG.match(key)}
+    )
+    for flag in flags:
+        yield f"{flag} switched", partial(_switched, model, flag)
+    if hasattr(model, "set_attn_implementation") and hasattr(model, "config"):
+        now = getattr(model.config, "_attn_implementation", None)
+        for other in {"eager", "sdpa"} - {now}:
+            yield f"{other} attention", partial(_implemented, model, other, now)
+
+
+@contextmanager
+def _switched(model: nn.Module, flag: str) -> Iterator[None]:
+    held = [(module, vars(module)[flag]) for module in model.modules() if isinstance(vars(module).get(flag), bool)]
+    for module, value in held:
+        setattr(module, flag, not value)
+    try:
+        yield
+    finally:
+        for module, value in held:
+            setattr(module, flag, value)
+
+
+@contextmanager
+def _implemented(model: Any, name: str, before: Any) -> Iterator[None]:
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@needs(*CONTRACT)
+def check_compiled_model_agrees(subject: Any) -> None:
+    """Captured by torch.compile, without a code generator, the model gives the same logits and gradients."""
+    _expect_compiled(subject, "aot_eager")
+
+
+@slow("Inductor generates and compiles code for 20 to 35 seconds")
+@needs(*CONTRACT, "check_portability.check_compiled_model_agrees")
+def check_inductor_agrees(subject: Any) -> None:
+    """Compiled by Inductor, the model gives the same logits and gradients."""
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        raise NotApplicable("no C++ compiler here")
+    _expect_compiled(subject, "inductor")
+
+
+def _expect_compiled(subject: Any, backend: str) -> None:
+    sizes = dict(n_layer=1) if subject.can_vary("n_layer") else {}
+    model = subject.amplified(seed=subject.seed, dtype=torch.float32, **sizes)
+    tokens = _tokens(subject)
+    want, gradients = _with_gradients(subject, model, tokens)
+    forward = model.forward
+    torch._dynamo.reset()
+    try:
+        model.forward = torch.compile(forward, backend=backend)  # whatever calls the model now calls this
+        got, theirs = _with_gradients(subject, model, tokens)
+    except Exception as error:  # a compiler that gives up changes no number
+        advise(f"torch.compile(backend={backend!r}) gives up: {type(error).__name__}")
+        raise NotApplicable(f"torch.compile gives up: {str(error).splitlines()[0][:200]}") from None
+    finally:
+        vars(model).pop("forward", None)
+        torch._dynamo.reset()
+    finding: dict[str, Any] = dict(
+        likely=("other-path-when-compiled",),
+        advice="look for torch.compiler.is_compiling() and is_tracing(), and for Python state that a forward changes",
+    )
+    says = f"compiled by torch.compile(backend={backend!r}) the logits are others"
+    expect_close(got, want, bound=_single(want), says=says, **finding)
+    for name, gradient in gradients.items():
+        says = f"compiled by torch.compile(backend={backend!r}) the gradient of {name} is another"
+        axes = [f"index {axis}" for axis in range(gradient.dim())]
+        largest = max(float(g.abs().max()) for g in gradients.values() if g.numel())
+        bound = Bound(COMPILED * largest, f"{COMPILED:.0e} of the largest gradient")
+        expect_close(theirs[name], gradient, bound=bound, says=says, axes=axes, **finding)
+
+
+def _single(logits: Tensor) -> Bound:
+    return Bound(COMPILED * spread(logits), f"{COMPILED:.0e} standard deviations of the logits, in float32")
+
+
+def _with_gradients(subject: Any, model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    with seeded(subject.seed):
+        logits = subject.logits(model, tokens)
+        if logits.requires_grad:
+            logits.square().mean().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@needs(*CONTRACT)
+def check_exported_model_agrees(subject: Any) -> None:
+    """Exported by torch.export, the model gives the same logits, for other tokens than those it was exported with."""
+    model, tokens = subject.amplified(seed=subject.seed, dtype=torch.float32), _tokens(subject)
+    others = subject.tokens(*tokens.shape, seed=subject.seed + 1)
+    with torch.no_grad():
+        subject.logits(model, tokens)
+        try:
+            exported = torch.export.export(_AsModule(subject, model), (tokens,)).module()
+        except Exception as error:  # control flow that depends on data, say
+            raise NotApplicable(f"torch.export refuses the model: {str(error).splitlines()[0][:200]}") from None
+        got, want = exported(others), subject.logits(model, others)
+    expect_close(
+        got,
+        want,
+        bound=_single(want),
+        says="exported by torch.export the model gives other logits",
+        likely=("other-path-when-compiled", "constant-baked-in"),
+        advice="look for .item(), int(tensor) and torch.compiler.is_compiling(): what they gave while tracing is fixed",
+    )
+
+
+class _AsModule(nn.Module):
+    """The subject's call as a module, so that whatever the model returns is exported as logits."""
+
+    def __init__(self, subject: Any, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.call = partial(subject.logits, model)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.call(tokens)
+
+
+@needs(*CONTRACT, "check_gradients.check_training_gradients_equal_finite_differences")
+def check_recomputation_changes_nothing(subject: Any) -> None:
+    """With activation checkpointing the loss and its gradients are those without, dropout included."""
+    sizes: dict[str, Any] = dict(dropout=RATE) if subject.can_vary("dropout") else {}
+    model, tokens = precise(subject, **sizes).train(), _tokens(subject)
+    switch = _checkpointing(model)
+    if switch is None:
+        raise NotApplicable("no switch for activation checkpointing: no gradient_checkpointing_enable(), no flag")
+    want, gradients = _with_gradients(subject, model, tokens)
+    switch()
+    calls = []
+    original = torch.utils.checkpoint.checkpoint
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    with patch.object(torch.utils.checkpoint, "checkpoint", counted):
+        got, theirs = _with_gradients(subject, model, tokens)
+    if not calls:
+        note(recomputed="not seen: torch.utils.checkpoint.checkpoint may have been imported by name")
+    finding: dict[str, Any] = dict(
+        likely=("recomputation-drops-other-units", "recomputation-under-no-grad"),
+        advice="use torch.utils.checkpoint.checkpoint(…, use_reentrant=False) and leave preserve_rng_state as it is",
+    )
+    bound = precision(subject).bound(want)
+    expect_close(got, want, bound=bound, says="with activation checkpointing the logits are others", **finding)
+    largest = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
+    for name, gradient in gradients.items():
+        missing = name not in theirs
+        expect_close(
+            torch.zeros_like(gradient) if missing else theirs[name],
+            gradient,
+            bound=Bound(1e-6 * largest, "1e-06 of the largest gradient"),
+            says=f"with activation checkpointing {name} gets {'no' if missing else 'another'} gradient",
+            axes=[f"index {axis}" for axis in range(gradient.dim())],
+            **finding,
+        )
+
+
+CHECKPOINTING = re.compile(r"^(use_|enable_)?(gradient_|activation_|grad_|act_)?(checkpoint(ing)?|recompute|ckpt)$")
+
+
+def _checkpointing(model: Any) -> Callable[[], None] | None:
+    """What turns on activation checkpointing: the library's method, or every flag of that name."""
+    if callable(getattr(model, "gradient_checkpointing_enable", None)):
+        if not getattr(model, "supports_gradient_checkpointing", True):
+            return None
+        return partial(model.gradient_checkpointing_enable)
+    holders = [vars(module) for module in model.modules()]
+    holders += [vars(h["config"]) for h in holders if hasattr(h.get("config"), "__dict__")]
+    flags = [(h, key) for h in holders for key, value in h.items() if value is False and CHECKPOINTING.match(key)]
+
+    def turn_on() -> None:
+        for holder, key in flags:
+            holder[key] = True
+
+    return turn_on if flags else None

@@ -1,0 +1,75 @@
+"""Tensors that a forward makes where PyTorch's default device is, and then mixes with the model's own.
+
+On a CPU nothing shows; where model and tokens are on a GPU, the same line raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from checks.expect import Where
+from checks.where import line_now
+
+MAKERS = {
+    "arange", "zeros", "ones", "full", "empty", "eye", "linspace", "logspace", "rand", "randn", "randint", "randperm",
+    "tensor", "as_tensor", "from_numpy", "tril_indices", "triu_indices", "hann_window",
+}  # fmt: skip
+MOVES = {"to", "cuda", "type_as", "new_tensor", "copy_", "__get__"}
+ACCEPTS = {
+    "__getitem__",
+    "__setitem__",
+    "index_put_",
+    "item",
+    "tolist",
+    "numpy",
+    "__len__",
+    "size",
+    "allclose",
+    "equal",
+}
+
+
+class Homeless(TorchFunctionMode):
+    """Follows tensors made without a device; `found` is the first place where one meets a tensor of the model."""
+
+    def __init__(self, model_tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.found: tuple[str, str, Where | None] | None = None  # what made it, what it met in, where
+        self.kept: list[Tensor] = []  # so that no id is given twice
+        self.made: dict[int, str] = {}
+        self.theirs = {id(tensor) for tensor in model_tensors}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        out = func(*args, **kwargs)
+        given = [t for value in (*args, *kwargs.values()) for t in _tensors(value)]
+        strays = [self.made[id(t)] for t in given if id(t) in self.made and t.dim() > 0]
+        theirs = any(id(t) in self.theirs for t in given)
+        if name in MAKERS and kwargs.get("device") is None and not given:
+            self._adopt(out, self.made, name)
+        elif strays and theirs and name not in ACCEPTS | MOVES:
+            self.found = self.found or (strays[0], name, line_now())
+        elif strays and not theirs and name not in MOVES:
+            self._adopt(out, self.made, strays[0])
+        if theirs or (name in MOVES and strays):
+            self._adopt(out, self.theirs)
+        return out
+
+    def _adopt(self, out: Any, into: dict[int, str] | set[int], name: str = "") -> None:
+        for tensor in _tensors(out):
+            self.kept.append(tensor)
+            if isinstance(into, dict):
+                into[id(tensor)] = name
+            else:
+                into.add(id(tensor))
+                self.made.pop(id(tensor), None)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []
