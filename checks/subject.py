@@ -118,7 +118,7 @@ class Subject:
         **sizes: Any,
     ) -> nn.Module:
         """A model whose weights are large enough to show what initialization hides."""
-        model = self.build(seed=seed, **sizes).to(dtype)
+        model = cast(self.build(seed=seed, **sizes), dtype)
         if scheme is not None:
             amplify(model, *scheme, seed=seed)
         return model
@@ -210,6 +210,11 @@ class Subject:
         """The command that runs this check alone, with this seed."""
         module, name = check.__module__.rpartition(".")[2], check.__name__
         return f"pytest --model {shlex.quote(self.name)} --seed {self.seed} -k '{module} and {name}'"
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in another floating-point type; `model.to(dtype)` would make complex numbers (rotary angles) real."""
+    return model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 def amplify(model: nn.Module, gain: float, embedding: float, *, seed: int) -> None:

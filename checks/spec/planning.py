@@ -67,9 +67,11 @@ def _outer(inventory: Inventory, shape: Shape) -> dict:
     layers = [w.order for layer in inventory.layers for w in layer if w.order is not None]
     first, last = min(layers, default=0), max(layers, default=0)
     tables = [w for w in inventory.outer if not w.is_vector]
-    vocabulary = [w for w in tables if C in w.shape and len(w.shape) == 2 and w.numel // C >= V]
-    if not vocabulary:
+    matrices = [w for w in tables if C in w.shape and len(w.shape) == 2 and w.numel // C >= V]
+    if not matrices:
         raise NoPlan(f"no weight has the shape of an embedding, [{V}, {C}]")
+    looked_up = [w for w in matrices if w.by == "embedding"] or matrices
+    vocabulary = [w for w in matrices if w.numel == looked_up[0].numel]
     rest = [w for w in tables if w not in vocabulary]
     positions = [w for w in rest if w.shape[-1] == C and w.numel // C >= T and (w.order or 0) < first]
     fixed = [w for w in inventory.buffers if w.shape[-1:] == (C,) and w.numel // C >= T]

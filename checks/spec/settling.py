@@ -20,7 +20,7 @@ from checks.spec.oracle import USUAL_BASES, USUAL_EPS, Variant, build, norms_of,
 from checks.spec.planning import plans
 from checks.spec.promotion import promoted
 from checks.spec.roles import NoPlan, Plan, Shape
-from checks.subject import ABSENCE, amplify
+from checks.subject import ABSENCE, amplify, cast
 
 FAMILIES = ("gpt2", "llama")
 # Sizes that differ from one another and from what follows from them; the first that the subject takes.
@@ -134,7 +134,7 @@ def _specimen(subject: Any, sizes: dict[str, int], dtype: torch.dtype) -> Specim
         model = subject.build(seed=subject.seed, **{k: v for k, v in asked.items() if subject.can_vary(k)})
         if sum(p.numel() for p in model.parameters()) > LARGEST:
             raise NotApplicable(f"more than {LARGEST:,} weights: declare the architecture on a smaller model")
-        model.to(dtype)
+        cast(model, dtype)
         tokens = subject.tokens(3, asked["block_size"], seed=subject.seed)
         short = tokens[:2, : min(5, tokens.shape[1])].contiguous()
         inventory = take(model, lambda: subject.logits(model, short), asked["n_layer"])

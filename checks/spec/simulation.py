@@ -45,12 +45,12 @@ def explanations(
 ) -> tuple[list[Simulated], bool]:
     """The bugs that give the subject's logits, each of them exactly; and whether all were tried before `until`."""
     found: list[Simulated] = []
-    clean = logits(build(plan, variant), tokens)
+    clean = logits(build(plan, variant), tokens)[..., : theirs.shape[-1]]
     for one in simulated(plan, variant):
         if time.monotonic() > until:
             return found, False
         try:
-            ours = logits(one.model, tokens)
+            ours = logits(one.model, tokens)[..., : theirs.shape[-1]]
         except Exception:  # damage that these sizes cannot bear is not what the subject has
             continue
         same = ours.shape == theirs.shape and apart(theirs, ours) <= bound

@@ -134,5 +134,5 @@ def _by_part(
 
 
 def _same(model: nn.Module, found: Settled, bound: float) -> bool:
-    ours = logits(model, found.specimen.tokens)
+    ours = logits(model, found.specimen.tokens)[..., : found.theirs.shape[-1]]
     return ours.shape == found.theirs.shape and apart(found.theirs, ours) <= bound
