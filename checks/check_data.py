@@ -229,7 +229,7 @@ def check_processes_draw_from_streams_of_their_own(subject: Any) -> None:
 
 def of_rank(subject: Any, rank: int) -> Tensor:
     """A training step as the process of this rank makes it, alone with all the examples."""
-    from transformer import trainer as ours
+    import transformer.trainer as ours
 
     class Alone(ours.distributed.SingleProcess):
         pass
