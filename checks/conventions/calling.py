@@ -24,7 +24,7 @@ ROWS, LENGTH, SOURCE_LENGTH = 3, 7, 5  # of a probe; B, T and V all differ
 HEADS = ("generator", "lm_head", "head", "project", "projection", "proj", "to_logits", "unembed", "output_layer",
          "fc_out", "hidden_state_to_token", "out_proj", "output", "out", "decoder", "linear", "fc", "projection_layer",
          "final_layer", "classifier", "embed_out", "unembedding")  # fmt: skip
-METHODS = ("forward_inference", "logits", "get_logits", "forward_logits", "predict", "forward_pass", "__call__")
+METHODS = ("forward_inference", "logits", "get_logits", "forward_logits", "predict", "forward_pass")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def _attempt(
         with torch.no_grad():
             output = way.run(model, tokens)
         layout, logits = recognise(output, B, T, vocabulary)
+        if logits.device.type != tokens.device.type:
+            raise Unreadable(f"the logits are on {logits.device}, the tokens on {tokens.device}")
     except Unreadable as problem:
         attempts.append((way, problem))
         if problem.short:

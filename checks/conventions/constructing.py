@@ -148,6 +148,8 @@ class Recipe:
         on_meta = any(p.is_meta for p in model.parameters())
         if on_meta:
             model.to_empty(device="cpu")
+        if name is None and on_meta:
+            raise NotAModel("its weights are on the meta device, and no init_weights() gives them values")
         if name is not None:
             getattr(model, name)()
             self.home.remark(f"{name}() called after construction")

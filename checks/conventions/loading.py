@@ -10,6 +10,7 @@ import importlib.machinery
 import json
 import linecache
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from checks.conventions.usage import UsageError, own_frames, place, shown, what_
 
 LOADING_SECONDS = 30.0
 # What the machine lacks is excused, what the code gets wrong is not.
-LACKS = (OSError, ImportError, SystemExit, EOFError)
+LACKS = (OSError, ImportError, EOFError)
 LACKING = (
     "no such file",
     "cuda",
@@ -94,6 +95,10 @@ class SubjectLoader(importlib.machinery.SourceFileLoader):
 
 def excused(error: BaseException, home: Home) -> bool:
     """Whether the machine is to blame: a file, library, device, network or argument that is not there."""
+    if isinstance(error, SystemExit):
+        return any(frame.filename.endswith("argparse.py") for frame in traceback.extract_tb(error.__traceback__))
+    if isinstance(error, ImportError) and error.path is not None and home.owns(error.path):
+        return False
     return isinstance(error, LACKS) or any(word in str(error).lower() for word in LACKING)
 
 

@@ -89,6 +89,8 @@ def recognise(output: Any, B: int, T: int, V: int | None) -> tuple[Layout, Tenso
     found = list(tensors_in(output))
     for _, tensor in found:
         layout = _layout(tensor, B, T, V)
+        if layout is not None and not tensor.is_floating_point():
+            raise Unreadable(f"logits are {tensor.dtype}, expected floating-point numbers: {described(output)}")
         if layout is not None:
             return layout, tensor
     raise _unreadable(output, found, B, T, V)

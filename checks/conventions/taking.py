@@ -59,7 +59,8 @@ def definitions(tree: ast.Module, wanted: Iterable[str] = ()) -> ast.Module:
 def dropped(tree: ast.Module, kept: ast.Module) -> list[int]:
     """Lines of statements that were not taken."""
     left = {id(node) for node in kept.body}
-    return [s.lineno for s in tree.body if id(s) not in left and not _is_main_guard(s) and not isinstance(s, ast.If)]
+    said = (s for s in tree.body if not isinstance(s, ast.If | ast.Pass) and not _is_main_guard(s))
+    return [statement.lineno for statement in said if id(statement) not in left]
 
 
 class _Keep:

@@ -46,12 +46,13 @@ def place(error: BaseException, home: Home) -> str:
 def what_happened(error: BaseException, home: Home) -> str:
     """`model.py:12: self.head = nn.Linear(n, m) raised TypeError: …`."""
     where, frames = place(error, home), list(own_frames(error, home))
-    name, said = type(error).__name__, str(error).strip() or "no message"
+    said = str(error).strip() or "no message"
     said = said if len(said) < 400 else said[:400] + " …"
+    said = said if type(error).__module__.startswith("checks.") else f"{type(error).__name__}: {said}"
     if isinstance(error, SyntaxError):
-        return f"{where}: {name}: {error.msg}" + (f"\n    {error.text.strip()}" if error.text else "")
+        return f"{where}: {type(error).__name__}: {error.msg}" + (f"\n    {error.text.strip()}" if error.text else "")
     line = f"\n    {frames[-1].line}" if frames and frames[-1].line else ""
-    return f"{where}: {name}: {said}{line}" if where else f"{name}: {said}"
+    return f"{where}: {said}{line}" if where else said
 
 
 def without_us(trace: TracebackType | None) -> TracebackType | None:

@@ -47,6 +47,6 @@ def train(config):
 
 
 class Trainer(lightning_of_nowhere.LightningModule):
-    def __init__(self, model: Annotated["b t"]):
+    def __init__(self, model: Annotated[nn.Module]):
         super().__init__()
         self.model = model

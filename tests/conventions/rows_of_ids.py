@@ -2,7 +2,6 @@
 
 import numpy as np
 
-
 rng = np.random.default_rng(0)
 table, mix, head = rng.normal(size=(29, 16)), rng.normal(size=(16, 16)), rng.normal(size=(16, 29))
 

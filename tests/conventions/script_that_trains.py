@@ -24,7 +24,8 @@ block_size = 64
 n_embd = 64
 n_head = 4
 n_layer = 2
-text = open("input.txt").read()
+with open("input.txt") as file:
+    text = file.read()
 chars = sorted(set(text))
 vocab_size = len(chars)
 stoi = {c: i for i, c in enumerate(chars)}
@@ -53,7 +54,7 @@ class GPT(nn.Module):
 
 model = GPT()
 optimizer = torch.optim.AdamW(model.parameters())
-for step in range(10_000):
+for _ in range(10_000):
     i = torch.randint(len(data) - block_size - 1, (1,)).item()
     logits, loss = model(data[None, i : i + block_size], data[None, i + 1 : i + block_size + 1])
     loss.backward()

@@ -1,0 +1,5 @@
+"""Divides by zero when it is imported."""
+
+import torch
+
+scale = torch.pi / 0  # here

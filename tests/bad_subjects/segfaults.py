@@ -1,0 +1,16 @@
+"""Reads memory at address 0."""
+
+import ctypes
+
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self, vocab_size, n_embd):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, n_embd)
+        self.head = nn.Linear(n_embd, vocab_size)
+
+    def forward(self, tokens):
+        return ctypes.string_at(0)  # here

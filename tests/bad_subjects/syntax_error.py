@@ -1,0 +1,7 @@
+"""Does not parse."""
+
+import torch
+
+
+def broken(:  # here
+    return torch

@@ -1,0 +1,18 @@
+"""Waits in C, where no alarm is heard."""
+
+import signal
+import time
+
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self, vocab_size, n_embd):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, n_embd)
+        self.head = nn.Linear(n_embd, vocab_size)
+
+    def forward(self, tokens):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        time.sleep(1000)  # here

@@ -1,0 +1,186 @@
+"""Bad subjects: each gets a clear answer with its own file and line, none of our traceback, and none is ever green."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from checks import check_model
+from checks.conventions import UsageError, home, loading
+from checks.subject import Subject
+
+HERE = Path(__file__).parent / "bad_subjects"
+
+# file[:NAME] -> words of the error; a file with a line marked "# here" has that line named as well
+REFUSED = {
+    "broken_notebook.ipynb": ("not a notebook",),
+    "computes_with_a_missing_library.py": ("fused_of_nowhere.scan", "install fused_of_nowhere"),
+    "exits_at_import.py": ("sys.exit(0)",),
+    "exits_in_forward.py": ("sys.exit(0)",),
+    "factory_gives_a_dict.py": ("build_model", "got dict"),
+    "hangs_at_import.py": ("still running after 1 s",),
+    "hangs_in_forward.py": ("still running after 1 s",),
+    "hidden_states_only.py": ("vocabulary of 17", "have 32"),
+    "imports_what_is_not_there.py": ("ImportError", "missing_name"),
+    "integer_logits.py": ("torch.int64", "floating-point"),
+    "kills_at_import.py": ("os._exit(0)",),
+    "kills_in_forward.py": ("os._exit(0)",),
+    "last_position_only.py": ("[3, 17]", "the last position only", "def build_model(vocab_size, block_size):"),
+    "needs_a_gpu.py": ("CUDA",),
+    "never_initialized.py": ("meta device", "init_weights()"),
+    "no_model.py": ("no model", "gelu, softmax", "def build_model(vocab_size, block_size):"),
+    "other_device.py": ("on meta", "on cpu"),
+    "raises_at_import.py": ("ZeroDivisionError", "scale = torch.pi / 0"),
+    "raises_in_constructor.py": ("ValueError: the width must be 7",),
+    "raises_in_forward.py": ("RuntimeError", "[3, 32]"),
+    "recursive_constructor.py": ("RecursionError",),
+    "returns_a_loss_only.py": ("expected logits [3, 7, V], got Tensor []",),
+    "returns_nothing.py": ("got None",),
+    "several_models.py": ("--model", "several_models.py:Small", "several_models.py:Large"),
+    "several_models.py:Medium": ("has no Medium", "Small, Large"),
+    "several_models.py:nn": ("module: expected a class, a factory or a model",),
+    "syntax_error.py": ("SyntaxError", "def broken("),
+    "unfillable.py": ("codebook, router", "Model(codebook=…, router=…, …)"),
+    "unhashable.py": ("unhashable",),
+    "vocabulary_ignored.py": ("vocabulary of 17", "50257", "head is a Linear"),
+    "wants_a_graph.py": ("graph.degree",),
+}
+ANYWHERE = ("recursive_constructor.py",)  # which of its frames is the last is up to Python
+
+
+def here(name: str) -> str:
+    """`file.py:12`, the marked line; the file's name alone where none is."""
+    file = name.partition(":")[0]
+    for number, line in enumerate((HERE / file).read_text().splitlines(), start=1):
+        if "# here" in line and file not in ANYWHERE:
+            return f"{file}:{number}"
+    return file
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_by_its_own_line(name, monkeypatch):
+    if name.startswith("hangs"):
+        monkeypatch.setattr(home, "RUNNING_SECONDS", 1.0)
+        monkeypatch.setattr(loading, "LOADING_SECONDS", 1.0)
+    with pytest.raises(UsageError) as refusal:
+        Subject.meet(str(HERE / name))
+    said = str(refusal.value)
+    assert here(name) in said
+    for words in REFUSED[name]:
+        assert words in said
+    assert "Traceback" not in said and not re.search(r"checks/(conventions|subject)", said)
+    assert refusal.value.__cause__ is None
+    assert refusal.value.__suppress_context__ or refusal.value.__context__ is None
+
+
+# file -> words of the report of its checks, which name the marked line as well
+TOLD_BY_A_CHECK = {
+    "nan_logits.py": ("nan",),
+    "raises_at_one_token.py": ("no pair of tokens",),
+    "raises_at_block_size.py": ("one position too many",),
+    "mutates_its_input.py": ("token",),
+}
+
+
+@pytest.mark.parametrize("name", TOLD_BY_A_CHECK)
+def test_it_is_told_by_a_check(name):
+    report = check_model(str(HERE / name), checks=["contract", "modes"], seed=1)
+    assert not report.passed
+    said = " ".join(repr(report).split())
+    assert here(name) in said
+    for words in TOLD_BY_A_CHECK[name]:
+        assert words in said.lower()
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", ("odd_equality.py", "warns.py", "prints_megabytes.py", "changes_global_state.py"))
+def test_it_can_be_checked_all_the_same(name, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = check_model(str(HERE / name), checks=["check_logits_have_shape"], seed=1)
+    assert report.passed
+    assert len(capsys.readouterr().out) < 2 * home.PRINTED_CHARACTERS
+
+
+def test_what_everyone_shares_is_put_back():
+    threads, folder = torch.get_num_threads(), os.getcwd()
+    torch.manual_seed(7), numpy.random.seed(7), random.seed(7)
+    wanted = torch.rand(1), numpy.random.rand(), random.random()
+    torch.manual_seed(7), numpy.random.seed(7), random.seed(7)
+    modules, path = set(sys.modules), list(sys.path)
+    subject = Subject.meet(str(HERE / "changes_global_state.py"))
+    subject.logits(subject.build(), subject.tokens(2, 3))
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == threads and os.getcwd() == folder
+    assert "CHECKED_BY" not in os.environ
+    assert sys.path == path and not {name for name in set(sys.modules) - modules if "changes_global" in name}
+    assert (torch.rand(1), numpy.random.rand(), random.random()) == wanted
+    for setting in ("default dtype", "number of threads", "gradient mode", "deterministic", "working directory"):
+        assert setting in subject.header
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("nowhere.py", ("no file nowhere.py", "FILE.py[:NAME]")),
+        ("nowhere.py:GPT", ("no file nowhere.py",)),
+        ("package_of_nowhere.module:GPT", ("no module 'package_of_nowhere.module'",)),
+        ("two words", ("'two words'", "FILE.py[:NAME]")),
+        (str(HERE) + "/", ("folder",)),
+        ("", ("FILE.py[:NAME]",)),
+    ],
+)
+def test_a_name_that_means_nothing_is_said_to(given, words):
+    with pytest.raises(UsageError) as refusal:
+        Subject.meet(given)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+# file -> how its process ends and in which check; what is supervised never ends green
+SUPERVISED = {
+    "segfaults.py": ("killed by SIGSEGV", "before its first check"),
+    "segfaults_later.py": ("killed by SIGSEGV", "check_"),
+    "aborts.py": ("killed by SIGABRT", "before its first check"),
+    "ends_without_a_word.py": ("ended itself with exit code 0", "before its first check"),
+    "waits_past_python.py": ("was silent for 15 s", "before its first check"),
+}
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_a_process_that_dies_is_reported(name):
+    run = supervised(str(HERE / name), "--patience", "15", "--seed", "1")
+    assert run.returncode == 1
+    for words in (*SUPERVISED[name], "not green"):
+        assert words in run.stderr
+    if name != "ends_without_a_word.py":
+        assert here(name) in run.stderr
+
+
+def test_a_mistake_under_supervision_has_pytests_own_exit_code():
+    run = supervised(str(HERE / "no_model.py"))
+    assert run.returncode == 4
+    assert "no_model.py has no model" in run.stdout + run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+
+
+def supervised(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "checks", *arguments, "-p", "no:cacheprovider"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_every_file_is_used():
+    files = {path.name for path in HERE.iterdir() if path.is_file()}
+    used = {name.partition(":")[0] for name in (*REFUSED, *TOLD_BY_A_CHECK, *SUPERVISED)}
+    assert files == used | {"odd_equality.py", "warns.py", "prints_megabytes.py", "changes_global_state.py"}
+    assert len(files) >= 30
