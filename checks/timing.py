@@ -1,0 +1,76 @@
+"""Timing in turn: a round runs everything once, so that whatever else loads the machine loads all of it alike.
+
+Only ratios of times from the same rounds mean anything on a machine that is shared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Runs = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median of paired ratios, and the interval that holds it with 95 % confidence (bootstrap)."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def in_turn(
+    runs: Runs,
+    rounds: int,
+    *,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round, after `warmup` rounds that are not counted; every other round is reversed."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(-warmup, rounds):
+        for name in list(runs)[:: 1 if turn % 2 else -1]:
+            spent = timed(runs[name], device, clock)
+            if turn >= 0:
+                seconds[name].append(spent)
+    return seconds
+
+
+def timed(
+    run: Callable[[], object], device: torch.device | str, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds until all that the run has given the device is done."""
+    synchronize(device)
+    start = clock()
+    run()
+    synchronize(device)
+    return clock() - start
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Waits for the device; a GPU's kernels otherwise run on after the call that started them has returned."""
+    kind = torch.device(device).type
+    if kind != "cpu":
+        getattr(torch, kind).synchronize()
+
+
+def ratio(times: Sequence[float], of: Sequence[float]) -> Ratio:
+    """`times` as a multiple of `of`, both from the same rounds."""
+    paired = np.asarray(times) / np.asarray(of)
+    drawn = np.random.default_rng(0).integers(len(paired), size=(2000, len(paired)))
+    low, high = np.percentile(np.median(paired[drawn], axis=1), (2.5, 97.5))
+    return Ratio(float(np.median(paired)), float(low), float(high))
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """k of the power law seconds ~ size^k that fits best, in logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
