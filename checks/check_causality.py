@@ -247,7 +247,7 @@ def rewritings(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
 
 
 @needs(CAUSAL, f"{CAUSAL}_in_training", f"{CAUSAL}_under_a_mask")
-@drawn(when=expect_causal, case=rewritings)
+@drawn(examples=40, when=expect_causal, case=rewritings)
 def check_rewritten_future_cannot_change_past(subject: Any, case: dict[str, Any]) -> None:
     """Whatever a sequence goes on with after a cut, in whatever batch, mode and padding, the logits before it stay."""
     tokens = subject.tokens(case["rows"], case["T"], seed=case["seed"])

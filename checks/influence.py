@@ -123,9 +123,9 @@ def changes(
     """Every row of tokens [R, T] with one real token replaced, at each of the places, by so many other ids."""
     (R, T), V = tokens.shape, subject.sizes.vocab_size
     offsets = torch.arange(1, V)[torch.linspace(0, V - 2, alternatives).long()] if V > 1 else torch.zeros(1).long()
+    last_first = torch.tensor(sorted(places or range(T), reverse=True))  # so that the first row has a past to judge
     row, place, offset = (
-        grid.flatten().to(tokens.device)
-        for grid in torch.meshgrid(torch.arange(R), torch.tensor(places or range(T)), offsets, indexing="ij")
+        grid.flatten().to(tokens.device) for grid in torch.meshgrid(torch.arange(R), last_first, offsets, indexing="ij")
     )
     if mask is not None:
         row, place, offset = (grid[mask[row, place]] for grid in (row, place, offset))
@@ -226,10 +226,14 @@ def find_leak(
 
 
 def _suspects(early: Tensor, place: Tensor, bound: Bound) -> list[int]:
-    """A few rows with a hit above the bound, in the order of the position hit and then of the token changed."""
+    """A few rows with a hit above the bound, in the order of the position hit and then of the token changed.
+
+    The batch's first row is among them: it may be the only one that leaks, into all others.
+    """
     rows, positions = (early > bound.size).nonzero(as_tuple=True)
     first = dict.fromkeys(int(row) for _, _, row in sorted(zip(positions, place[rows], rows, strict=True)))
-    return list(first)[:: max(len(first) // SUSPECTS, 1)][:SUSPECTS]
+    few = list(first)[:: max(len(first) // SUSPECTS, 1)][:SUSPECTS]
+    return few + [row for row in (0,) if row in first and row not in few]
 
 
 def _separately(tried: Changes, row: int) -> Iterator[tuple[Changes, int]]:

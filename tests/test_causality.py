@@ -1,0 +1,352 @@
+"""What the causality checks say: the first leaking pair, the module, the path, and the likely bug."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from checks import checks_in
+from checks.bugs import all_bugs
+from checks.bugs.variants import alibi, no_positions, sinusoidal, sliding_window
+from checks.influence import TRAIN, Changes, call, changes, every_id, find_leak, moves_before, same_arithmetic
+from checks.leaks import pattern
+from checks.subject import Subject, reference, reference_parts
+from checks.verdict import check_id, judge
+
+CHECKS = {check.__name__: check for theme in ("causality", "positions") for check in checks_in(theme)}
+BUGS = all_bugs()
+PAST = "check_future_cannot_change_past"
+
+# bug → the check that finds it, the first leaking pair (t, s), the module, the first likely bug
+LEAKS = {
+    "no-causal-mask": (PAST, (0, 1), "blocks.0.attention", "no-causal-mask"),
+    "one-position-leaks": (PAST, (5, 6), "blocks.0.attention", "one-position-leaks"),
+    "mask-fill-not-negative-enough": (PAST, (0, 1), "blocks.0.attention", "mask-fill-not-negative-enough"),
+    "causal-mask-wrong-in-some-layers": (PAST, (0, 1), "blocks.0.attention", "causal-mask-wrong-in-some-layers"),
+    "last-layer-unmasked": (PAST, (0, 1), "blocks.1.attention", "causal-mask-wrong-in-some-layers"),
+    "causal-mask-dropped-on-a-branch": (
+        f"{PAST}_in_training", (0, 1), "blocks.0.attention", "causal-mask-dropped-on-a-branch",
+    ),
+    "block-summary-leak": (PAST, (0, 1), "blocks.0.attention", "block-summary-leak"),
+    "causal-sees-one-future": (PAST, (0, 1), "blocks.0.attention", "causal-sees-one-future"),
+    "softmax-over-queries": (PAST, (0, 1), "blocks.0.attention", "softmax-over-queries"),
+    "look-ahead-shift": (PAST, (0, 1), "blocks.0", "look-ahead-shift"),
+    "pad-mask-replaces-causal": (f"{PAST}_under_a_mask", (0, 1), "blocks.0.attention", "pad-mask-replaces-causal"),
+}  # fmt: skip
+
+
+def verdict(check: str, bug: str, seed: int = 3):
+    return judge(CHECKS[check], BUGS[bug].subject(seed=seed), {})
+
+
+@pytest.mark.parametrize("bug", LEAKS)
+def test_a_leak_is_told_by_its_first_pair_and_its_module(bug):
+    check, (t, s), module, likely = LEAKS[bug]
+    found = verdict(check, bug)
+    assert found.outcome == "failed", found.says
+    assert found.evidence["first"] == {"t": t, "s": s}
+    assert f"position {t} sees the future" in found.says and f"token {s} " in found.says
+    assert found.where is not None and found.where.module == module
+    assert found.where.file.endswith(".py") and found.where.line > 0
+    assert found.likely[0] == likely
+
+
+def test_the_number_of_leaking_pairs_is_told():
+    assert "78 of 78 pairs" in verdict(PAST, "no-causal-mask").says
+    assert "1 of 78 pairs" in verdict(PAST, "one-position-leaks").says
+
+
+def test_the_path_on_which_it_leaks_is_told():
+    assert "in train mode with dropout 0.2" in verdict(f"{PAST}_in_training", "causal-mask-dropped-with-dropout").says
+    assert "bfloat16" in verdict(f"{PAST}_in_low_precision", "mask-fill-weak-in-half-precision").says
+    assert "no fused attention" in verdict(
+        f"{PAST}_by_another_attention", "causal-mask-only-in-the-fused-path"
+    ).says  # fmt: skip
+    assert "key-value cache" in verdict(f"{PAST}_into_a_cache", "first-read-into-a-cache-sees-one-more").says
+
+
+def test_what_attention_was_seen_to_do_is_told():
+    assert "Masked scores are -10," in verdict(PAST, "mask-fill-not-negative-enough").says
+    assert "axis -2" in verdict(PAST, "softmax-over-queries").says
+    assert "Every attention keeps to the past" in verdict(PAST, "block-summary-leak").says
+    assert "without is_causal" in verdict(f"{PAST}_in_training", "causal-mask-dropped-with-dropout").says
+
+
+def test_leaks_beyond_the_first_positions_are_found():
+    found = verdict(f"{PAST}_in_long_sequences", "causal-hardcoded-length")
+    assert found.outcome == "failed" and found.evidence["length"] == 131
+    assert verdict(PAST, "causal-hardcoded-length").outcome == "passed"  # all is well up to 13 tokens
+
+
+def test_a_passing_check_keeps_the_influence_map():
+    """Row t, column s: 0 above the diagonal, something below."""
+    found = judge(CHECKS[PAST], reference(seed=1), {})
+    influence = torch.tensor(found.evidence["influence"])
+    assert influence.shape == (13, 13)
+    assert not influence.triu(1).any()
+    assert (influence.tril() > 0).sum() == 13 * 14 // 2
+
+
+# -- leaks nobody listed: each breaks one condition of a search that is less than complete
+
+
+class Leaky(nn.Module):
+    """A causal mean of the past, which under a condition also sees the last token."""
+
+    def __init__(self, vocab_size=17, n_embd=32, condition=lambda model, tokens: True, **sizes):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(vocab_size, n_embd), nn.Linear(n_embd, vocab_size)
+        self.condition = condition
+
+    def forward(self, tokens, mask=None):
+        x = self.embedding(tokens)
+        past = x.cumsum(dim=1) / torch.arange(1, x.shape[1] + 1)[:, None]
+        leaks = torch.as_tensor(self.condition(self, tokens))
+        leaks = leaks.expand(tokens.shape) if leaks.dim() < 2 else leaks
+        return self.head(torch.tanh(past + x) + torch.where(leaks[..., None], x[:, -1:], 0.0))
+
+
+def leaky(condition) -> Subject:
+    parts = reference_parts()
+    parts.build_model = lambda **sizes: Leaky(condition=condition, **sizes)
+    return Subject("leaky", parts, seed=5)
+
+
+CONDITIONS = {
+    "always": lambda model, x: True,
+    "at even lengths": lambda model, x: x.shape[1] % 2 == 0,
+    "from eight tokens on": lambda model, x: x.shape[1] >= 8,
+    "at two tokens only": lambda model, x: x.shape[1] == 2,
+    "in batches of one row": lambda model, x: len(x) == 1,
+    "in batches of several rows": lambda model, x: len(x) > 1,
+    "past the first row": lambda model, x: torch.arange(len(x))[:, None] > torch.zeros_like(x),
+    "where symbol 11 stands": lambda model, x: x == 11,
+    "where symbol 4 is first": lambda model, x: (x[:, :1] == 4).expand_as(x),
+    "where the last symbol is 7": lambda model, x: (x[:, -1:] == 7).expand_as(x),
+    "at the last position but one": lambda model, x: torch.arange(x.shape[1]).expand_as(x) == x.shape[1] - 2,
+    "at position 9": lambda model, x: torch.arange(x.shape[1]).expand_as(x) == 9,
+}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_leak_under_a_condition_is_found(condition):
+    found = judge(CHECKS[PAST], leaky(CONDITIONS[condition]), {})
+    assert found.outcome == "failed", found.says
+
+
+def test_a_leak_in_training_alone_is_found():
+    found = judge(CHECKS[f"{PAST}_in_training"], leaky(lambda model, x: model.training), {})
+    assert found.outcome == "failed" and "in train mode" in found.says
+
+
+@pytest.mark.parametrize("mix", ["flipped", "circular", "normed over time", "batch norm"])
+def test_other_ways_of_mixing_time_are_found(mix):
+    """A reversal, a convolution padded in a circle, a norm over the sequence."""
+
+    class Mixed(Leaky):
+        def forward(self, tokens, mask=None):
+            x = self.embedding(tokens)
+            if mix == "flipped":
+                x = x + x.flip(1)
+            elif mix == "circular":
+                x = x + x.roll(1, dims=1)
+            elif mix == "normed over time":
+                x = F.layer_norm(x.transpose(1, 2), x.shape[1:2]).transpose(1, 2)
+            else:
+                x = F.batch_norm(x.transpose(1, 2), None, None, training=True).transpose(1, 2)
+            return self.head(x)
+
+    parts = reference_parts()
+    parts.build_model = lambda **sizes: Mixed(**sizes)
+    assert judge(CHECKS[PAST], Subject("mixed", parts), {}).outcome == "failed"
+
+
+def test_another_row_is_no_future():
+    """A batch leak is the business of the batch laws: causality must not be accused of it."""
+
+    class Coupled(Leaky):
+        def forward(self, tokens, mask=None):
+            x = self.embedding(tokens)
+            return self.head(x.cumsum(dim=1) + x[:1].mean(dim=1, keepdim=True) * (len(tokens) > 1))
+
+    class Averaged(Leaky):
+        def forward(self, tokens, mask=None):
+            x = self.embedding(tokens)
+            return self.head(x.cumsum(dim=1) + x.mean(dim=0, keepdim=True).cumsum(dim=1))
+
+    for kind, outcome in ((Averaged, "passed"), (Coupled, "failed")):  # row 0 of the second does see its own future
+        parts = reference_parts()
+        parts.build_model = lambda kind=kind, **sizes: kind(**sizes)
+        assert judge(CHECKS[PAST], Subject("coupled", parts), {}).outcome == outcome, kind
+
+
+def test_rounding_after_routing_is_no_leak():
+    """Experts multiply as many tokens as chose them: another token's choice rounds differently and proves nothing."""
+
+    class Routed(nn.Module):
+        def __init__(self, vocab_size=17, n_embd=32, **sizes):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(vocab_size, n_embd), nn.Linear(n_embd, vocab_size)
+            self.experts = nn.ModuleList(nn.Linear(n_embd, n_embd) for _ in range(3))
+
+        def forward(self, tokens, mask=None):
+            x = self.embedding(tokens).cumsum(dim=1)
+            choice, out = x[..., :3].argmax(dim=-1), torch.zeros_like(x)
+            for index, expert in enumerate(self.experts):
+                out[choice == index] = expert(x[choice == index])
+            return self.head(out)
+
+    parts = reference_parts()
+    parts.build_model = lambda **sizes: Routed(**sizes)
+    for seed in range(5):
+        found = judge(CHECKS[PAST], Subject("routed", parts, seed=seed), {})
+        assert found.outcome == "passed", found.says
+
+
+def test_expert_choice_is_a_leak():
+    """Experts that choose their tokens from the whole row let a later token push an earlier one out."""
+
+    class Chosen(Leaky):
+        def forward(self, tokens, mask=None):
+            x = self.embedding(tokens).cumsum(dim=1)
+            best = x[..., 0].topk((tokens.shape[1] + 1) // 2, dim=1).indices
+            return self.head(x + torch.zeros_like(x).scatter(1, best[..., None].expand(-1, -1, x.shape[-1]), 1.0))
+
+    parts = reference_parts()
+    parts.build_model = lambda **sizes: Chosen(**sizes)
+    assert judge(CHECKS[PAST], Subject("chosen", parts), {}).outcome == "failed"
+
+
+# -- what is no leak, and what is out of reach
+
+
+def test_an_encoder_that_says_so_is_not_accused():
+    subject = BUGS["no-causal-mask"].subject(causal=False)
+    assert judge(CHECKS[PAST], subject, {}).outcome == "not_applicable"
+
+
+@pytest.mark.parametrize("variant", [sliding_window, alibi, no_positions, sinusoidal])
+def test_legitimate_designs_pass(variant):
+    subject = Subject(variant.__name__, variant(), seed=11)
+    for check in CHECKS.values():
+        found = judge(check, subject, {})
+        assert found.outcome in ("passed", "not_applicable"), f"{check_id(check)}: {found.says}"
+
+
+def test_no_positions_are_reported_and_not_failed():
+    found = judge(CHECKS["check_order_of_tokens_matters"], Subject("nope", no_positions()), {})
+    assert found.outcome == "passed" and "NoPE" in found.remarks[0]
+
+
+def test_a_window_is_told_by_what_it_shows():
+    found = verdict("check_one_block_sees_its_window", "window-ignored")
+    assert found.evidence["window"] == 4 and found.evidence["first"] == {"t": 4, "s": 0}
+    assert "window of 4" in found.says and "sees 13 tokens" in found.says
+    assert "sees 3 tokens" in verdict("check_one_block_sees_its_window", "window-off-by-one").says
+
+
+def test_a_past_that_is_not_read_is_told_by_its_first_pair():
+    found = verdict("check_past_reaches_every_later_position", "first-token-never-seen")
+    assert found.evidence["first"] == {"t": 1, "s": 0} and "12 of 91" in found.says
+    found = verdict("check_past_reaches_every_later_position", "attention-sees-itself-only")
+    assert "nothing of the past is read" in found.says
+
+
+def test_a_prefix_is_told_by_its_length():
+    found = verdict("check_prefix_gives_the_same_logits", "position-reversed")
+    assert "the first 1 of 13 tokens" in found.says and found.likely[0] == "position-reversed"
+
+
+def test_positions_that_look_the_same_are_named():
+    found = verdict("check_order_of_tokens_matters", "positions-start-again")
+    assert found.evidence["first"] == {"a": 0, "b": 8} and found.likely[0] == "positions-start-again"
+    found = verdict("check_order_of_tokens_matters", "position-constant")
+    assert "order is not seen at all" in found.says and found.likely[0] == "position-constant"
+
+
+def test_a_rotation_that_is_not_relative_is_told_by_its_drift():
+    found = verdict("check_rotary_angle_depends_on_distance", "rope-opposite-signs")
+    assert "not relative" in found.says and "rope-opposite-signs" in found.likely
+    assert min(found.evidence["drift"].values()) > 1e-2
+
+
+# -- the machinery
+
+
+def test_every_id_stands_everywhere_once():
+    tokens = every_id(reference(), 13, seed=4)
+    assert tokens.shape == (17, 13)
+    assert all(sorted(column.tolist()) == list(range(17)) for column in tokens.T)
+
+
+def test_changes_replace_one_real_token():
+    subject = reference()
+    tokens = subject.tokens(3, 5)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [False] * 4 + [True]])
+    tried = changes(subject, tokens, mask)
+    assert len(tried.place) == (5 + 3 + 1) * 2
+    assert (tried.plain != tried.changed).sum(dim=1).tolist() == [1] * len(tried.place)
+    assert tried.mask is not None and bool(tried.mask[torch.arange(len(tried.place)), tried.place].all())
+    assert not (tried.judged() & ~tried.mask).any()
+
+
+def test_a_leak_of_a_batch_is_not_confirmed_alone():
+    subject = leaky(lambda model, x: len(x) > 1)
+    model = subject.amplified()
+    leak, _ = find_leak(subject, model, changes(subject, subject.tokens(4, 6)))
+    assert leak is not None and len(leak.tried.place) > 1
+    assert find_leak(subject, model, changes(subject, subject.tokens(1, 6)), alone=True)[0] is None
+
+
+def test_a_rewritten_future_counts_as_one_change():
+    subject = leaky(lambda model, x: True)
+    tokens = subject.tokens(2, 6)
+    rewritten = torch.cat((tokens[:, :3], (tokens[:, 3:] + 1) % 17), dim=1)
+    leak, _ = find_leak(subject, subject.amplified(), Changes(tokens, rewritten, torch.tensor([3, 3])))
+    assert leak is not None and (leak.t, leak.s) == (0, 3)
+
+
+def test_dropout_is_drawn_alike_and_the_mode_put_back():
+    subject = reference()
+    model, tokens = subject.amplified(dropout=0.3), subject.tokens(2, 6)
+    assert torch.equal(call(subject, model, tokens, way=TRAIN), call(subject, model, tokens, way=TRAIN))
+    assert not torch.equal(call(subject, model, tokens, way=TRAIN), call(subject, model, tokens))
+    assert not model.training
+
+
+def test_time_is_the_axis_as_long_as_the_sequence():
+    breaks = moves_before(3, 5)
+    one = torch.zeros(1, 5, 4)
+    early, late = one.clone(), one.clone()
+    early[0, 2], late[0, 3] = 1, 1
+    assert breaks(one, early) and not breaks(one, late)
+    assert not breaks(torch.zeros(2, 4), torch.ones(2, 4))  # no axis of time
+    assert not breaks(one.transpose(1, 2), late.transpose(1, 2))
+
+
+def test_arithmetic_is_the_same_where_operations_and_shapes_are():
+    x = torch.randn(4, 4)
+    y = torch.randn(4, 4)
+    assert same_arithmetic(lambda: x @ x, lambda: y @ y)
+    assert not same_arithmetic(lambda: x @ x, lambda: (x + 1) @ x)
+    assert not same_arithmetic(lambda: x @ x, lambda: x[:2] @ x)
+    assert not same_arithmetic(lambda: x.topk(2), lambda: x.topk(2))
+    assert not same_arithmetic(lambda: torch.fft.rfft(x), lambda: torch.fft.rfft(x))
+
+
+def test_a_pattern_names_its_bug():
+    past, T = torch.ones(8, 8, dtype=torch.float64), 8
+
+    def first(pairs):
+        return pattern(pairs.double(), past)[0]
+
+    upper = torch.ones(T, T).triu(1)
+    assert first(upper) == "no-causal-mask"
+    assert first(upper * 1e-4) == "mask-fill-not-negative-enough"
+    assert first(upper.tril(1)) == "causal-sees-one-future"
+    assert first(upper * (torch.arange(T) == 0)[:, None]) == "causal-excludes-self"
+    assert first(upper * (torch.arange(T)[:, None] // 4 == torch.arange(T) // 4)) == "block-summary-leak"
+    assert first(upper * (torch.arange(T) >= 5)) == "causal-hardcoded-length"
+    assert first(upper.tril(4)) == "window-to-both-sides"
