@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from checks.expect import NotApplicable, fail, needs, note, slow
 from checks.randomness import seeded
-from checks.training_runs import Step, TrainerRun, examples, flat, model_of
+from checks.training_runs import Step, TrainerRun, examples, flat, model_of, needs_trainer
 
 RESUMES = "check_checkpoint.check_a_resumed_training_goes_on_bit_for_bit"
 HALF = 4  # steps before and after the checkpoint: with 7 examples, 3 a step, it is saved amid an epoch
@@ -255,6 +255,7 @@ class Training:
     """A trainer with everything that a checkpoint has to hold; an `other` one begins elsewhere in every way."""
 
     def __init__(self, subject: Any, *, dropout: float = 0.0, other: bool = False) -> None:
+        needs_trainer(subject)
         model = model_of(subject, seed=int(other), dropout=dropout).float()
         self.run = TrainerRun(
             subject, model, examples(subject, 7), sgd=False, batch_size=3, optimizer="adamw", weight_decay=0.1,

@@ -13,7 +13,7 @@ from checks.expect import NotApplicable, advise, fail, needs, note
 from checks.loss_cases import named
 from checks.loss_explained import misread_mask, spans
 from checks.randomness import seeded
-from checks.training_runs import TrainerRun, examples, flat, model_of
+from checks.training_runs import TrainerRun, examples, flat, model_of, needs_trainer
 
 SEQUENCES = [[3, 7, 11, 2, 9, 14, 5, 8], [6, 1, 13, 4], [12, 10, 15, 16, 3, 1]]  # lengths 8, 4, 6; no neighbours alike
 END = 2  # a token id that ends a text, and pads in the check that says so
@@ -116,6 +116,7 @@ def check_an_end_token_counts_though_it_pads(subject: Any) -> None:
 @needs("check_training.check_a_step_follows_the_gradient")
 def check_an_epoch_has_every_example_once(subject: Any) -> None:
     """The windows of an epoch hold every example once, the odd rest included, and nothing else."""
+    needs_trainer(subject)
     train, held_out, size = numbered(subject, range(7)), numbered(subject, range(7, 10)), 3
     run = TrainerRun(subject, model_of(subject), train, validation=held_out, batch_size=size)
     windows = [run.step().examples for _ in range(6)]
@@ -166,6 +167,7 @@ def numbered(subject: Any, numbers: Iterable[int]) -> list[list[int]]:
 @needs("check_data.check_an_epoch_has_every_example_once")
 def check_the_order_changes_with_the_epoch(subject: Any) -> None:
     """No two epochs have the same order."""
+    needs_trainer(subject)
     run = TrainerRun(subject, model_of(subject), numbered(subject, range(11)), batch_size=4)
     orders = [[tuple(e) for _ in range(3) for e in run.step().examples] for _ in range(3)]
     if orders[0] == orders[1] or orders[1] == orders[2]:
@@ -182,6 +184,7 @@ def check_the_order_changes_with_the_epoch(subject: Any) -> None:
 
 def check_a_seed_decides_a_training(subject: Any) -> None:
     """The same seed gives the same bits, whatever was drawn before; another seed gives another training."""
+    needs_trainer(subject)
     ends = [trained(subject, seed=seed, before=before) for seed, before in ((1, 1), (1, 2), (2, 1))]
     if not torch.equal(ends[0], ends[1]):
         says = "two trainings with the same seed, order and weights end at other weights"
@@ -213,8 +216,7 @@ def trained(subject: Any, *, seed: int, before: int) -> Tensor:
 
 def check_processes_draw_from_streams_of_their_own(subject: Any) -> None:
     """Two processes of one training, told apart by rank alone, drop out other units."""
-    if not subject.brings("trainer"):
-        raise NotApplicable("the subject brings no trainer")
+    needs_trainer(subject)
     ends = [of_rank(subject, rank) for rank in (0, 1, 1)]
     note(difference=float((ends[0] - ends[1]).abs().max()))
     if not torch.equal(ends[1], ends[2]):

@@ -10,7 +10,7 @@ import torch
 
 from checks.expect import NotApplicable, fail, needs
 from checks.randomness import seeded, states
-from checks.training_runs import Losses, TrainerRun, examples, flat, model_of
+from checks.training_runs import Losses, TrainerRun, examples, flat, model_of, needs_trainer
 
 WEIGHS = "check_evaluation.check_evaluation_weighs_every_target_alike"
 
@@ -128,6 +128,7 @@ def sample(subject: Any, run: TrainerRun) -> None:
 
 
 def evaluating(subject: Any, held_out: list, size: int, *, dropout: float) -> TrainerRun:
+    needs_trainer(subject)
     model = model_of(subject, dropout=dropout)
     run = TrainerRun(subject, model, examples(subject, 6), validation=held_out, batch_size=size)
     if not hasattr(run.trainer, "evaluate"):

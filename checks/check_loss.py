@@ -397,6 +397,8 @@ def check_loss_leaves_its_inputs_alone(subject: Any) -> None:
             says=f"the loss writes into its {name}, which the caller still uses (they may be the model's own input)",
             advice="Clone before an in-place change: labels = labels.clone(); or use masked_fill, which copies.",
         )  # fmt: skip
+    if loss.inside_model:
+        return  # what a model draws is not its loss's doing
     if not torch.equal(state, torch.get_rng_state()):
         fail("the loss draws random numbers", advice="A loss has nothing to draw.")
     expect_same(loss(logits, targets, mask).detach(), first, axes=(), says="the same call gives another loss")

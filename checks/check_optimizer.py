@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from checks.check_training import FOLLOWS, at
 from checks.expect import advise, fail, needs, note
 from checks.step_conventions import equal_examples, met_step
-from checks.training_runs import Losses, TrainerRun, examples, model_of, pieces
+from checks.training_runs import Losses, TrainerRun, examples, model_of, needs_trainer, pieces
 
 
 @needs(FOLLOWS)
@@ -61,6 +61,7 @@ def shortened(names: list[str]) -> str:
 
 def check_the_optimizer_owns_each_parameter_once(subject: Any) -> None:
     """The optimizer holds the model's own trained parameters, each once, and nothing else."""
+    needs_trainer(subject)
     model = model_of(subject)
     frozen = freeze_one(model)
     run = TrainerRun(subject, model, examples(subject, 2), sgd=False)
@@ -88,6 +89,7 @@ def check_the_optimizer_owns_each_parameter_once(subject: Any) -> None:
 
 def check_decay_keeps_to_its_groups(subject: Any) -> None:
     """Without a gradient, decay shrinks the parameters that are meant to decay by 1 - rate × decay, no others."""
+    needs_trainer(subject)
     model = model_of(subject)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -137,6 +139,7 @@ def check_decay_keeps_to_its_groups(subject: Any) -> None:
 
 def check_the_learning_rate_follows_its_schedule(subject: Any) -> None:
     """Warm-up, then cosine: one tick an optimizer step, whatever the micro-batches, the first step not left out."""
+    needs_trainer(subject)
     peak, low, warmup, steps = 0.1, 0.01, 3, 9
     run = TrainerRun(
         subject, model_of(subject), examples(subject, 6), batch_size=3, micro_batch_size=1, learning_rate=peak,
@@ -191,6 +194,7 @@ def check_the_learning_rate_follows_its_schedule(subject: Any) -> None:
 
 def check_small_updates_survive_low_precision(subject: Any) -> None:
     """Training in bfloat16 keeps weights in which an update of 1e-3 of a weight is not rounded away."""
+    needs_trainer(subject)
     window, model = examples(subject, 4), model_of(subject).float()
     run = TrainerRun(
         subject, model, window, sgd=False, batch_size=4, precision="bfloat16", learning_rate=1e-3, weight_decay=0.0

@@ -28,7 +28,7 @@ from checks.training_explained import (
     shares,
     step_mistakes,
 )
-from checks.training_runs import Losses, Step, TrainerRun, examples, model_of, pieces, write
+from checks.training_runs import Losses, Step, TrainerRun, examples, model_of, needs_trainer, pieces, write
 
 EXACT = 1e-6  # relative, of updates in float64; clipping adds 1e-6 to the norm it divides by
 FOLLOWS = "check_training.check_a_step_follows_the_gradient"
@@ -168,6 +168,7 @@ WINDOWS = ((5, 2, False), (5, 2, True), (4, 3, True), (6, 1, False))  # examples
 @needs(FOLLOWS)
 def check_micro_batches_add_up_to_the_whole(subject: Any) -> None:
     """A window taken in micro-batches, ragged and the last one short, moves the weights as when taken whole."""
+    needs_trainer(subject)
     for count, size, clips in WINDOWS:
         window = examples(subject, count, seed=size)
         model = model_of(subject)
@@ -210,6 +211,7 @@ LAST_DROPPED = ("accum-partial-window-dropped",)
 @needs(FOLLOWS)
 def check_clipping_scales_the_whole_gradient(subject: Any) -> None:
     """Clipping at c multiplies the gradient of all parameters together by min(1, c / its length), before the step."""
+    needs_trainer(subject)
     declared = subject.declared("clip")
     window, model = examples(subject, 3), None
     for share in (0.01, 0.9, 1.1, 1e6):
@@ -245,6 +247,7 @@ def check_clipping_scales_the_whole_gradient(subject: Any) -> None:
 @needs(FOLLOWS)
 def check_the_loss_scale_cancels(subject: Any) -> None:
     """Losses and their count scaled alike (as loss scaling does, then unscaled) leave the clipped update as it was."""
+    needs_trainer(subject)
     window, updates = examples(subject, 3), []
     plain = None
     for scale in (1, 64):

@@ -35,7 +35,7 @@ def closed_form(subject: Any) -> None:
     declared = subject.declared("reduction")
     if declared is not None and declared not in REDUCTIONS:
         raise NotApplicable(f"the loss is declared to be {declared!r}, for which no formula is known here")
-    if loss.inside_model and loss.reading is None:
+    if loss.changes_logits or (loss.inside_model and loss.reading is None):
         raise NotApplicable("the model changes its logits after its head, so the loss of given logits is not to be had")
     expected = subject.declared("smoothing")
     if loss.smoothing and expected is not None and abs(loss.smoothing - expected) > 1e-2:
@@ -71,7 +71,7 @@ def addition(loss: MetLoss) -> str:
         extras, squares = [], []
         for x in (logits, 2 * logits.flip(-1), 0.5 * logits + 1):
             want = (weights * cross_entropy(x, targets, loss.smoothing)).sum()
-            extras.append(float(loss(x, targets, given(loss, mask)) - want))
+            extras.append(float(loss(x, targets, given(loss, mask)).detach() - want))
             squares.append([float((w * x.logsumexp(-1).square()).sum()) for w in (weights, everywhere)])
         size = max(map(abs, extras))
         if size > 1e-6 and max(extras) - min(extras) < 1e-5 * size:

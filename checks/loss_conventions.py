@@ -73,6 +73,7 @@ class MetLoss:
     weighs_symbols: bool = False  # a target counts more or less by its token id
     also_runs: tuple[str, ...] = ()  # ways of calling it that give something else
     inside_model: bool = False
+    changes_logits: bool = False  # the model does, between the logits given and its loss
 
     def __call__(self, logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is not None and not self.masks:
@@ -113,6 +114,7 @@ class Form:
     longest: int = PLACES + SPARE  # the longest row of labels
     takes_mask: bool = False
     inside_model: bool = False
+    changes_logits: bool = False  # the model does, after the module whose output is replaced
     documented: bool = False  # the subject says how it is called: that it cannot be is its own mistake
 
 
@@ -194,7 +196,7 @@ def described(trial: Trial) -> MetLoss:
         reduction=reduction(trial, call, places, dropped, bool(masks)),
         reading=trial.reading if known else None,
         symbols=trial.symbols, left_out=trial.left_out, weighs_symbols=weighs_symbols(trial),
-        inside_model=form.inside_model,
+        inside_model=form.inside_model, changes_logits=form.changes_logits,
     )  # fmt: skip
 
 
@@ -402,7 +404,7 @@ def model_form(subject: Any) -> Form:
     name = next((name for name in MODEL_TARGETS if name in parameters), None)
     if name is None:
         raise NotApplicable("the subject brings no loss, and its model takes no targets")
-    head = find_head(subject, model, name)
+    head, plain = find_head(subject, model, name)
     given: list[Tensor] = []
     head.__dict__["forward"] = lambda *args, **kwargs: given[0]
 
@@ -411,21 +413,43 @@ def model_form(subject: Any) -> Form:
         return returned_loss(model, model(torch.zeros_like(labels), **{name: labels}))
 
     longest = min(PLACES + SPARE, subject.sizes.block_size)
-    return Form(raw, f"model(tokens, {name}=…)", subject.sizes.vocab_size, longest, inside_model=True)
+    V, says = subject.sizes.vocab_size, f"model(tokens, {name}=…)"
+    return Form(raw, says, V, longest, inside_model=True, changes_logits=not plain)
 
 
-def find_head(subject: Any, model: nn.Module, name: str) -> nn.Module:
-    """The last module that gives [B, T, V]; what a model does afterwards (a softcap, a log-softmax) stays in place."""
+def find_head(subject: Any, model: nn.Module, name: str) -> tuple[nn.Module, bool]:
+    """The last module that gives [B, T, V], and whether what it gives are the model's logits as they are.
+
+    What a model does afterwards (a softcap, a log-softmax, something added) stays in place.
+    """
     tokens = subject.tokens(2, min(PLACES, subject.sizes.block_size))
     with torch.no_grad(), recorded(model) as calls:
-        model(tokens, **{name: tokens})
+        result = called_with_targets(subject, model, tokens, name)
     wanted = (*tokens.shape, subject.sizes.vocab_size)
+    logits = [t.flatten() for t in tensors_of(result) if t.dim() > 1 and t.shape[-1] == wanted[-1]]
     for call in reversed(calls):
-        if call.module != type(model).__name__ and any(output.shape == wanted for output in call.outputs):
-            return model.get_submodule(call.module)
-    raise NotApplicable(
-        "the loss is inside the model, and no module of it gives the logits, so they cannot be replaced"
-    )
+        given = next((output for output in call.outputs if output.shape == wanted), None)
+        if call.module != type(model).__name__ and given is not None:
+            plain = not logits or any(torch.equal(t, given.flatten()) for t in logits)
+            return model.get_submodule(call.module), plain
+    raise NotApplicable("the loss is inside the model and no module gives its logits, so they cannot be replaced")
+
+
+def called_with_targets(subject: Any, model: nn.Module, tokens: Tensor, name: str) -> Any:
+    """Raises NotApplicable for a model that takes targets at its full block size only."""
+    try:
+        return model(tokens, **{name: tokens})
+    except Exception:
+        whole = subject.tokens(2, subject.sizes.block_size)
+        if whole.shape == tokens.shape:
+            raise
+        try:
+            model(whole, **{name: whole})
+        except Exception:
+            whole = tokens
+        if whole is tokens:
+            raise
+    raise NotApplicable("the model takes targets only for rows as long as its block size")
 
 
 def returned_loss(model: nn.Module, result: Any) -> Tensor:
@@ -443,6 +467,6 @@ def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if hasattr(value, "loss"):
-        return tensors_of([value.loss])
+        return tensors_of([value.loss, getattr(value, "logits", None)])
     items = list(value.values()) if isinstance(value, dict) else value
     return [t for item in items for t in tensors_of(item)] if isinstance(items, tuple | list) else []

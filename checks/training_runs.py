@@ -38,6 +38,12 @@ class Padded:
         return replace(self, tokens=self.tokens.to(device), targets=self.targets.to(device), mask=self.mask.to(device))
 
 
+def needs_trainer(subject: Any) -> None:
+    """Raises NotApplicable where the subject has no trainer of its own, before anything is built."""
+    if not subject.brings("trainer"):
+        raise NotApplicable("the subject brings no trainer")
+
+
 def side_by_side(examples: Sequence[Example], pad: int = 0) -> Padded:
     longest = max(map(len, examples))
     rows = torch.tensor([[*example, *[pad] * (longest - len(example))] for example in examples])
