@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from checks.spec.agreement import apart
-from checks.spec.oracle import Variant
+from checks.spec.oracle import Variant, family_config, load, vary
 from checks.spec.roles import Plan
 from checks.spec.settling import Settled, disagreement, one_thread
 from checks.spec.simulation import Simulated, damaged, explanations, logits
+from checks.spec.trace import Parting, checkpoints, parting, steps
+from transformer.model import ModelConfig, Transformer
 
 # What speaks in a stage, and which output projections are silent. Products of parts become sums, and bugs separate.
 STAGES: dict[str, tuple[str, ...]] = {
@@ -23,6 +25,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "feed-forward and its norm": ("attention",),
     "attention and its norm": ("feed-forward",),
 }
+
+
+MOST = 24  # plans and variants that are looked at in stages
 
 
 @dataclass
@@ -106,7 +111,7 @@ def promising(found: Settled) -> list[tuple[Plan, Variant, dict[str, float]]]:
 def _few(found: Settled) -> list[tuple[Plan, Variant]]:
     """All variants of the likeliest plans."""
     plans = list(dict.fromkeys(id(plan) for plan, _ in found.candidates))[:6]
-    return [(plan, variant) for plan, variant in found.candidates if id(plan) in plans][:48]
+    return [(plan, variant) for plan, variant in found.candidates if id(plan) in plans][:MOST]
 
 
 def _by_part(
@@ -131,6 +136,18 @@ def _by_part(
         if model is not None and _same(model, found, bound):
             return groups
     return []
+
+
+def part_from(found: Settled, plan: Plan, variant: Variant) -> Parting | None:
+    """The first part that differs, with the line of the subject."""
+    seen = found.specimen
+    tokens = seen.tokens[:2].contiguous()
+    with torch.random.fork_rng(devices=[]):
+        model = Transformer(ModelConfig(**family_config(plan, variant), attention="explicit"))
+    ours = vary(load(model, plan), variant)
+    with one_thread():
+        theirs = steps(seen.model, lambda: seen.logits(tokens), tokens.numel())
+        return parting(theirs, checkpoints(ours, tokens), seen.logits(tokens))
 
 
 def _same(model: nn.Module, found: Settled, bound: float) -> bool:
