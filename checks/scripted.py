@@ -6,6 +6,7 @@ still runs, cache and all. The naive loop beside it is the right answer.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -231,6 +232,7 @@ def watched(model: nn.Module, speaker: str, V: int, script: Script) -> Iterator[
     module = model.get_submodule(speaker)
     forward = module.forward
 
+    @functools.wraps(forward)  # a generate may look up what its model's forward takes: positions, a mask
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         answer = forward(*args, **kwargs)
         tokens, said = read_tokens(args, kwargs), torch.empty(0)
