@@ -18,6 +18,7 @@ import pytest
 from checks.report import lines, terminal
 
 if TYPE_CHECKING:
+    from checks.expected import Expected
     from checks.subject import Subject
     from checks.verdict import Verdict
 
@@ -127,12 +128,21 @@ class Run:
         if self.option("spec", "auto") not in SPECS:
             raise pytest.UsageError(f"--spec {self.option('spec')}: expected one of {', '.join(SPECS)}")
         try:
+            self.expected = self._expected()
             subjects = [Subject.meet(model, **declared) for model in self.option("model", [DEFAULT_MODEL])]
         except UsageError as error:
             raise pytest.UsageError(str(error)) from None
         for subject in subjects:
             subject.spec = self.option("spec", "auto")
         return subjects
+
+    def _expected(self) -> Expected:
+        from checks import all_checks
+        from checks.expected import Expected, read
+        from checks.verdict import check_id
+
+        path = self.option("expected-failures")
+        return read(path, map(check_id, all_checks())) if path else Expected()
 
     def _device(self) -> str:
         import torch
@@ -167,8 +177,8 @@ class Run:
         from checks import THEMES
 
         mine = [item for item in items if isinstance(item, CheckItem)]
-        mine.sort(key=lambda item: (item.subject_index, THEMES.index(item.theme)))
-        items[:] = [item for item in items if not isinstance(item, CheckItem)] + mine
+        others = [item for item in items if not isinstance(item, CheckItem)]
+        items[:] = [*others, *sorted(mine, key=lambda item: (item.subject_index, THEMES.index(item.theme)))]
 
     # -- header and summary
 
@@ -312,16 +322,21 @@ class CheckItem(pytest.Item):
     def __init__(self, *, check: Callable, theme: str, subject_index: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.check, self.theme, self.subject_index = check, theme, subject_index
-        self.parent: CheckFile  # type: ignore[assignment]
+        assert isinstance(self.parent, CheckFile)
+        self.run = self.parent.run
         self.verdict: Verdict | None = None
         if getattr(check, "sanity", False):
             self.add_marker("sanity")
-        if (reason := getattr(check, "slow", None)) and not self.parent.run.option("slow"):
+        if (reason := getattr(check, "slow", None)) and not self.run.option("slow"):
             self.add_marker(pytest.mark.skip(reason=f"slow: {reason}; --slow runs it"))
 
     def runtest(self) -> None:
-        run = self.parent.run
+        run = self.run
         self.verdict = run.judge(run.subjects[self.subject_index], self.check)
+        if reason := run.expected.reason(self.verdict.as_dict()):
+            pytest.xfail(reason)
+        for complaint in run.expected.complaints([self.verdict.as_dict()]):
+            pytest.fail(complaint, pytrace=False)
         if self.verdict.outcome in ("failed", "error"):
             raise CheckBroken(self.verdict)
         if self.verdict.outcome != "passed":
@@ -355,6 +370,6 @@ def _explain(bug: str) -> str:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[Any]:
     report = yield
     if call.when == "call" and isinstance(item, CheckItem) and item.verdict is not None:
-        subject = item.parent.run.subjects[item.subject_index]
+        subject = item.run.subjects[item.subject_index]
         report.verdict = {"subject": subject.name, **item.verdict.as_dict()}
     return report

@@ -46,6 +46,8 @@ class Subject:
     `generate(model, prompt, max_new_tokens, …)`, `train_step(model, optimizer, batch)`, `trainer`, `tokenizer`.
     """
 
+    spec = "auto"  # the architecture that it is declared to be: gpt2 or llama; auto: none
+
     def __init__(
         self,
         name: str,

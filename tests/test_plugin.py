@@ -233,3 +233,22 @@ def test_workers_share_the_seed_of_the_run(pytester):
     )  # fmt: skip
     commands = [r["reproduce"] for r in verdict_lines(pytester.path / "v.jsonl") if "check" in r]
     assert len({command.split("--seed ")[1].split()[0] for command in commands}) == 1
+
+
+def test_an_expected_failure_is_none_and_one_that_passes_is(student, pytester):
+    found = student(LEAKING, *CAUSALITY, "--verdicts", "v.jsonl").ret
+    assert found == 1
+    failed = [r["check"] for r in verdict_lines(pytester.path / "v.jsonl") if r.get("outcome") == "failed"]
+    (pytester.path / "expected.txt").write_text("".join(f"{check}: it is an encoder\n" for check in failed))
+    assert student(LEAKING, *CAUSALITY, "--expected-failures", "expected.txt").ret == 0
+    result = student(CAUSAL, *CAUSALITY, "--expected-failures", "expected.txt")
+    assert result.ret == 1
+    assert f"{failed[0]} was expected to fail (it is an encoder) and passed" in result.stdout.str()
+
+
+@pytest.mark.parametrize(("text", "says"), [("check_x: y", "check_x"), ("check_contract.check_ties_survive", "reason")])
+def test_a_bad_line_of_expected_failures_is_a_usage_error(student, pytester, text, says):
+    (pytester.path / "expected.txt").write_text(text)
+    result = student(CAUSAL, *CAUSALITY, "--expected-failures", "expected.txt")
+    assert result.ret == 4
+    assert says in result.stderr.str()
