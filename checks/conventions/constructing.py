@@ -22,6 +22,7 @@ from checks.conventions.configs import Option
 from checks.conventions.filling import CONFIG_NAMES, Filling, Parameter, Settings, Signature, signature_of
 from checks.conventions.home import Home
 from checks.conventions.loading import Source
+from checks.conventions.stubs import Stub
 from checks.conventions.taking import pure
 
 # What is tried when a constructor refuses the first filling: another of the strings that it compares a setting with,
@@ -322,8 +323,6 @@ def _set_table(name: str, table: dict, filling: Filling) -> set[str]:
 
 
 def _can_be_set(value: Any) -> bool:
-    from checks.conventions.stubs import Stub
-
     if value is names.MISSING or isinstance(value, Stub | torch.device):
         return True
     return isinstance(value, int | float | str) and not isinstance(value, bool)

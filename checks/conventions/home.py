@@ -312,7 +312,9 @@ class _Neighbours(importlib.abc.MetaPathFinder):
     """Finds the subject's own modules beside its file, before anything installed of the same name."""
 
     def __init__(self, home: Home, folders: list[Path]) -> None:
-        self.home, self.folders = home, folders
+        from checks.conventions.loading import SubjectLoader  # now: no import of ours works while a subject runs
+
+        self.home, self.folders, self._loader = home, folders, SubjectLoader
         self._names: frozenset[str] | None = None
 
     def names(self) -> frozenset[str]:
@@ -344,12 +346,10 @@ class _Neighbours(importlib.abc.MetaPathFinder):
         return spec is not None and spec.origin is not None
 
     def _mine(self, fullname: str, spec: ModuleSpec | None) -> ModuleSpec | None:
-        from checks.conventions.loading import SubjectLoader
-
         if spec is not None:
             self.home.names.add(fullname)
             if type(spec.loader) is importlib.machinery.SourceFileLoader:
-                spec.loader = SubjectLoader(self.home, fullname, str(spec.origin))
+                spec.loader = self._loader(self.home, fullname, str(spec.origin))
         return spec
 
 
