@@ -98,9 +98,12 @@ def check_model(
     subject = Subject.meet(model, parts=parts, seed=seed, device=device, causal=causal, checkpoint=checkpoint)
     expected = Expected() if expected_failures is None else read(expected_failures, map(check_id, all_checks()))
     earlier: dict[str, Verdict] = {}
-    for check in chosen:
-        verdict = _judge(check, subject, earlier, slow)
-        earlier[verdict.check] = verdict
+    try:
+        for check in chosen:
+            verdict = _judge(check, subject, earlier, slow)
+            earlier[verdict.check] = verdict
+    finally:
+        subject.leave()
     return Report(subject, list(earlier.values()), expected)
 
 

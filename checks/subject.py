@@ -111,6 +111,11 @@ class Subject:
             torch.manual_seed(seed)
             return self.parts.build_model(**vars(replace(self.sizes, **sizes))).to(self.device).eval()
 
+    def leave(self) -> None:
+        """Puts a subject that is one instance back to what it was, its training mode included."""
+        if self.met is not None:
+            self.met.leave()
+
     def amplified(
         self,
         scheme: tuple[float, float] | None = ABSENCE,

@@ -74,10 +74,26 @@ def _told(state: Mapping[str, Tensor]) -> dict[str, int]:
     return {**found, "n_layer": max(layers) + 1} if layers else found
 
 
+def aligned(model: nn.Module, state: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, int]:
+    """What the saved shapes tell beside those of a model built in known sizes, whatever its tensors are called.
+
+    Where an axis of the model's has the length of one size alone, the file's has what that size was there.
+    """
+    mine, found = model.state_dict(), dict[str, set[int]]()
+    for name, x in _fitting(state, mine).items():
+        there = mine.get(name)
+        if isinstance(there, Tensor) and there.dim() == x.dim():
+            for here, saved in zip(there.shape, x.shape, strict=True):
+                for size in ("vocab_size", "block_size", "n_embd"):
+                    if sizes[size] == here:
+                        found.setdefault(size, set()).add(saved)
+    return {size: lengths.pop() for size, lengths in found.items() if len(lengths) == 1}
+
+
 def put(model: nn.Module, state: Mapping[str, Tensor], file: str) -> None:
     """Loads the weights. Raises UsageError that names what is missing, unknown or of another shape."""
     mine = model.state_dict()
-    state = next((s for s in _renamed(state) if set(s) & set(mine)), dict(state))
+    state = _fitting(state, mine)
     missing = [name for name in mine if name not in state]
     unknown = [name for name in state if name not in mine]
     shapes = [f"{n} {list(x.shape)}, the model's {list(mine[n].shape)}" for n, x in state.items()
@@ -101,6 +117,11 @@ def _listed(says: str, found: list[str]) -> str:
 
 def _shares(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+def _fitting(state: Mapping[str, Tensor], mine: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state under the names of the model, as far as it has them."""
+    return next((s for s in _renamed(state) if set(s) & set(mine)), dict(state))
 
 
 def _renamed(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -86,18 +86,22 @@ def head_place(model: nn.Module, width: int) -> str:
 
 
 class Restored:
-    """One model, as it was: weights, buffers, dtype and what requires a gradient, at every call.
+    """One model, as it was: parts, weights, buffers, dtype and what requires a gradient, at every call.
 
     The same object each time: a copy may share what it should not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.state = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in model.state_dict().items()}
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.parts = [(m, dict(m._modules), dict(m._parameters)) for m in model.modules()]  # checks take blocks out
         tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
         self.kept = {name: (t.detach().clone(), t.requires_grad) for name, t in tensors}
 
     def __call__(self) -> nn.Module:
+        for module, modules, parameters in self.parts:
+            _put_back(module._modules, modules)
+            _put_back(module._parameters, parameters)
         tensors: list[tuple[str, Any]] = [*self.model.named_parameters(), *self.model.named_buffers()]
         for name, tensor in tensors:
             if name in self.kept:
@@ -107,3 +111,15 @@ class Restored:
                 if tensor.is_leaf:
                     tensor.requires_grad_(gradient)
         return self.model
+
+    def leave(self) -> None:
+        """For good: also in training or evaluation, part by part, as it was given to us."""
+        self()
+        for module, training in self.modes:
+            module.training = training
+
+
+def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    if list(now.items()) != list(before.items()):
+        now.clear()
+        now.update(before)

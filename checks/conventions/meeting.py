@@ -56,6 +56,7 @@ class Met:
     device: Any = "cpu"
     has_generate: bool = False  # as a method of the model
     assumed: list[str] = field(default_factory=list)
+    leave: Callable[[], None] = lambda: None  # puts an instance back to what it was given as
 
     def logits(
         self,
@@ -192,8 +193,9 @@ def _of_course(found: Named, load: Callable) -> tuple[list[Any], dict[str, Any]]
 def _loaded(met: Met, file: str, device: Any, causal: bool) -> Met:
     """The same model with weights from a file: from now on one instance, at the sizes of the file."""
     state, saved = checkpoints.read(file)
-    sizes = {**met.sizes, **{k: v for k, v in saved.items() if k in met.varies}}
     try:
+        saved |= checkpoints.aligned(met.build(met.sizes), state, met.sizes)
+        sizes = {**met.sizes, **{k: v for k, v in saved.items() if k in met.varies}}
         model = met.build(sizes)
     except Exception as error:
         told = ", ".join(f"{k} {v}" for k, v in saved.items())
@@ -210,6 +212,8 @@ def _loaded(met: Met, file: str, device: Any, causal: bool) -> Met:
     found.shown, found.recipe = met.shown, met.recipe
     found.constructor = f"{met.constructor} with weights of {shown(file)}"
     found.sizes["n_head"] = sizes["n_head"]
+    if "n_head" in met.varies and "n_head" not in saved:
+        found.assumed.append(f"n_head={sizes['n_head']}, which {shown(file)} does not tell")
     return found
 
 
@@ -417,18 +421,19 @@ def _try_instance(model: nn.Module, home: Home, device: Any, causal: bool, trial
         sizes = {**names.DEFAULTS, **{k: v for k, v in measured.items() if v is not None}}
         longest = measured.get("block_size")
         sizes["block_size"] = min(longest or names.DEFAULTS["block_size"], MOST_TOKENS)
-        training, again = model.training, measuring.Restored(model)
-        with home:
+        again = measuring.Restored(model)
+        with contextlib.ExitStack() as stack:
+            stack.callback(again.leave)
+            stack.enter_context(home)
             forward = meet_forward(model.eval(), measured.get("vocab_size"), lambda m: int(sizes["block_size"]), device)
             sizes["vocab_size"] = forward.vocabulary
             forward = settle(forward, model, _tokens(sizes, device), forward.vocabulary, is_causal=causal)
-        model.train(training)
     except Exception as error:
         trials.append(Trial(model, None, error, True))
         return None
     return Met(
         home, "", lambda wanted: again(), sizes, frozenset(), forward, "one instance, at its own sizes",
-        fresh=False, longest=longest, device=device,
+        fresh=False, longest=longest, device=device, leave=again.leave,
     )  # fmt: skip
 
 

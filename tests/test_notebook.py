@@ -1,0 +1,217 @@
+"""check_model in a cell, the report that it gives, weights from a file, and failures that are expected."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from checks import all_checks, check_model
+from checks.conventions import UsageError
+from checks.expected import read
+from checks.subject import Subject
+from checks.verdict import check_id
+from transformer.model import ModelConfig, Transformer
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "colab.ipynb"
+CONTRACT = ("contract", "causality")
+
+
+class Leaking(nn.Module):
+    """Every position hears the mean of all."""
+
+    def __init__(self, vocab_size=17, n_embd=32):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(vocab_size, n_embd), nn.Linear(n_embd, vocab_size)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        return self.head(x + x.mean(dim=1, keepdim=True))
+
+
+def test_one_model_is_checked_at_its_own_sizes_and_left_as_it_was():
+    model = Transformer(ModelConfig(vocab_size=19, block_size=11, n_layer=2, n_embd=32)).train()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    report = check_model(model, checks=CONTRACT, seed=1)
+    assert report.passed and len(report) == len(list(report)) > 5
+    assert "one instance, at its own sizes" in repr(report)
+    assert report.subject.sizes.vocab_size == 19 and report.subject.sizes.block_size == 11
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], x) for name, x in before.items())
+    assert all(module.training for module in model.modules()), "it was given in training mode"
+
+
+def test_a_report_of_a_broken_model_reads_well():
+    report = check_model(Leaking, checks=CONTRACT, seed=1)
+    assert not report.passed
+    verdict = report["check_future_cannot_change_past"]
+    assert verdict.outcome == "failed" and verdict in report.broken
+    said = repr(report)
+    assert "Leaking(vocab_size, n_embd)" in said and "seed 1" in said
+    assert "check_causality.check_future_cannot_change_past" in said and "position" in said
+    with pytest.raises(KeyError):
+        report["check_of_nobody"]
+
+
+def test_a_factory_builds_afresh():
+    made = []
+
+    def build_model(vocab_size, block_size):
+        made.append(vocab_size)
+        return Transformer(ModelConfig(vocab_size=vocab_size, block_size=block_size, n_embd=32))
+
+    report = check_model(build_model, checks=["contract"], seed=1)
+    assert report.passed and set(made) >= {17}
+    assert report.subject.builds_afresh
+
+
+def test_parts_are_functions_or_live_in_files(tmp_path):
+    (tmp_path / "train.py").write_text("def masked(logits, targets):\n    return logits.sum()\n")
+
+    def loss(logits, targets):
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    subject = check_model(Leaking, checks=["contract"], loss=loss, seed=1).subject
+    assert subject.brings("loss") and not subject.brings("generate")
+    subject = Subject.meet(Leaking, parts={"loss": f"{tmp_path / 'train.py'}:masked"})
+    assert float(subject.parts.loss(torch.ones(2, 3), None)) == 6.0
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"los": print}, ("'los'", "loss, generate")),
+        ({"loss": "nowhere.py:masked"}, ("no file nowhere.py",)),
+        ({"loss": f"{Path(__file__)}:nothing"}, ("has no nothing", "loss")),
+    ],
+)
+def test_a_part_that_is_not_there_is_said(parts, words):
+    with pytest.raises(UsageError) as refusal:
+        Subject.meet(Leaking, parts=parts)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_a_mistake_shows_no_traceback_of_ours_in_a_cell():
+    with pytest.raises(UsageError) as refusal:
+        check_model("nowhere.py")
+    assert refusal.value._render_traceback_() == str(refusal.value).splitlines()
+
+
+def test_checks_are_chosen_by_theme_or_name():
+    report = check_model(Leaking, checks="check_logits_have_shape", seed=1)
+    assert [v.check for v in report] == ["check_contract.check_logits_have_shape"]
+    with pytest.raises(UsageError, match="no check or theme is called 'causalty'"):
+        check_model(Leaking, checks=["causalty"])
+
+
+# -- weights from a file
+
+
+def saved(tmp_path, wrap=lambda state: state, **sizes) -> tuple[str, nn.Module]:
+    model = Transformer(ModelConfig(**{**dict(vocab_size=21, block_size=9, n_layer=3, n_embd=32), **sizes}))
+    file = str(tmp_path / "weights.pt")
+    torch.save(wrap(model.state_dict()), file)
+    return file, model.eval()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": state, "config": {"n_head": 4, "n_layer": 3}, "step": 7},
+        lambda state: {"state_dict": {f"_orig_mod.{name}": x for name, x in state.items()}},
+    ],
+    ids=["plain", "with its configuration", "compiled"],
+)
+def test_a_checkpoint_brings_its_weights_and_its_sizes(tmp_path, wrap):
+    file, model = saved(tmp_path, wrap)
+    subject = Subject.meet("transformer.model:Transformer", checkpoint=file)
+    assert (subject.sizes.vocab_size, subject.sizes.block_size, subject.sizes.n_layer) == (21, 9, 3)
+    tokens = subject.tokens(2, 9)
+    assert torch.equal(subject.logits(subject.build(), tokens), model(tokens))
+    assert not subject.builds_afresh and "with weights of" in subject.header
+    assert ("n_head=4, which" in subject.header) == ("n_head" not in str(torch.load(file).get("config")))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, ("no such file",)),
+        (lambda path: path.write_text("not weights"), ("cannot be read as weights", "torch.save")),
+        (lambda path: torch.save({"step": 3}, path), ("holds no state_dict", "step")),
+        (lambda path: torch.save({"strange": torch.ones(2)}, path), ("does not fit", "not in the model: strange")),
+    ],
+    ids=["missing", "no weights", "no state", "of another model"],
+)
+def test_a_checkpoint_that_does_not_fit_is_said(tmp_path, make, words):
+    path = tmp_path / "weights.pt"
+    make(path)
+    with pytest.raises(UsageError) as refusal:
+        Subject.meet("transformer.model:Transformer", checkpoint=str(path))
+    for word in ("--checkpoint", str(path), *words):
+        assert word in str(refusal.value)
+
+
+# -- expected failures
+
+LEAK = "check_causality.check_future_cannot_change_past"
+KNOWN = [check_id(check) for check in all_checks()]
+
+
+def listed(tmp_path, text: str) -> str:
+    path = tmp_path / "expected.txt"
+    path.write_text(text)
+    return str(path)
+
+
+def test_an_expected_failure_is_no_news(tmp_path):
+    fails = [v.check for v in check_model(Leaking, checks=CONTRACT, seed=1).broken]
+    file = listed(tmp_path, "# known\n\n" + "".join(f"{name}: it is a bag of words\n" for name in fails))
+    report = check_model(Leaking, checks=CONTRACT, expected_failures=file, seed=1)
+    assert report.passed and "it is a bag of words" in repr(report)
+
+
+def test_an_expected_failure_that_passes_is_an_error(tmp_path):
+    file = listed(tmp_path, "check_logits_have_shape: they never do\n")
+    report = check_model(Leaking, checks=["check_logits_have_shape"], expected_failures=file, seed=1)
+    assert not report.passed
+    assert "was expected to fail (they never do) and passed" in repr(report)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"{LEAK}\n", ("expected.txt:1", "no reason", LEAK)),
+        (f"\n{LEAK}:   \n", ("expected.txt:2", "no reason")),
+        ("check_of_nobody: because\n", ("expected.txt:1", "no check is called 'check_of_nobody'")),
+        (f"{LEAK}: one\n{LEAK}: two\n", ("expected.txt:2", "listed twice")),
+    ],
+)
+def test_a_list_that_is_wrong_is_said_with_its_line(tmp_path, text, words):
+    with pytest.raises(UsageError) as refusal:
+        read(listed(tmp_path, text), KNOWN)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_a_list_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(UsageError, match=r"--expected-failures .*nowhere\.txt"):
+        read(str(tmp_path / "nowhere.txt"), KNOWN)
+
+
+# -- the example
+
+
+def test_the_example_has_three_cells_that_run(monkeypatch):
+    cells = [cell for cell in json.loads(EXAMPLE.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) == 3
+    scope: dict = {}
+    for cell in cells:
+        lines = [line for line in cell["source"] if not line.startswith(("%", "!"))]
+        exec(compile("".join(lines), "colab.ipynb", "exec"), scope)
+    assert scope["report"].passed
