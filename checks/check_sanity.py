@@ -20,7 +20,7 @@ from checks.loss_conventions import met_loss
 from transformer.data import Batch, SentenceTask
 from transformer.generation import generate
 from transformer.loss import next_token_loss
-from transformer.trainer import TrainConfig, Trainer
+from transformer.trainer import PUBLISHED, TrainConfig, Trainer
 
 HOMEWORK = dict(n_layer=1, n_head=4, n_embd=128, dropout=0.0)
 SKIP = 3  # in the second check the first three targets, "I", " " and "l", carry no loss
@@ -29,9 +29,6 @@ NOT_LEARNED = 1.0  # nats a target that nothing taught
 TEMPERATURE, REPEATS = 0.1, 10
 
 QUICK = TrainConfig()
-PUBLISHED = replace(
-    QUICK, batch_size=32, learning_rate=3e-3, beta1=0.9, beta2=0.999, warmup_steps=0, clip_norm=None, steps=3000
-)
 RECIPES = {"quick": QUICK, "published": PUBLISHED}
 
 
@@ -308,10 +305,11 @@ def own_words(own: Decoder, model: nn.Module, seed: int, start: Tensor, n: int, 
 
 
 def our_words(subject: Any, model: nn.Module, start: Tensor, n: int, temperature: float) -> list[list[int]]:
-    given = dict(generator=torch.Generator().manual_seed(subject.seed)) if temperature else {}
+    generator = torch.Generator().manual_seed(subject.seed) if temperature else None
     said = generate(
-        lambda read: subject.logits(model, read), start, n, temperature=temperature, use_cache=False, **given
-    )
+        lambda read: subject.logits(model, read), start, n,
+        temperature=temperature, generator=generator, use_cache=False,
+    )  # fmt: skip
     return said[:, start.shape[1] :].tolist()
 
 
