@@ -1,0 +1,46 @@
+"""A trainer small enough for exact comparisons, on rows of unequal lengths."""
+
+from __future__ import annotations
+
+import torch
+
+from transformer.data import pad_batch
+from transformer.model import ModelConfig, Transformer
+from transformer.train_config import TrainConfig
+from transformer.trainer import Trainer, next_token_objective
+
+SMALL = dict(vocab_size=9, block_size=8, n_embd=8, n_head=2)
+PLAIN = TrainConfig(
+    steps=6, stop_loss=None, batch_size=3, learning_rate=0.01, warmup_steps=0, clip_norm=None, beta2=0.95
+)
+
+
+class Rows:
+    """Sequences of unequal lengths; the first `skip` targets carry no loss."""
+
+    def __init__(self, lengths=(3, 8, 2, 5, 9, 4, 6), skip=1) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.train = [torch.randint(9, (n,), generator=generator).tolist() for n in lengths]
+        self.validation = self.train[:3]
+        self.skip = skip
+
+    def batch(self, rows):
+        return pad_batch(rows, self.skip)
+
+
+def trainer(config=PLAIN, *, data=None, model=None, seed=0, folder=None, objective=next_token_objective, **sizes):
+    """In float64, so that what should be equal differs by rounding of 1e-16 only."""
+    if model is None:
+        torch.manual_seed(seed)
+        model = Transformer(ModelConfig(**{**SMALL, **sizes})).double()
+    return Trainer(model, data or Rows(), config, objective, folder=folder)
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_equal(left: dict, right: dict, tolerance: float = 0.0) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
