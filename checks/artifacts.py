@@ -40,7 +40,7 @@ def save_run(out: Path, verdict: Verdict) -> None:
 
 
 def configuration(learned: Learned) -> dict[str, Any]:
-    config = getattr(learned.trainer.model, "config", None)
+    config: Any = getattr(learned.trainer.model, "config", None)
     return {
         "task": {"sentence": learned.task.sentence, "skip": learned.task.skip},
         "model": asdict(config) if hasattr(config, "__dataclass_fields__") else learned.sizes,

@@ -9,9 +9,9 @@ D head width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -405,6 +405,6 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             for projection in (block.attention.output, block.feed_forward.output):
                 nn.init.normal_(projection.weight, std=0.02 / (2 * self.config.n_layer) ** 0.5)

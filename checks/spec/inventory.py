@@ -98,8 +98,8 @@ def _by_identity(model: nn.Module) -> list[Weight]:
                 continue
             owner = owners[name.rpartition(".")[0]]
             start = tensor.detach().clone()
-            key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-            key = key if tensor.numel() else (id(tensor),)
+            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+            key = place if tensor.numel() else (id(tensor),)
             found.setdefault(key, Weight(name, tensor, owner, trained, start)).names.append(name)
     return list(found.values())
 

@@ -81,9 +81,9 @@ def _outer(inventory: Inventory, shape: Shape) -> dict:
     return dict(
         embedding=vocabulary[0],
         head=vocabulary[-1],
-        positions=(positions or fixed or [None])[0],
-        final_norm=(after or [None])[-1],
-        head_bias=(bias or [None])[0],
+        positions=next(iter(positions or fixed), None),
+        final_norm=after[-1] if after else None,
+        head_bias=bias[0] if bias else None,
     )
 
 
@@ -168,8 +168,10 @@ def _split(matrices: list[Matrix], layer: list[Weight], shape: Shape) -> tuple[l
     """The attention's projections and the feed-forward's."""
     C = shape.n_embd
     for count in (3, 2):
-        *inside, last = matrices[-count:] if len(matrices) > count else [None]
-        if last is None or last.out != C or any(m.into != C for m in inside):
+        if len(matrices) <= count:
+            continue
+        *inside, last = matrices[-count:]
+        if last.out != C or any(m.into != C for m in inside):
             continue
         widths = {m.out for m in inside}
         gated_in_one = count == 2 and widths == {2 * last.into}

@@ -99,7 +99,7 @@ class Plan:
             found["positions.table.weight"] = None if table is None else table.reshape(-1, self.shape.n_embd)
         found |= _norm("norm", self.final_norm, lambda place: value(place))
         for index, layer in enumerate(self.inventory.layers):
-            found |= self._block(f"blocks.{index}.", lambda place, layer=layer: value(layer[place]))
+            found |= self._block(f"blocks.{index}.", _places(layer, value))
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _block(self, prefix: str, get: Callable[[int], Tensor | None]) -> dict[str, Tensor | None]:
@@ -108,9 +108,10 @@ class Plan:
         found |= _norm(prefix + "feed_forward_norm", self.feed_forward_norm, get)
         for kind in ("weight", "bias"):
             projected = [self._get(m, kind, get) for m in self.attention]
-            if all(p is not None for p in projected):
-                found[prefix + f"attention.qkv.{kind}"] = self._queries_keys_values(projected)
-            elif any(p is not None for p in projected):
+            present = [p for p in projected if p is not None]
+            if len(present) == len(projected):
+                found[prefix + f"attention.qkv.{kind}"] = self._queries_keys_values(present)
+            elif present:
                 filled = [torch.zeros(m.out, 1).to(self.embedding.tensor) if p is None else p
                           for m, p in zip(self.attention, projected, strict=True)]  # fmt: skip
                 found[prefix + f"attention.qkv.{kind}"] = self._queries_keys_values(filled)
@@ -156,6 +157,11 @@ class Plan:
             return output
         H, D = self.shape.n_head, self.shape.head_width
         return output.view(-1, D, H).transpose(1, 2).reshape(-1, H * D)
+
+
+def _places(layer: list[Weight], value: Value) -> Callable[[int], Tensor | None]:
+    """`value` of the weight at a place of a layer."""
+    return lambda place: value(layer[place])
 
 
 def _heads(x: Tensor, arrangement: str, D: int) -> Tensor:
