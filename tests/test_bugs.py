@@ -1,4 +1,4 @@
-"""Every bug is caught by the checks it names, every check catches a bug, and what catches it passes the undamaged model.
+"""Every bug is caught by the checks it names, every check catches one, and what catches it passes the undamaged model.
 
 The last of these proves a bug live: the same check, seed and sizes, without the damage.
 """
