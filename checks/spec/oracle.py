@@ -5,15 +5,16 @@ A variant is what a published family leaves open; what goes beyond it is a desig
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checks.spec.roles import Plan, Value
-from transformer.model import Attention, GeluFeedForward, ModelConfig, RotaryPositions, Transformer
+from transformer.model import Attention, Block, GeluFeedForward, ModelConfig, RotaryPositions, Transformer
 
 USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)  # those of published models; 1e-5 in GPT-2, 1e-5 and 1e-6 in Llama
 USUAL_BASES = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0)
@@ -102,7 +103,7 @@ def vary(model: Transformer, variant: Variant) -> Transformer:
     """Makes the reference the variant, by the class of the part that differs; a damaged part keeps its damage."""
     eps = variant.eps * 3 if len(variant.eps) == 1 else variant.eps
     set_eps(model.norm, eps[0], eps[2])
-    for block in model.blocks:
+    for block in cast(Iterable[Block], model.blocks):
         set_eps(block.attention_norm, eps[0], eps[0])
         set_eps(block.feed_forward_norm, eps[0], eps[1])
         if variant.activation == "gelu-exact":
@@ -116,7 +117,7 @@ def vary(model: Transformer, variant: Variant) -> Transformer:
     return model
 
 
-def set_eps(norm: nn.Module, built: float, eps: float) -> None:
+def set_eps(norm: Any, built: float, eps: float) -> None:
     """Another epsilon than it was built with, unless damage has changed it."""
     if getattr(norm, "eps", None) == built:
         norm.eps = eps
