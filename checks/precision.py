@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks.expect import Bound
+from checks.padding import ragged
 from checks.subject import ABSENCE
 
 
@@ -76,7 +77,33 @@ def _probe(subject: Any) -> Precision:
     except Exception:  # whatever a foreign model raises when its halves are of two types
         return Precision(torch.float32, torch.float32)
     narrow = casts.seen or logits.dtype != torch.float64
+    if narrow and _overflows_when_cast(subject, model):
+        return Precision(torch.float32, torch.float32)
     return Precision(torch.float64, torch.float32 if narrow else torch.float64)
+
+
+def _overflows_when_cast(subject: Any, model: nn.Module) -> bool:
+    """Whether padding is survived in float32 but not in float64, whose least number is -inf once cast to float32."""
+    if not subject.takes_mask:
+        return False
+    try:
+        if _survives_padding(subject, model):
+            return False
+        return _survives_padding(subject, subject.amplified(dtype=torch.float32))
+    except Exception:  # a refused mask, a mistake inside: for the checks of masks to judge
+        return False
+
+
+def _survives_padding(subject: Any, model: nn.Module) -> bool:
+    """Whether logits and gradients are finite where the first tokens of a row are padding, which see nothing."""
+    tokens = subject.tokens(2, subject.sizes.block_size)
+    mask = ragged(*tokens.shape, "left").to(tokens.device)
+    with torch.enable_grad():
+        logits = subject.logits(model, tokens, mask)
+        logits[mask].square().mean().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return all(bool(x.isfinite().all()) for x in (logits, *gradients))
 
 
 class _Casts(TorchDispatchMode):
