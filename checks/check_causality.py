@@ -33,7 +33,7 @@ from checks.leaks import expect_no_leak, in_deviations
 from checks.padding import SIDES, ragged
 from checks.precision import precise, precision, shared, spread
 from checks.subject import EXISTENCE
-from checks.windows import declared_windows, in_reach, window
+from checks.windows import declared_windows, holds, in_reach, window
 
 CONTRACT = (
     "check_contract.check_logits_have_shape",
@@ -412,12 +412,24 @@ def check_one_block_sees_its_window(subject: Any) -> None:
         return
     wrong = (seen != past.triu(1 - w)).nonzero()
     if len(wrong):
-        t, s = (int(i) for i in wrong[0])
-        does = "sees" if bool(seen[t, s]) else "does not see"
-        fail(
-            f"one block with a window of {w} tokens: position {t} {does} token {s}, {t - s} before it; the last "
-            f"position sees {int(seen[-1].sum())} tokens, expected {w} ({w + 1} where the token itself is not counted)",
-            likely=("window-ignored", "window-off-by-one", "window-sign-error"),
-            first={"t": t, "s": s},
-            window=w,
+        judge_window(subject, model, w, seen, wrong[0].tolist())
+
+
+def judge_window(subject: Any, model: nn.Module, w: int, seen: Tensor, first: list[int]) -> None:
+    """Fails where every position sees as many tokens, and the block itself says that they should be others."""
+    (t, s), T, reach = first, len(seen), int(seen[-1].sum())
+    if not bool(seen.eq(torch.ones(T, T, dtype=torch.bool).tril().triu(1 - reach)).all()):
+        raise NotApplicable("how far back a token sees varies with its position", window=w, seen=seen.int().tolist())
+    if not holds(subject, model, w):
+        advise(
+            f"the configuration speaks of a window of {w}, and the one block that was left sees {reach} of {T} tokens"
         )
+        return
+    fail(
+        f"one block with a window of {w} tokens: position {t} {'sees' if bool(seen[t, s]) else 'does not see'} token "
+        f"{s}, {t - s} before it; the last position sees {reach} tokens, expected {w} ({w + 1} where the token itself "
+        "is not counted)",
+        likely=("window-ignored", "window-off-by-one", "window-sign-error"),
+        first={"t": t, "s": s},
+        window=w,
+    )

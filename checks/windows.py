@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.holdings import settings
+from checks.holdings import CONFIGURATIONS, settings
 
 NAMED = re.compile(r"window|sliding")
 
@@ -27,6 +27,14 @@ def window(subject: Any, model: nn.Module, T: int) -> int | None:
     said = subject.declared("window")
     sizes = declared_windows(model).values() if said is None else (said,)
     return min((w for w in sizes if w < T), default=None)
+
+
+def holds(subject: Any, model: nn.Module, size: int) -> bool:
+    """Whether the subject declares this window or a part of the model holds it; a config may mean other blocks."""
+    if subject.declared("window") == size:
+        return True
+    names = [name.split(".") for name, value in declared_windows(model).items() if value == size]
+    return any(len(name) > 1 and name[-2] not in CONFIGURATIONS for name in names)
 
 
 def in_reach(subject: Any, model: nn.Module, T: int) -> Tensor:
