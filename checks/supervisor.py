@@ -100,9 +100,11 @@ def _supervise(given: list[str], patience: float, folder: Path) -> int:
     path = Path(ours) if ours else verdicts
     start = path.stat().st_size if path.exists() else 0
     options = given[1:] if ours else [*given[1:], "--verdicts", str(verdicts)]
+    # No conftest is read: this run is about the model alone, and a conftest's folder would come before the installed.
     command = [sys.executable, "-P", "-X", "faulthandler", "-c", BOOT.format(root=ROOT), str(path)]
+    command += ["-p", "checks.plugin", "--noconftest", "--model", given[0], *options]
     with open(errors, "wb") as stderr:
-        child = subprocess.Popen([*command, "-p", "checks.plugin", "--model", given[0], *options], stderr=stderr)
+        child = subprocess.Popen(command, stderr=stderr)
         watched = Watched()
         hung = _watch(child, path, start, watched, patience)
     said = errors.read_text(encoding="utf-8", errors="replace")
