@@ -159,7 +159,8 @@ SUPERVISED = {
 
 @pytest.mark.parametrize("name", SUPERVISED)
 def test_a_process_that_dies_is_reported(name):
-    run = supervised(str(HERE / name), "--patience", "15", "--seed", "1")
+    patience = "15" if name == "waits_past_python.py" else "100"  # a busy machine takes long to come to their crash
+    run = supervised(str(HERE / name), "--patience", patience, "--seed", "1")
     assert run.returncode == 1
     for words in (*SUPERVISED[name], "not green"):
         assert words in run.stderr

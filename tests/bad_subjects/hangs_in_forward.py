@@ -11,5 +11,4 @@ class Model(nn.Module):
         self.head = nn.Linear(n_embd, vocab_size)
 
     def forward(self, tokens):
-        while True:
-            tokens = tokens.clone()  # here
+        while True: tokens = tokens.clone()  # here
