@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -100,7 +101,25 @@ def joined(device: str) -> Iterator[None]:
     distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     with terminated_by_torchrun():
         yield
+        if distributed.get_backend() == "gloo":
+            part()
     distributed.destroy_process_group()  # not after an error: the others may never come
+
+
+def part() -> None:
+    """Waits for the others, then lets gloo's threads drop their tensors: an interpreter that ends meanwhile aborts.
+
+    DistributedDataParallel keeps the process group, and so these threads, beyond its end.
+    Raises ProcessLost when another process has ended already.
+    """
+    try:
+        distributed.barrier()
+    except RuntimeError as error:
+        if not lost_another_process(error):
+            raise
+        finish_by_itself()
+        raise ProcessLost(f"another process ended before all were done: {error}") from error
+    time.sleep(0.05)  # each drop needs Python's lock, which this thread would hold to the end
 
 
 @contextmanager
