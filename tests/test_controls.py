@@ -10,7 +10,7 @@ from tests.controls import CONTROLS
 
 SEED = 3
 # Diverse in positions, norms, masks, caches and experts. The others of CONTROLS take too long for every run.
-QUICK = ("gpt2", "llama", "mistral-sliding", "opt", "mixtral", "gpt-neox", "phi", "torch-encoder-pre-norm")
+QUICK = ("gpt2", "llama", "mistral-sliding", "bloom", "opt", "mixtral", "gpt-neox", "phi", "torch-encoder-pre-norm")
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries' own
