@@ -97,7 +97,8 @@ def _overflows_when_cast(subject: Any, model: nn.Module) -> bool:
 def _survives_padding(subject: Any, model: nn.Module) -> bool:
     """Whether logits and gradients are finite where the first tokens of a row are padding, which see nothing."""
     tokens = subject.tokens(2, subject.sizes.block_size)
-    mask = ragged(*tokens.shape, "left").to(tokens.device)
+    B, T = tokens.shape
+    mask = ragged(B, T, "left").to(tokens.device)
     with torch.enable_grad():
         logits = subject.logits(model, tokens, mask)
         logits[mask].square().mean().backward()
