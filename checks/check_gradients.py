@@ -99,7 +99,7 @@ def _without_gradient(subject: Any, model: nn.Module, tokens: Tensor) -> dict[st
             fail(
                 f"the gradient of {name} is not finite, although the logits are",
                 where=_owner(model, name),
-                likely=("softmax-over-nothing",),
+                likely=("fully-masked-row-nan",),
                 advice="look for a root or a logarithm of 0, a division by it, or NaN that torch.where only hides",
                 parameter=name,
             )

@@ -9,7 +9,8 @@ from typing import Any
 
 from checks.expect import NotApplicable, advise, fail, note
 from checks.spec.settling import FAMILIES, Settled, settled
-from checks.spec.stages import Explained, explain
+from checks.spec.stages import Explained, explain, part_from
+from checks.spec.trace import Parting
 
 NAMES = {"gpt2": "GPT-2", "llama": "Llama"}
 SIMULATION_SECONDS = 5.0
@@ -49,7 +50,7 @@ def report(subject: Any) -> None:
         if why is not None and why.ids:
             name = NAMES[found.family]
             advise(
-                f"this gives exactly what a {name} ({why.variant}) gives with `{'`, `'.join(why.ids)}`: {says(why)}; "
+                f"this gives exactly what a {name} ({why.variant}) gives with {named(why)}: {says(why)}; "
                 f"a bug if a {name} was meant, else a design of its own"
             )
             return
@@ -72,12 +73,31 @@ def differ(found: Settled, why: Explained | None) -> None:
     """Ends as failed, with the first part that differs and the known bug that gives these numbers."""
     name = NAMES[found.family]
     head = f"on the same weights the logits are not a {name}'s: they differ by {found.error:.3g} of the largest"
+    place = part_from(found, why.plan, why.variant) if why is not None else None
     if why is not None and why.ids:
-        head += f"; they equal a {name}'s with `{'`, `'.join(why.ids)}` exactly: {says(why)}"
+        head += f"; they equal a {name}'s with {named(why)} exactly: {says(why)}"
     else:
         head += "; no known bug gives these numbers"
-        head += "" if why is None or why.complete else f" (of those tried in {SIMULATION_SECONDS:g} s)"
-    parts = why.parts if why else []
-    if parts:
-        head += f". What differs lies in {' and in '.join(parts)}"
-    fail(head, likely=tuple(why.ids) if why else (), family=found.family, error=found.error, parts=parts)
+        head += "" if why is None or why.complete else f" (the {SIMULATION_SECONDS:g} s for trying them were over)"
+    head += f". {sentence(place)}" if place is not None else ""
+    fail(
+        head,
+        where=place.where if place else None,
+        likely=tuple(why.ids) if why else (),
+        family=found.family,
+        error=found.error,
+        variant=why.variant.words() if why else [],
+        stages=why.parts if why else [],
+        first_part_that_differs=place.differs if place else None,
+    )
+
+
+def named(why: Explained) -> str:
+    """`a` or `b` (ties), and `c`."""
+    groups = [why.ties] if why.ties else why.together
+    return " and ".join(" or ".join(f"`{one.bug.id}`" for one in group) for group in groups)
+
+
+def sentence(place: Parting) -> str:
+    text = str(place)
+    return text[0].upper() + text[1:]

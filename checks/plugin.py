@@ -9,7 +9,8 @@ import argparse
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ DEFAULT_MODEL = "transformer"
 SPECS = ("auto", "gpt2", "llama")
 
 OURS = pytest.StashKey[set[str]]()  # the options that are ours in this run
+PATH = pytest.StashKey[list[str]]()  # sys.path before conftests put their folders first
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--model": dict(
@@ -58,6 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.hookimpl(wrapper=True)
 def pytest_load_initial_conftests(early_config: pytest.Config, parser: pytest.Parser) -> Iterator[None]:
     """Options are added after the conftests had their turn: where one defines `--gpu` itself, theirs stays theirs."""
+    early_config.stash[PATH] = list(sys.path)
     yield
     group = parser.getgroup("transformer-checks", "transformer-checks")
     ours = early_config.stash.setdefault(OURS, set())
@@ -72,8 +75,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sanity: the two sanity checks of a subject")
     run = Run(config)
     config.pluginmanager.register(run, "transformer-checks-run")
-    if run.asked and config.args_source != config.ArgsSource.ARGS:
-        config.args = [str(CHECKS)]
+    if run.asked:
+        _conftests_last(config.stash.get(PATH, list(sys.path)))
+        if config.args_source != config.ArgsSource.ARGS:
+            config.args = [str(CHECKS)]
+
+
+def _conftests_last(before: list[str]) -> None:
+    """A torch.py or random.py beside a conftest is not found in place of the installed one that the checks need."""
+    sys.path[:] = [*before, *(folder for folder in sys.path if folder not in before)]
 
 
 class Run:
@@ -367,7 +377,7 @@ def _explain(bug: str) -> str:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[Any]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, Any, Any]:
     report = yield
     if call.when == "call" and isinstance(item, CheckItem) and item.verdict is not None:
         subject = item.run.subjects[item.subject_index]

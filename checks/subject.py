@@ -216,7 +216,9 @@ class Subject:
     def reproduce(self, check: Callable) -> str:
         """The command that runs this check alone, with this seed."""
         module, name = check.__module__.rpartition(".")[2], check.__name__
-        return f"pytest --model {shlex.quote(self.name)} --seed {self.seed} -k '{module} and {name}'"
+        declared = f" --spec {self.spec}" if self.spec != "auto" else ""
+        declared += "" if self.causal else " --not-causal"
+        return f"pytest --model {shlex.quote(self.name)} --seed {self.seed}{declared} -k '{module} and {name}'"
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -61,6 +61,14 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 CAUSALITY = ("-k", "check_contract", "--seed", "1", "-p", "no:cacheprovider", "-q")
 
 
+def test_by_pytest(tmp_path):
+    folder = folder_of(tmp_path / "student", "student")
+    pytest_command = str(Path(sys.executable).with_name("pytest"))
+    result = run(pytest_command, "--model", "model.py", *CAUSALITY, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "checks ran" in result.stdout
+
+
 def test_by_python_m_checks_from_outside(tmp_path):
     folder_of(tmp_path / "student", "student")
     result = run(sys.executable, "-m", "checks", "student/model.py", *CAUSALITY, cwd=tmp_path)

@@ -16,6 +16,7 @@ ALLOWED = {
     "transformer": ("transformer",),
     "checks.report": ("checks.report",),
     "checks.expect": (),
+    "checks.expected": ("checks",),
     "checks.where": ("checks.expect",),
     "checks.check_": ("checks", "transformer.data", "transformer.loss", "transformer.generation", "transformer.trainer",
                       "transformer.checkpoint"),

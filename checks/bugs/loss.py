@@ -118,7 +118,7 @@ def loss_mask_shifted_by_one(parts: SimpleNamespace) -> None:
 @bug(
     "loss-mask-ignored",
     "the cross entropy is a scalar before the mask is multiplied in: every target is trained",
-    caught_by=(MASK, VALUE, GRADIENT),
+    caught_by=(MASK, VALUE, GRADIENT, "check_sanity.check_learns_only_unmasked_targets"),
     source="https://github.com/jingyaogong/minimind/issues/51",
 )
 def loss_mask_ignored(parts: SimpleNamespace) -> None:

@@ -149,9 +149,9 @@ def variants(family: str, eps: list[tuple[float, ...]], bases: tuple[float, ...]
         return [Variant("gpt2", activation=a, eps=e) for e in eps for a in ("gelu-tanh", "gelu-exact")]
     return [
         Variant("llama", p, "silu", e, b, mirrored=m, tiled=t)
+        for b in bases
         for m in (False, True)
         for t in ((False, True) if grouped else (False,))
-        for b in bases
         for e in eps
         for p in ("rotary", "rotary-interleaved")
     ]
