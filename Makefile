@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: sanity test lint bench power mutants clean
+.PHONY: sanity test lint bench clean
 
 sanity: $(VENV)/installed
 	$(BIN)/python -m pytest -m sanity
@@ -21,10 +21,6 @@ lint: $(VENV)/installed-for-tests
 # ours beside HF GPT-2, x-transformers and, with NANOGPT=folder, a nanoGPT
 bench: $(VENV)/installed-for-tests
 	$(BIN)/python -m benchmarks.compare $(if $(NANOGPT),--nanogpt $(NANOGPT))
-
-# every bug and every control against every check; hours, resumable; writes POWER.md
-power: $(VENV)/installed-for-tests
-	$(ONE_THREAD) $(BIN)/python -m benchmarks.power
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'

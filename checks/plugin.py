@@ -95,6 +95,7 @@ class Run:
         self.reported: dict[str, list[dict[str, Any]]] = {}
         self.totals: dict[str, int] = {}
         self.complaints: list[str] = []  # what went wrong beside the checks
+        self.written: list[Path] = []  # pictures and reports
         self._subjects: list[Subject] | None = None
 
     def option(self, name: str, default: Any = None) -> Any:
@@ -235,10 +236,12 @@ class Run:
             terminalreporter.line(terminal.totals(summary))
             if not summary["executed"]:
                 terminalreporter.line("no check ran: this says nothing about the model", red=True)
-            for complaint in self.complaints:
-                terminalreporter.line(complaint, red=True)
             if start := terminal.where_to_start(verdicts):
                 terminalreporter.line(start, red=True)
+        for report in (path for path in self.written if path.suffix == ".md"):
+            terminalreporter.line(f"report: {report}")
+        for complaint in self.complaints:
+            terminalreporter.line(complaint, red=True)
 
     # -- judging
 
@@ -290,7 +293,7 @@ class Run:
                 from checks import artifacts
 
                 try:
-                    artifacts.finish(self.folder(subject), subject.name, verdicts)
+                    self.written += artifacts.finish(self.folder(subject), subject.name, verdicts)
                 except OSError as error:
                     self._unwritable(error)
 
