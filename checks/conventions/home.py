@@ -148,6 +148,7 @@ class Home:
         if not self.near:
             yield
             return
+        ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in OURS}
         hidden = self._hide()
         path, argv = list(sys.path), sys.argv
         if self._path is not None:
@@ -166,7 +167,7 @@ class Home:
             self._path = list(sys.path) if list(sys.path) != path else None
             sys.path[:], sys.argv = path, argv
             self.modules = {name: sys.modules.pop(name) for name in self.names if name in sys.modules}
-            sys.modules.update(hidden)
+            sys.modules.update(hidden | ours)  # ours even where the subject is a module of ours
 
     def _hide(self) -> dict[str, ModuleType]:
         """Takes modules out of sys.modules that would be found in place of the subject's own."""
