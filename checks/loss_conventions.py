@@ -217,6 +217,7 @@ def reduction(trial: Trial, call: Loss, places: int, dropped: tuple[int, ...], m
     except Exception:
         return ""
     mask[:, list(dropped)] = False
+    # Loose: this only names how a loss reduces, also one that smooths or rounds; its value is judged elsewhere.
     return named_reduction(weight, mask, tolerance=0.02)
 
 

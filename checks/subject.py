@@ -1,6 +1,6 @@
 """The implementation under test, behind one interface: build, logits, loss, generate, train step, tokenizer.
 
-How foreign code is met (files, constructors, return forms) is in conventions.py; nothing here judges.
+How foreign code is met (files, constructors, return forms) is in conventions/; nothing here judges.
 """
 
 from __future__ import annotations
