@@ -14,9 +14,9 @@ import torch
 
 from benchmarks import peers
 from benchmarks.peers import Peer
-from checks.matrix_products import decoding_products, training_products
+from checks.probes.matrix_products import decoding_products, training_products
+from checks.probes.timing import Runs, in_turn, ratio
 from checks.subject import Sizes
-from checks.timing import Runs, in_turn, ratio
 
 SIZES = Sizes(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384)  # 10.7 million parameters
 B, T = 8, 256

@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checks.cached import LONGEST, Reader, apart, difference, distances, first_wrong, length, reader
 from checks.expect import EQUAL_SHAPE, NotApplicable, advise, drawn, expect_same, fail, needs, note
-from checks.padding import ragged
+from checks.probes.cached import LONGEST, Reader, apart, difference, distances, first_wrong, length, reader
+from checks.probes.padding import ragged
 
 LOGITS = "check_contract.check_logits_have_shape"
 CAUSAL = "check_causality.check_future_cannot_change_past"

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from checks.ablation import one_block, replaced
 from checks.expect import Bound, NotApplicable, advise, drawn, expect_close, fail, farthest, needs, note
-from checks.influence import (
+from checks.probes.ablation import one_block, replaced
+from checks.probes.influence import (
     EVAL,
     TRAIN,
     Changes,
@@ -29,11 +29,11 @@ from checks.influence import (
     lengths,
     measure,
 )
-from checks.leaks import expect_no_leak, in_deviations
-from checks.padding import SIDES, ragged
-from checks.precision import precise, precision, shared, spread
+from checks.probes.leaks import expect_no_leak, in_deviations
+from checks.probes.padding import SIDES, ragged
+from checks.probes.precision import precise, precision, shared, spread
+from checks.probes.windows import declared_windows, holds, in_reach, window
 from checks.subject import EXISTENCE
-from checks.windows import declared_windows, holds, in_reach, window
 
 CONTRACT = (
     "check_contract.check_logits_have_shape",

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable, fail, needs, note, slow
-from checks.randomness import seeded
-from checks.training_runs import Step, TrainerRun, examples, flat, model_of, needs_trainer
+from checks.probes.randomness import seeded
+from checks.training.runs import Step, TrainerRun, examples, flat, model_of, needs_trainer
 
 RESUMES = "check_checkpoint.check_a_resumed_training_goes_on_bit_for_bit"
 HALF = 4  # steps before and after the checkpoint: with 7 examples, 3 a step, it is saved amid an epoch

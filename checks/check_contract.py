@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.ablation import passed_by, replaced, siblings, with_input, with_output
 from checks.expect import NotApplicable, Where, advise, expect_close, expect_same, fail, farthest, needs, note
-from checks.holdings import Held, held_outside
-from checks.influence import TRAIN, call, every_id, length
-from checks.padding import SIDES, ragged
-from checks.precision import precise, precision, spread
+from checks.probes.ablation import passed_by, replaced, siblings, with_input, with_output
+from checks.probes.holdings import Held, held_outside
+from checks.probes.influence import TRAIN, call, every_id, length
+from checks.probes.padding import SIDES, ragged
+from checks.probes.precision import precise, precision, spread
+from checks.probes.ties import expect_declared_tie, expect_no_twins, ties
 from checks.subject import EXISTENCE
-from checks.ties import expect_declared_tie, expect_no_twins, ties
 from checks.where import Call, first_bad, locate, recorded
 
 SHAPE = "check_contract.check_logits_have_shape"

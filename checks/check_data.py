@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.loss_cases import named
-from checks.loss_explained import misread_mask, spans
-from checks.randomness import seeded
-from checks.training_runs import TrainerRun, examples, flat, model_of, needs_trainer
+from checks.loss.cases import named
+from checks.loss.explained import misread_mask, spans
+from checks.probes.randomness import seeded
+from checks.training.runs import TrainerRun, examples, flat, model_of, needs_trainer
 
 SEQUENCES = [[3, 7, 11, 2, 9, 14, 5, 8], [6, 1, 13, 4], [12, 10, 15, 16, 3, 1]]  # lengths 8, 4, 6; no neighbours alike
 END = 2  # a token id that ends a text, and pads in the check that says so

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.generation_conventions import Rows
-from checks.generation_faults import explain, first_wrong
-from checks.randomness import states
-from checks.scripted import Stage, graphs, stage
+from checks.generation.conventions import Rows
+from checks.generation.faults import explain, first_wrong
+from checks.generation.scripted import Stage, graphs, stage
+from checks.probes.randomness import states
 
 LOGITS = "check_contract.check_logits_have_shape"
 REPEATS = "check_modes.check_eval_repeats_itself"

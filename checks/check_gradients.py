@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from checks.check_causality import watched_embeddings
 from checks.expect import NotApplicable, Where, advise, fail, needs, note
-from checks.precision import precision
-from checks.randomness import seeded
+from checks.probes.precision import precision
+from checks.probes.randomness import seeded
 from checks.subject import ABSENCE, EXISTENCE
 from checks.where import Call, each, locate, recorded
 

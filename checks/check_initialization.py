@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checks.expect import NotApplicable, Where, advise, fail, farthest, needs, note
-from checks.randomness import seeded
+from checks.probes.randomness import seeded
 from checks.where import Call, called_by_checks, line_now, locate, recorded
 
 CONTRACT = ("check_contract.check_logits_have_shape",)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from checks.expect import NotApplicable, advise, drawn, expect_close, expect_same, fail, needs, note
-from checks.loss_cases import (
+from checks.loss.cases import (
     all_kept,
     cause,
     closed_form,
@@ -27,10 +27,10 @@ from checks.loss_cases import (
     sample,
     weights_of,
 )
-from checks.loss_conventions import met_loss
-from checks.loss_explained import misread_mask, spans
-from checks.loss_formula import USUAL, cross_entropy, expected_gradient
-from checks.loss_reading import NoGradient, gradient, read
+from checks.loss.conventions import met_loss
+from checks.loss.explained import misread_mask, spans
+from checks.loss.formula import USUAL, cross_entropy, expected_gradient
+from checks.loss.reading import NoGradient, gradient, read
 
 PLACE = ("row", "position", "symbol")
 UNDERSTOOD = "check_loss.check_a_place_is_trained_on_its_own_target"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from checks.check_causality import CONTRACT, EXTREME, expect_takes_mask, magnified
 from checks.expect import NotApplicable, Where, drawn, expect_close, fail, needs, note
-from checks.influence import EVAL, TRAIN, Way, call, every_id, length, moved
-from checks.padding import SIDES, padded, ragged
-from checks.precision import precise, precision, shared, spread
+from checks.probes.influence import EVAL, TRAIN, Way, call, every_id, length, moved
+from checks.probes.padding import SIDES, padded, ragged
+from checks.probes.precision import precise, precision, shared, spread
 from checks.where import first_bad, first_breaking
 
 CONTENT = "check_masking.check_pad_contents_change_nothing"

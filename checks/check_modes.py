@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable, advise, expect_close, expect_same, fail, farthest, needs, note
-from checks.precision import precise, precision, spread
-from checks.randomness import (
+from checks.probes.precision import precise, precision, spread
+from checks.probes.randomness import (
     Draws,
     Site,
     is_dropout,

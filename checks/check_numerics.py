@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable, Where, advise, fail, needs, note
-from checks.precision import precision
-from checks.rounding import Casts, Promoted, naively
+from checks.probes.precision import precision
+from checks.probes.rounding import Casts, Promoted, naively
 from checks.subject import EXISTENCE
 from checks.where import Call, first_bad, locate, recorded
 

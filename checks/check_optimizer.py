@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from checks.check_training import FOLLOWS, at
 from checks.expect import advise, fail, needs, note
-from checks.step_conventions import equal_examples, met_step
-from checks.training_runs import Losses, TrainerRun, examples, model_of, needs_trainer, pieces
+from checks.training.conventions import equal_examples, met_step
+from checks.training.runs import Losses, TrainerRun, examples, model_of, needs_trainer, pieces
 
 
 @needs(FOLLOWS)

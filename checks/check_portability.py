@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from checks.devices import Homeless
 from checks.expect import Bound, NotApplicable, advise, expect_close, fail, farthest, needs, note, slow
-from checks.precision import precise, precision, spread
-from checks.randomness import seeded
+from checks.probes.devices import Homeless
+from checks.probes.precision import precise, precision, spread
+from checks.probes.randomness import seeded
 from checks.where import first_breaking
 
 CONTRACT = ("check_contract.check_logits_have_shape",)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.ablation import one_block
-from checks.attention_products import key_products, mentions_rotary
 from checks.check_causality import CONTRACT, expect_causal
 from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.holdings import held_outside
-from checks.influence import call, length, moved
-from checks.precision import precise, spread
+from checks.probes.ablation import one_block
+from checks.probes.attention_products import key_products, mentions_rotary
+from checks.probes.holdings import held_outside
+from checks.probes.influence import call, length, moved
+from checks.probes.precision import precise, spread
 from checks.subject import EXISTENCE
 
 SMALLEST = 1e-6  # standard deviations of the logits: what an exchange of tokens moves at least (clean models: 2e-3)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checks.draws import DISTINCT, LEVEL, Sampler, scores, unlikely
 from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.generation_conventions import Rows
-from checks.randomness import seeded
-from checks.scripted import Stage, dealt, stage
+from checks.generation.conventions import Rows
+from checks.generation.draws import DISTINCT, LEVEL, Sampler, scores, unlikely
+from checks.generation.scripted import Stage, dealt, stage
+from checks.probes.randomness import seeded
 
 APPENDS = "check_generation.check_generate_appends_tokens"
 GREEDY = "check_generation.check_greedy_equals_the_naive_loop"

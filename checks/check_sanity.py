@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable, fail, keep, needs, note
-from checks.generation_conventions import Decoder, decoder
-from checks.loss_conventions import met_loss
+from checks.generation.conventions import Decoder, decoder
+from checks.loss.conventions import met_loss
 from transformer.data import Batch, SentenceTask
 from transformer.generation import generate
 from transformer.loss import next_token_loss

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.loss_conventions import met_loss
-from checks.loss_formula import cross_entropy
-from checks.step_conventions import RATE, SURE, MetStep, equal_examples, met_step
-from checks.training_explained import (
+from checks.loss.conventions import met_loss
+from checks.loss.formula import cross_entropy
+from checks.training.conventions import RATE, SURE, MetStep, equal_examples, met_step
+from checks.training.explained import (
     Micro,
     accumulation_mistakes,
     angle,
@@ -28,7 +28,7 @@ from checks.training_explained import (
     shares,
     step_mistakes,
 )
-from checks.training_runs import Losses, Step, TrainerRun, examples, model_of, needs_trainer, pieces, write
+from checks.training.runs import Losses, Step, TrainerRun, examples, model_of, needs_trainer, pieces, write
 
 EXACT = 1e-6  # relative, of updates in float64; clipping adds 1e-6 to the norm it divides by
 FOLLOWS = "check_training.check_a_step_follows_the_gradient"

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from checks import checks_in
 from checks.bugs import all_bugs
 from checks.bugs.variants import alibi, no_positions, sinusoidal, sliding_window
-from checks.influence import TRAIN, Changes, call, changes, every_id, find_leak, moves_before, same_arithmetic
-from checks.leaks import pattern
+from checks.probes.influence import TRAIN, Changes, call, changes, every_id, find_leak, moves_before, same_arithmetic
+from checks.probes.leaks import pattern
 from checks.subject import Subject, reference, reference_parts
 from checks.verdict import check_id, judge
 

@@ -7,7 +7,7 @@ import torch
 
 from checks import checks_in
 from checks.bugs import all_bugs
-from checks.cached import Coarsest, distances, first_wrong
+from checks.probes.cached import Coarsest, distances, first_wrong
 from checks.subject import Subject, reference_parts
 from checks.verdict import Verdict, check_id, judge
 

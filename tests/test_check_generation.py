@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from checks import checks_in
 from checks.bugs import all_bugs
-from checks.draws import scores, unlikely
-from checks.generation_conventions import Alphabet, Decoder, read_answer, understand
-from checks.scripted import dealt, ranked, stage
+from checks.generation.conventions import Alphabet, Decoder, read_answer, understand
+from checks.generation.draws import scores, unlikely
+from checks.generation.scripted import dealt, ranked, stage
 from checks.subject import Subject, reference_parts
 from checks.verdict import Verdict, check_id, judge
 from transformer.generation import generate

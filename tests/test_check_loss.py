@@ -8,7 +8,7 @@ from torch import nn
 
 from checks import checks_in
 from checks.bugs import all_bugs
-from checks.loss_conventions import met_loss
+from checks.loss.conventions import met_loss
 from checks.subject import Subject, reference_parts
 from checks.verdict import check_id, judge
 from tests.controls_training import LOSSES, loss_subject, of_transformers
@@ -136,7 +136,7 @@ def test_a_loss_that_cannot_be_called_is_not_accused():
 
 def test_reading_survives_a_vocabulary_smaller_than_the_batch():
     """Labels spell out their place in several digits where there are fewer symbols than places."""
-    from checks.loss_reading import read
+    from checks.loss.reading import read
     from transformer.loss import next_token_loss
 
     reading = read(next_token_loss, torch.arange(3), 3)

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from checks import checks_in
 from checks.bugs import all_bugs
-from checks.step_conventions import met_step
 from checks.subject import Subject, reference_parts
+from checks.training.conventions import met_step
 from checks.verdict import check_id, judge
 from tests.controls_training import STEPS, next_token, step_subject
 

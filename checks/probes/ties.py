@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from checks.expect import fail
-from checks.holdings import settings
+from checks.probes.holdings import settings
 
 DECLARED = re.compile(
     r"tied?|tying|(tied?|tying|shared?)_(word_)?(embeddings?|embs?|weights?|head)|weight_(tying|sharing)"

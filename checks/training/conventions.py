@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checks.expect import NotApplicable
-from checks.training_explained import parallel
-from checks.training_runs import Example, Losses, Step, examples, flat, model_of
+from checks.training.explained import parallel
+from checks.training.runs import Example, Losses, Step, examples, flat, model_of
 
 NAMES = {
     "model": "model net network m gpt lm transformer",

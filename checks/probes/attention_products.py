@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from checks.ablation import siblings
-from checks.influence import call
+from checks.probes.ablation import siblings
+from checks.probes.influence import call
 from checks.where import recorded
 
 ROTARY = re.compile(r"rotary|rotate_half|\brope\b|apply_rope|freqs_cis|rotate_every", re.IGNORECASE)

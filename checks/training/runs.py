@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable
-from checks.loss_formula import cross_entropy
-from checks.randomness import set_rates
+from checks.loss.formula import cross_entropy
+from checks.probes.randomness import set_rates
 from transformer.trainer import TrainConfig, Trainer
 
 Example = list[int]

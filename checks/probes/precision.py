@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks.expect import Bound
-from checks.padding import ragged
+from checks.probes.padding import ragged
 from checks.subject import ABSENCE
 
 

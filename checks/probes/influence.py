@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks.expect import EQUAL_SHAPE, Bound
-from checks.precision import precision
+from checks.probes.precision import precision
 from checks.where import Where, first_breaking
 
 LONGEST = 16  # tokens; sequences in which every pair of positions is tried are not longer

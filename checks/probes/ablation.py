@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable
-from checks.precision import precise
+from checks.probes.precision import precise
 from checks.where import each, tensors
 
 

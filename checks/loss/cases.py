@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from checks.expect import Bound, NotApplicable, advise, fail
-from checks.loss_conventions import MetLoss, met_loss
-from checks.loss_explained import explained, spans
-from checks.loss_formula import REDUCTIONS, USUAL, cross_entropy
-from checks.loss_reading import EXACT
+from checks.loss.conventions import MetLoss, met_loss
+from checks.loss.explained import explained, spans
+from checks.loss.formula import REDUCTIONS, USUAL, cross_entropy
+from checks.loss.reading import EXACT
 
 FLOAT64 = Bound(1e-9, "float64, relative to the largest")
 FLOAT32 = Bound(2e-6, "the loss computes in float32; relative to the largest")

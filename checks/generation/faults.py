@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from checks.expect import NotApplicable, fail
-from checks.generation_conventions import Rows
-from checks.scripted import Read, Stage
+from checks.generation.conventions import Rows
+from checks.generation.scripted import Read, Stage
 
 
 def explain(on: Stage, prompts: Tensor, said: Rows, want: Rows, *, turn: int, **options: Any) -> NoReturn:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable
-from checks.loss_formula import named_reduction
-from checks.loss_reading import EXACT, ROUGH, Loss, NoGradient, Reading, gradient, read, symbols_that_count
+from checks.loss.formula import named_reduction
+from checks.loss.reading import EXACT, ROUGH, Loss, NoGradient, Reading, gradient, read, symbols_that_count
 from checks.where import recorded
 
 VOCABULARY = 17

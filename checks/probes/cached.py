@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks.expect import Bound, NotApplicable
-from checks.precision import precision, spread
+from checks.probes.precision import precision, spread
 
 LONGEST = 24  # tokens
 FINENESS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

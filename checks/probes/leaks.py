@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.ablation import passed_by, replaced, siblings
-from checks.attention_products import Attentions
 from checks.expect import Bound, Where, fail
-from checks.influence import EVAL, Changes, Leak, Way, call, find_leak, measure
-from checks.precision import spread
+from checks.probes.ablation import passed_by, replaced, siblings
+from checks.probes.attention_products import Attentions
+from checks.probes.influence import EVAL, Changes, Leak, Way, call, find_leak, measure
+from checks.probes.precision import spread
 
 ADVICE = (
     "Print the causal mask that reaches attention (row t is True at columns 0 to t only), then the same in every layer "

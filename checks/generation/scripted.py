@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.cached import Coarsest
 from checks.expect import NotApplicable
-from checks.generation_conventions import NAMES, Decoder, Rows, decoder
-from checks.precision import precision
+from checks.generation.conventions import NAMES, Decoder, Rows, decoder
+from checks.probes.cached import Coarsest
+from checks.probes.precision import precision
 
 # Logits [..., V] and the tokens they follow, if known, to logits of the same shape.
 Script = Callable[[Tensor, Tensor | None], Tensor]
