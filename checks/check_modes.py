@@ -26,6 +26,7 @@ from checks.subject import EXISTENCE
 from checks.where import first_breaking, first_changing, locate
 
 CONTRACT = ("check_contract.check_logits_have_shape",)
+TRACE = "check_contract.check_earlier_calls_leave_no_trace"
 RATE = 0.3  # the dropout asked for: large enough that no site can miss every unit of a small model
 ALMOST_NONE = 1e-6  # a rate at which hardly ever one unit in a small model drops
 ROWS = 3
@@ -59,7 +60,7 @@ def _masks(subject: Any, tokens: Tensor) -> Iterator[tuple[str, Tensor | None]]:
         yield "with a padding mask", mask
 
 
-@needs(*CONTRACT)
+@needs(*CONTRACT, TRACE)
 def check_eval_repeats_itself(subject: Any) -> None:
     """In evaluation mode the same tokens give the same logits to the bit, whatever the random state."""
     model, tokens = _model(subject), _tokens(subject)
