@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from checks.bugs import Bug, all_bugs
 from checks.spec.agreement import apart
-from checks.spec.oracle import Variant, build, family_config, load, vary
+from checks.spec.oracle import Variant, build, family_config, vary
 from checks.spec.roles import Plan
 from checks.subject import reference_parts
 from transformer.model import Transformer
@@ -20,53 +22,113 @@ from transformer.model import Transformer
 LIVE = 1e-10  # of the largest logit: a bug that moves less is no bug at these sizes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Simulated:
-    """A damaged reference with the subject's weights."""
+    """A damaged reference, to be given a subject's weights."""
 
     bug: Bug
-    model: nn.Module
+    model: Transformer
     scope: str = ""  # "in every block" where the catalogue damages one
 
 
-def simulated(plan: Plan, variant: Variant) -> Iterator[Simulated]:
-    """Every known bug of a model that these weights can have."""
-    for bug in all_bugs().values():
-        model = damaged([bug], plan, variant)
-        if model is not None:
-            yield Simulated(bug, model)
-            everywhere = _everywhere(model, bug, plan, variant)
-            if everywhere is not None:
-                yield Simulated(bug, everywhere, "in every block")
+@dataclass
+class Catalogue:
+    """The known bugs of one variant, built once: another plan, or silenced sublayers, only needs other weights."""
+
+    config: dict[str, Any]
+    variant: Variant
+    models: list[Simulated] = field(default_factory=list)
+    whole: bool = False  # all are built
+    dead: set[int] = field(default_factory=set)  # models that give what the undamaged reference gives
+
+    @classmethod
+    def of(cls, plan: Plan, variant: Variant, known: list[Catalogue]) -> Catalogue:
+        """The one of `known` that fits, or a new one, which joins them."""
+        config = family_config(plan, variant)
+        for catalogue in known:
+            if catalogue.config == config and catalogue.variant == variant:
+                return catalogue
+        known.append(cls(config, variant))
+        return known[-1]
+
+    def __iter__(self) -> Iterator[Simulated]:
+        yield from self.models
+        if self.whole:
+            return
+        built = {id(one.bug) for one in self.models}
+        for bug in all_bugs().values():
+            if id(bug) not in built:
+                new = self._build(bug)
+                self.models += new
+                yield from new
+        self.whole = True
+
+    def _build(self, bug: Bug) -> list[Simulated]:
+        model = damaged([bug], self.config, self.variant)
+        if model is None:
+            return []
+        everywhere = _everywhere(model, bug, self.config, self.variant)
+        return [Simulated(bug, model), *([Simulated(bug, everywhere, "in every block")] if everywhere else [])]
 
 
 def explanations(
-    plan: Plan, variant: Variant, tokens: Tensor, theirs: Tensor, bound: float, until: float
+    catalogue: Catalogue, plan: Plan, tokens: Tensor, theirs: Tensor, bound: float, until: float
 ) -> tuple[list[Simulated], bool]:
-    """The bugs that give the subject's logits, each of them exactly; and whether all were tried before `until`."""
+    """The bugs that give the subject's logits, each of them exactly; and whether all were tried before `until`.
+
+    The first pass of a catalogue, which must be on full weights, drops what gives the undamaged reference's numbers.
+    """
     found: list[Simulated] = []
-    clean = logits(build(plan, variant), tokens)[..., : theirs.shape[-1]]
-    for one in simulated(plan, variant):
+    sound = build(plan, catalogue.variant)
+    clean, weights = logits(sound, tokens), sound.state_dict()
+    for one in catalogue:
         if time.monotonic() > until:
             return found, False
-        try:
-            ours = logits(one.model, tokens)[..., : theirs.shape[-1]]
-        except Exception:  # damage that these sizes cannot bear is not what the subject has
+        if id(one) in catalogue.dead:
             continue
-        same = ours.shape == theirs.shape and apart(theirs, ours) <= bound
-        if same and apart(ours, clean) > LIVE and all(one.bug is not other.bug for other in found):
+        try:
+            ours = logits(fill(one.model, weights), tokens)
+        except Exception:  # damage that these sizes cannot bear is not what the subject has
+            ours = clean
+        if apart(ours, clean) <= LIVE:
+            if not catalogue.whole:
+                catalogue.dead.add(id(one))
+        elif apart(theirs, ours[..., : theirs.shape[-1]]) <= bound and all(one.bug is not o.bug for o in found):
             found.append(one)
     return found, True
 
 
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Some bugs write on what they are given."""
     with torch.no_grad():
-        return model(tokens).double()
+        return model(tokens.clone()).double()
 
 
-def damaged(bugs: list[Bug], plan: Plan, variant: Variant) -> Transformer | None:
-    """The reference built with the damage, then given their weights; None if a bug is not of these models."""
-    config = family_config(plan, variant)
+def fill(model: Transformer, weights: dict[str, Tensor]) -> Transformer:
+    """A sound reference's weights into a damaged one; parts that damage took away stay away."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in weights and tensor.shape == weights[name].shape:
+                tensor.copy_(weights[name])
+    if "head.bias" in weights:
+        model.head.bias = nn.Parameter(weights["head.bias"].clone())
+    return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """Weights that are filled later need not be drawn now."""
+
+    DRAWING = ("normal_", "uniform_", "kaiming_uniform_")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" and func.__name__ in self.DRAWING:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def damaged(bugs: list[Bug], config: dict[str, Any], variant: Variant) -> Transformer | None:
+    """The reference of a variant, built with the damage; None if a bug is not of such models."""
     if not all(_applies(bug, config) for bug in bugs):
         return None
     attention = {name: bug.sizes[name] for bug in bugs for name in ("attention",) if name in bug.sizes}
@@ -75,8 +137,7 @@ def damaged(bugs: list[Bug], plan: Plan, variant: Variant) -> Transformer | None
         return None
     parts = (others.pop() if others else reference_parts)(**{**config, **attention})
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with _building():
             for bug in bugs:
                 whole = parts.build_model
                 bug.damage(parts)
@@ -85,7 +146,21 @@ def damaged(bugs: list[Bug], plan: Plan, variant: Variant) -> Transformer | None
             model = parts.build_model(dropout=0.0)
     except Exception:  # a bug of sizes that this subject does not have
         return None
-    return vary(load(model, plan), variant) if isinstance(model, Transformer) else None
+    return vary(model, variant).eval() if isinstance(model, Transformer) else None
+
+
+@contextlib.contextmanager
+def _building() -> Iterator[None]:
+    """In float64, with the random state as it was afterwards; `fork_rng` would take as long as the building."""
+    dtype, state = torch.get_default_dtype(), torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    torch.default_generator.manual_seed(0)
+    try:
+        with _Unfilled():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_rng_state(state)
 
 
 def _applies(bug: Bug, config: dict[str, Any]) -> bool:
@@ -99,14 +174,13 @@ def _kind(positions: str) -> str:
     return positions.partition("-")[0]
 
 
-def _everywhere(model: Transformer, bug: Bug, plan: Plan, variant: Variant) -> Transformer | None:
+def _everywhere(model: Transformer, bug: Bug, config: dict[str, Any], variant: Variant) -> Transformer | None:
     """The same damage in every block, where the catalogue has it in some."""
     classes: dict[str, set[type]] = {}
     changed: dict[str, type] = {}
     for block in model.blocks:
         for name, module in block.named_modules():
-            kind = type(module)
-            classes.setdefault(name, set()).add(kind)
+            classes.setdefault(name, set()).add(type(module))
     for name, kinds in classes.items():
         if len(kinds) == 2:
             odd = [kind for kind in kinds if kind.__module__.startswith("checks.bugs")]
@@ -114,7 +188,7 @@ def _everywhere(model: Transformer, bug: Bug, plan: Plan, variant: Variant) -> T
                 changed[name] = odd[0]
     if not changed:
         return None
-    again = damaged([bug], plan, variant)
+    again = damaged([bug], config, variant)
     assert again is not None
     for block in again.blocks:
         for name, kind in changed.items():

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from checks.spec.agreement import apart
-from checks.spec.oracle import Variant, family_config, load, vary
+from checks.spec.oracle import Variant, build, family_config, load, vary
 from checks.spec.roles import Plan
 from checks.spec.settling import Settled, disagreement, one_thread
-from checks.spec.simulation import Simulated, damaged, explanations, logits
+from checks.spec.simulation import Catalogue, Simulated, damaged, explanations, fill, logits
 from checks.spec.trace import Parting, checkpoints, parting, steps
 from transformer.model import ModelConfig, Transformer
 
@@ -85,14 +85,17 @@ def _explain(found: Settled, until: float) -> Explained | None:
     if not ranked:
         return None
     first = Explained(*ranked[0][:2], parts=[s for s, e in ranked[0][2].items() if e > bound])
+    known: list[Catalogue] = []
     for plan, variant, errors in ranked:
         parts = [stage for stage, error in errors.items() if error > bound]
-        ties, complete = explanations(plan, variant, found.specimen.tokens, found.theirs, bound, until)
+        catalogue = Catalogue.of(plan, variant, known)
+        ties, complete = explanations(catalogue, plan, found.specimen.tokens, found.theirs, bound, until)
         if ties:
+            ties = confirmed(found, plan, variant, ties)
             return Explained(plan, variant, ties=ties, parts=parts, complete=complete)
         first.complete &= complete
     for plan, variant, errors in ranked[:2]:
-        together = _by_part(found, plan, variant, errors, until)
+        together = _by_part(found, Catalogue.of(plan, variant, known), plan, errors, until)
         if together:
             return Explained(plan, variant, together=together, parts=[s for s, e in errors.items() if e > bound])
     first.complete &= time.monotonic() < until
@@ -114,8 +117,25 @@ def _few(found: Settled) -> list[tuple[Plan, Variant]]:
     return [(plan, variant) for plan, variant in found.candidates if id(plan) in plans][:MOST]
 
 
+def confirmed(found: Settled, plan: Plan, variant: Variant, ties: list[Simulated]) -> list[Simulated]:
+    """Ties that are none in other calls: with gradients, of one token, of one row; all of them if none is left."""
+    seen, left = found.specimen, ties
+    for tokens in (seen.tokens, seen.tokens[:, :1].contiguous(), seen.tokens[:1, :5].contiguous()):
+        if len(left) < 2:
+            break
+        with torch.enable_grad(), seen.running():
+            theirs = seen.subject.logits(seen.model, tokens).detach().double()
+            weights = build(plan, variant).state_dict()
+            same = []
+            for one in left:
+                ours = fill(one.model, weights)(tokens.clone()).detach()[..., : theirs.shape[-1]]
+                same += [one] if apart(theirs, ours.double()) <= seen.bound.size else []
+        left = same or left
+    return left
+
+
 def _by_part(
-    found: Settled, plan: Plan, variant: Variant, errors: dict[str, float], until: float
+    found: Settled, catalogue: Catalogue, plan: Plan, errors: dict[str, float], until: float
 ) -> list[list[Simulated]]:
     """For each stage that differs, the bugs that explain it; only if together they give the full numbers."""
     seen, bound = found.specimen, found.specimen.bound.size
@@ -124,7 +144,7 @@ def _by_part(
         if errors[stage] <= bound:
             continue
         with silenced(plan, which):
-            ties, _ = explanations(plan, variant, seen.tokens, seen.logits(), bound, until)
+            ties, _ = explanations(catalogue, plan, seen.tokens, seen.logits(), bound, until)
         if not ties:
             return []
         if not any({one.bug.id for one in ties} & {one.bug.id for one in group} for group in groups):
@@ -132,8 +152,8 @@ def _by_part(
     if len(groups) < 2:
         return []
     for choice in product(*groups):
-        model = damaged([one.bug for one in choice], plan, variant)
-        if model is not None and _same(model, found, bound):
+        model = damaged([one.bug for one in choice], catalogue.config, catalogue.variant)
+        if model is not None and _same(fill(model, build(plan, catalogue.variant).state_dict()), found, bound):
             return groups
     return []
 
