@@ -1,11 +1,11 @@
-# make sanity: the main job. make test: every test. Both set up .venv first, once.
+# make sanity: the main job. make test: every test. Both set up .venv first, once. make power: the long run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: sanity test lint bench clean
+.PHONY: sanity test lint bench power clean
 
 sanity: $(VENV)/installed
 	$(BIN)/python -m pytest -m sanity
@@ -21,6 +21,12 @@ lint: $(VENV)/installed-for-tests
 # ours beside HF GPT-2, x-transformers and, with NANOGPT=folder, a nanoGPT
 bench: $(VENV)/installed-for-tests
 	$(BIN)/python -m benchmarks.compare $(if $(NANOGPT),--nanogpt $(NANOGPT))
+
+# every known bug and every correct model against every check, for hours; goes on where it was stopped.
+# JOBS=processes SEEDS=of each correct model (20) ONLY='words of names'
+power: $(VENV)/installed-for-tests
+	$(ONE_THREAD) $(BIN)/python -m tests.power $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS)) \
+		$(if $(ONLY),--only '$(ONLY)')
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'

@@ -1,6 +1,7 @@
 """Correct implementations that no check may fail: libraries' models at tiny sizes, and legitimate variants of ours.
 
-`CONTROLS` maps a name to a function from a seed to a Subject.
+`CONTROLS` maps a name to a function from a seed to a Subject. `FAULTY` holds models of these libraries that the checks
+rightly accuse, with the check that does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from checks.subject import Subject
 
 CONTROLS: dict[str, Callable[..., Subject]] = {}
+FAULTY: dict[str, tuple[str, Callable[..., Subject]]] = {}
 
 
 class Called(Subject):
@@ -165,7 +167,17 @@ library("smollm3-some-without-positions", "SmolLM3", num_key_value_heads=half, n
 # -- x-transformers: one attention stack, many switches
 
 
-def x_transformer(name: str, *, absolute: bool = False, wrapper: dict[str, Any] | None = None, **switches: Any) -> None:
+def x_transformer(
+    name: str,
+    *,
+    absolute: bool = False,
+    wrapper: dict[str, Any] | None = None,
+    mask: bool = True,
+    fault: str = "",
+    **switches: Any,
+) -> None:
+    """One of its decoders; `mask=False` where padding is not asked for, `fault` the check that it rightly fails."""
+
     def build(vocab_size, block_size, n_layer, n_head, n_embd, dropout):
         from loguru import logger
         from x_transformers import Decoder, TransformerWrapper
@@ -181,7 +193,11 @@ def x_transformer(name: str, *, absolute: bool = False, wrapper: dict[str, Any] 
             return model(tokens)
         return model(tokens, mask=mask, **(dict(pos=(mask.long().cumsum(1) - 1).clamp(min=0)) if absolute else {}))
 
-    CONTROLS[f"x-{name}"] = functools.partial(Called, f"x-{name}", build, call, mask=True)
+    make = functools.partial(Called, f"x-{name}", build, call, mask=mask)
+    if fault:
+        FAULTY[f"x-{name}"] = (fault, make)
+    else:
+        CONTROLS[f"x-{name}"] = make
 
 
 x_transformer("absolute", absolute=True)
@@ -199,9 +215,15 @@ x_transformer("rms-norm-squared-relu", rotary_pos_emb=True, use_rmsnorm=True, ff
 x_transformer("flash", rotary_pos_emb=True, attn_flash=True)
 x_transformer("residual-attention", rotary_pos_emb=True, residual_attn=True)
 x_transformer("macaron", rotary_pos_emb=True, macaron=True)
-x_transformer("shifted-tokens", rotary_pos_emb=True, shift_tokens=1)
+x_transformer("shifted-tokens", rotary_pos_emb=True, shift_tokens=1, mask=False)
 x_transformer("memory-keys", rotary_pos_emb=True, attn_num_mem_kv=3)
-x_transformer("tied-embedding-norm", absolute=True, wrapper=dict(tie_embedding=True, post_emb_norm=True))
+x_transformer("embedding-norm", absolute=True, wrapper=dict(post_emb_norm=True))
+# Its feed-forward is told of no mask, and shifts what the padding on the left holds into the first real token.
+x_transformer("shifted-padding", rotary_pos_emb=True, shift_tokens=1,
+              fault="check_masking.check_pad_contents_change_nothing")  # fmt: skip
+# Its head is a lambda over the model that made it: a deep copy computes logits with the original's table.
+x_transformer("tied-embedding", absolute=True, wrapper=dict(tie_embedding=True),
+              fault="check_contract.check_copies_are_independent")  # fmt: skip
 
 
 # -- PyTorch's own encoder, made causal

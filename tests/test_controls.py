@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from checks import all_checks
-from checks.verdict import Verdict, judge
-from tests.controls import CONTROLS
+from checks.verdict import Verdict, check_id, judge
+from tests.controls import CONTROLS, FAULTY
 
 SEED = 3
 # Diverse in positions, norms, masks, caches and experts. The others of CONTROLS take too long for every run.
@@ -24,3 +24,12 @@ def test_no_check_accuses_a_correct_model(name: str):
     accused = {v.check: f"{v.outcome}: {v.says}" for v in verdicts.values() if v.outcome in ("failed", "error")}
     assert not accused
     assert sum(v.outcome == "passed" for v in verdicts.values()) > 50, "most laws of a model apply to every control"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_fault_of_a_library_is_found(name: str):
+    accuser, make = FAULTY[name]
+    (check,) = [check for check in all_checks() if check_id(check) == accuser]
+    verdict = judge(check, make(seed=SEED), {})
+    assert verdict.outcome == "failed", verdict.says
