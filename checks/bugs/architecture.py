@@ -15,6 +15,7 @@ from transformer.model import Attention, Block, Transformer
 LOGITS = "check_spec.check_logits_agree"
 
 GPT2: dict[str, Any] = dict(spec="gpt2")
+GELU: dict[str, Any] = dict(GPT2, feed_forward="gelu")  # for what a gate does not have
 LLAMA: dict[str, Any] = dict(
     spec="llama", positions="rotary", norm="rms", feed_forward="swiglu", bias=False, tied=False, norm_eps=1e-6
 )
@@ -418,7 +419,7 @@ def parallel_for_sequential(model: Transformer) -> None:
     source="https://github.com/leffff/graphormer-pyg/issues/23",
     caught_by=(LOGITS,),
     model=True,
-    **GPT2,
+    **GELU,
 )
 def no_activation(model: Transformer) -> None:
     for block in blocks(model):
@@ -431,7 +432,7 @@ def no_activation(model: Transformer) -> None:
     source="https://github.com/goruck/nilm/issues/1",
     caught_by=(LOGITS,),
     model=True,
-    **GPT2,
+    **GELU,
 )
 def activation_after_second_linear(model: Transformer) -> None:
     for block in blocks(model):
@@ -444,20 +445,20 @@ def activation_after_second_linear(model: Transformer) -> None:
     source="https://github.com/huggingface/transformers/pull/29402",
     caught_by=(LOGITS,),
     model=True,
-    **GPT2,
+    **GELU,
 )
 def quick_gelu(model: Transformer) -> None:
     for block in blocks(model):
         redefine(block.feed_forward, activation=lambda self, x: x * torch.sigmoid(1.702 * x))
 
 
-@bug("relu-for-gelu", "the feed-forward's activation is ReLU, not GELU", caught_by=(LOGITS,), model=True, **GPT2)
+@bug("relu-for-gelu", "the feed-forward's activation is ReLU, not GELU", caught_by=(LOGITS,), model=True, **GELU)
 def relu_for_gelu(model: Transformer) -> None:
     for block in blocks(model):
         redefine(block.feed_forward, activation=lambda self, x: F.relu(x))
 
 
-@bug("silu-for-gelu", "the feed-forward's activation is SiLU, not GELU", caught_by=(LOGITS,), model=True, **GPT2)
+@bug("silu-for-gelu", "the feed-forward's activation is SiLU, not GELU", caught_by=(LOGITS,), model=True, **GELU)
 def silu_for_gelu(model: Transformer) -> None:
     for block in blocks(model):
         redefine(block.feed_forward, activation=lambda self, x: F.silu(x))
