@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from checks.verdict import Verdict
 
 CHECKS = Path(__file__).parent
+BENCHMARKS = CHECKS / "bench_training.py"
 DEFAULT_MODEL = "transformer"
 SPECS = ("auto", "gpt2", "llama")
 
@@ -96,6 +97,8 @@ class Run:
         self.totals: dict[str, int] = {}
         self.complaints: list[str] = []  # what went wrong beside the checks
         self.written: list[Path] = []  # pictures and reports
+        self.measured: list[str] = []  # by benchmarks, a line each
+        self.unmeasured: list[str] = []  # why not
         self._subjects: list[Subject] | None = None
 
     def option(self, name: str, default: Any = None) -> Any:
@@ -178,6 +181,8 @@ class Run:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        if file_path == BENCHMARKS and (self.option("gpu") or parent.session.isinitpath(file_path)):
+            return BenchmarkFile.from_parent(parent, path=file_path)
         if file_path.parent != CHECKS or file_path.suffix != ".py" or not file_path.stem.startswith("check_"):
             return None
         return CheckFile.from_parent(parent, path=file_path, run=self)
@@ -206,6 +211,10 @@ class Run:
         verdict = getattr(report, "verdict", None)
         if verdict is not None:
             self.reported.setdefault(verdict["subject"], []).append(verdict)
+        for name, line in report.user_properties if report.when == "teardown" else ():
+            kept = {"benchmark": self.measured, "no benchmark": self.unmeasured}.get(name, [])
+            if line not in kept:
+                kept.append(str(line))
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         verdict = getattr(report, "verdict", None)
@@ -223,6 +232,7 @@ class Run:
         if self._subjects:
             self._draw()
         ran = any(v["outcome"] in ("passed", "failed", "error") for vs in self.reported.values() for v in vs)
+        ran = ran or bool(self.measured)
         if self.asked and not ran and session.exitstatus == pytest.ExitCode.OK and not self.config.option.collectonly:
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
@@ -238,6 +248,10 @@ class Run:
                 terminalreporter.line("no check ran: this says nothing about the model", red=True)
             if start := terminal.where_to_start(verdicts):
                 terminalreporter.line(start, red=True)
+        if self.measured or self.unmeasured:
+            terminalreporter.section("benchmarks: in turn in one process; only ratios mean much", sep="-")
+        for line in (*self.measured, *self.unmeasured):
+            terminalreporter.line(line)
         for report in (path for path in self.written if path.suffix == ".md"):
             terminalreporter.line(f"report: {report}")
         for complaint in self.complaints:
@@ -327,6 +341,13 @@ class CheckFile(pytest.File):
             for check in checks:
                 name = f"{check.__name__}[{subject.name}]"
                 yield CheckItem.from_parent(self, name=name, check=check, theme=theme, subject_index=index)
+
+
+class BenchmarkFile(pytest.Module):
+    """`bench_training.py`, whose functions are called `bench_*`."""
+
+    def funcnamefilter(self, name: str) -> bool:
+        return name.startswith("bench_")
 
 
 class CheckItem(pytest.Item):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,19 +60,55 @@ def timed(
 
 def synchronize(device: torch.device | str) -> None:
     """Waits for the device; a GPU's kernels otherwise run on after the call that started them has returned."""
-    kind = torch.device(device).type
-    if kind != "cpu":
-        getattr(torch, kind).synchronize()
+    if torch.device(device).type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(torch.device(device))
+
+
+class Marks:
+    """The time between places of one run, by name. On CUDA by events, so that no mark waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            synchronize(self.device)
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, name: str) -> None:
+        """What has run since the mark before is called so."""
+        self.marks.append((name, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        synchronize(self.device)
+        return {name: self._between(start, end) for (_, start), (name, end) in pairwise(self.marks)}
+
+    def _between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
 
 
 def ratio(times: Sequence[float], of: Sequence[float]) -> Ratio:
     """`times` as a multiple of `of`, both from the same rounds."""
-    paired = np.asarray(times) / np.asarray(of)
-    drawn = np.random.default_rng(0).integers(len(paired), size=(2000, len(paired)))
-    low, high = np.percentile(np.median(paired[drawn], axis=1), (2.5, 97.5))
-    return Ratio(float(np.median(paired)), float(low), float(high))
+    return interval(np.asarray(times) / np.asarray(of))
+
+
+def interval(values: Sequence[float] | np.ndarray) -> Ratio:
+    """The median of a value from each round, and its 95 % interval."""
+    found = np.asarray(values)
+    drawn = np.random.default_rng(0).integers(len(found), size=(2000, len(found)))
+    low, high = np.percentile(np.median(found[drawn], axis=1), (2.5, 97.5))
+    return Ratio(float(np.median(found)), float(low), float(high))
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """k of the power law seconds ~ size^k that fits best, in logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def growth(sizes: Sequence[float], rounds: Sequence[Sequence[float]]) -> Ratio:
+    """The exponent that fits each round, `rounds` holding the seconds of every size; their median and interval."""
+    return interval([exponent(sizes, seconds) for seconds in rounds])

@@ -1,0 +1,304 @@
+"""A subject's training steps and its decoding, beside the reference and plain matrix products, in turn.
+
+Run by `pytest --gpu` or by naming this file (`pytest checks/bench_training.py --model model.py --benchmark-json=f`),
+never by a plain `pytest`. All that was measured stands in each benchmark's `extra_info`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from checks.expect import NotApplicable
+from checks.probes.loads import AXES, SMALL, TEN, Load, compiler_missing, extent, loads_of, sized, too_large
+from checks.probes.matrix_products import decoding_products, training_products
+from checks.probes.memory import peak_bytes
+from checks.probes.timing import Marks, Runs, growth, in_turn, ratio, timed
+from checks.subject import Subject
+from transformer.loss import next_token_loss
+
+ROUNDS, FEW = 20, 5  # of steps of small and of large loads
+LONG_ENOUGH = 64  # positions, for a slope over them to mean something
+TYPES = {"eager": torch.float32, "bfloat16": torch.bfloat16, "compiled": torch.float32}
+
+
+class Step:
+    """One training step of one model; `parts` are the seconds of forward with loss, backward, optimizer, by step."""
+
+    def __init__(self, subject: Subject, load: Load, how: str = "eager") -> None:
+        self.subject, self.dtype, self.device = sized(subject, load), TYPES[how], subject.device
+        self.model = self.subject.build().train()
+        if how == "compiled":
+            self.model.compile()
+        self.tokens, self.targets = self.subject.tokens(2 * load.B, load.T).chunk(2)
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
+        self.parts: list[dict[str, float]] = []
+
+    def __call__(self) -> None:
+        marks = Marks(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = next_token_loss(self.subject.logits(self.model, self.tokens), self.targets)
+        marks.mark("forward")
+        loss.backward()
+        marks.mark("backward")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        marks.mark("optimizer")
+        self.parts.append(marks.seconds())
+
+    def median_parts(self, rounds: int) -> dict[str, float]:
+        latest = self.parts[-rounds:]
+        return {name: statistics.median(part[name] for part in latest) for name in latest[0]}
+
+    def peak_bytes(self) -> int:
+        """What one step holds at most beyond weights and optimizer: activations and gradients."""
+        return peak_bytes(self, self.device)
+
+
+# -- what pytest gives a benchmark
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each subject at each of its sizes."""
+    subjects = plugin(metafunc.config).subjects
+    if "load" in metafunc.fixturenames:
+        pairs = [(subject, load) for subject in subjects for load in loads_of(subject)]
+        ids = [f"{subject.name}-{load}" for subject, load in pairs]
+        metafunc.parametrize(("subject", "load"), pairs, ids=ids)
+    else:
+        metafunc.parametrize("subject", subjects, ids=lambda subject: subject.name)
+
+
+def plugin(config: pytest.Config) -> Any:
+    return config.pluginmanager.get_plugin("transformer-checks-run")
+
+
+@pytest.fixture
+def reference(subject: Subject) -> Subject:
+    """The reference, by the door that a student's file takes, on the subject's device."""
+    return Subject.meet("transformer", device=str(subject.device))
+
+
+@pytest.fixture
+def patient(request: pytest.FixtureRequest, subject: Subject) -> bool:
+    """Whether what takes minutes on a CPU may run."""
+    return subject.device.type != "cpu" or plugin(request.config).option("slow", False)
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest, subject: Subject) -> Callable[[str], None]:
+    """Keeps a line for the end of the run."""
+    return lambda line: request.node.user_properties.append(("benchmark", f"{subject.name}, {line}"))
+
+
+@pytest.fixture
+def refuse(request: pytest.FixtureRequest, subject: Subject, patient: bool) -> Callable[..., None]:
+    """Skips what would take minutes, does not fit or cannot be compiled here; the end of the run says so."""
+
+    def refuse(load: Load, how: str = "eager") -> None:
+        why = why_not(load, how, subject.device, patient)
+        if why is not None:
+            request.node.user_properties.append(("no benchmark", why))
+            pytest.skip(why)
+
+    return refuse
+
+
+def why_not(load: Load, how: str, device: torch.device, patient: bool) -> str | None:
+    if device.type == "meta":
+        return "nothing is computed on the meta device"
+    if not patient and (load.large or how != "eager"):
+        return "larger sizes, bfloat16 and compiled steps are not run on a CPU without --slow"
+    if how == "compiled" and (missing := compiler_missing(device)):
+        return f"compiled steps are not run: {missing}"
+    if missing := too_large(load, device):
+        return f"{load} is not run: {missing}"
+    return None
+
+
+@contextmanager
+def theirs(subject: Subject) -> Iterator[None]:
+    """What a subject raises is said in a line, with its own file and line; our traceback would say less."""
+    try:
+        yield
+    except NotApplicable as reason:
+        pytest.skip(reason.reason)
+    except Exception as error:
+        lines = [f for f in traceback.extract_tb(error.__traceback__) if subject.owns(f.filename)]
+        if not lines:
+            raise
+        says = f"{lines[-1].filename}:{lines[-1].lineno}: {type(error).__name__}: {error}"
+        raise pytest.fail.Exception(says, pytrace=False) from None
+
+
+# -- benchmarks
+
+
+@pytest.mark.parametrize("how", TYPES)
+def bench_training_step(
+    benchmark: Any, subject: Subject, reference: Subject, tell: Callable, refuse: Callable, load: Load, how: str
+) -> None:
+    """A step's time as a multiple of the reference's and of its matrix products', and what it holds."""
+    refuse(load, how)
+    rounds = FEW if load.large else ROUNDS
+    with theirs(subject):
+        mine = Step(subject, load, how)
+        step = Step(reference, load, how)
+        products = training_products(load.sizes, load.B, load.T, device=subject.device, dtype=TYPES[how])
+        seconds = measured(
+            benchmark, {"subject": mine, "reference": step, "products": products}, subject.device, rounds
+        )
+        held = {name: of.peak_bytes() for name, of in (("subject", mine), ("reference", step)) if how != "compiled"}
+    multiple, share = ratio(seconds["subject"], seconds["reference"]), ratio(seconds["products"], seconds["subject"])
+    speed = load.tokens / statistics.median(seconds["subject"])
+    benchmark.extra_info.update(
+        sizes=asdict(load.sizes),
+        batch=load.B,
+        parameters=sum(p.numel() for p in mine.model.parameters()),
+        tokens_a_second=speed,
+        of_the_reference=asdict(multiple),
+        share_of_the_products=asdict(share),
+        parts={"subject": mine.median_parts(rounds), "reference": step.median_parts(rounds)},
+        peak_bytes=held,
+    )
+    parts = ", ".join(f"{name} {part * 1e3:.3g}" for name, part in mine.median_parts(rounds).items())
+    memory = f"; {held['subject'] / 2**20:.3g} MiB beside weights and optimizer" if held else ""
+    tell(
+        f"step of {load}, {how}: {speed:,.0f} token/s, {multiple} × the reference's time, "
+        f"matrix products {share.median:.0%} of it; ms: {parts}{memory}"
+    )
+
+
+@pytest.mark.parametrize("axis", AXES)
+def bench_growth(
+    benchmark: Any, subject: Subject, reference: Subject, tell: Callable, refuse: Callable, axis: str
+) -> None:
+    """How the step's time grows with length, batch, width and depth, as a power: every size in turn."""
+    letter, loads = AXES[axis]
+    refuse(loads[0])
+    runs: dict[str, Callable[[], object]] = {}
+    with theirs(subject):
+        for load in loads:
+            for name, of in (("subject", subject), ("reference", reference)):
+                runs[f"{name} {extent(axis, load)}"] = Step(of, load)
+            products = training_products(load.sizes, load.B, load.T, device=subject.device)
+            runs[f"products {extent(axis, load)}"] = products
+        seconds = together(benchmark, runs, FEW, subject.device)
+    sizes = [extent(axis, load) for load in loads]
+    rounds = {
+        name: list(zip(*(seconds[f"{name} {size}"] for size in sizes), strict=True))
+        for name in ("subject", "reference", "products")
+    }
+    powers = {name: growth(sizes, of) for name, of in rounds.items()}
+    benchmark.extra_info.update(
+        sizes=sizes,
+        seconds={name: [statistics.median(times) for times in zip(*of, strict=True)] for name, of in rounds.items()},
+        exponents={name: asdict(power) for name, power in powers.items()},
+    )
+    tell(
+        f"{axis} {sizes[0]} to {sizes[-1]}: a step takes {letter}^{powers['subject'].median:.2f} "
+        f"[{powers['subject'].low:.2f}, {powers['subject'].high:.2f}], the reference's "
+        f"{letter}^{powers['reference'].median:.2f}, matrix products {letter}^{powers['products'].median:.2f}"
+    )
+
+
+@pytest.mark.parametrize("cache", ["cached", "uncached"])
+def bench_decoding(
+    benchmark: Any, subject: Subject, reference: Subject, tell: Callable, refuse: Callable, patient: bool, cache: str
+) -> None:
+    """Time a token against its position, both models token by token in turn; flat with a cache."""
+    load = loads_of(subject, (TEN if patient else SMALL,))[0]
+    refuse(load)
+    with theirs(subject), torch.no_grad():
+        runs: dict[str, Callable[[], object]] = {
+            "subject": reader(subject, load, cache == "cached"),
+            "reference": reader(reference, load, cache == "cached"),
+            "products": decoding_products(load.sizes, device=subject.device),
+        }
+        seconds = together(benchmark, runs, load.T, subject.device, warmup=0)
+    steady = {name: times[load.T // 8 :] for name, times in seconds.items()}  # the first tokens warm up
+    slopes = {name: slope(times) for name, times in steady.items()}
+    multiple, share = ratio(steady["subject"], steady["reference"]), ratio(steady["products"], steady["subject"])
+    speed = 1 / statistics.median(steady["subject"])
+    benchmark.extra_info.update(
+        seconds_a_token=seconds,
+        growth_over_the_block=slopes,
+        tokens_a_second=speed,
+        of_the_reference=asdict(multiple),
+        share_of_the_products=asdict(share),
+    )
+    grows = f"from the first to token {load.T} a token's time grows by {slopes['subject']:+.0%}"
+    grows += f" (reference {slopes['reference']:+.0%})"
+    tell(
+        f"decoding {load}, {cache}: {speed:,.0f} token/s, {multiple} × the reference's time, matrix-vector products "
+        f"{share.median:.0%} of it; {grows if load.T >= LONG_ENOUGH else f'{load.T} positions show no slope'}"
+    )
+
+
+def reader(subject: Subject, load: Load, cached: bool) -> Callable[[], Tensor]:
+    """Reads one more token at each call: it alone over a cache, all so far without one."""
+    subject = sized(subject, load)
+    model, tokens = subject.build(), subject.tokens(1, load.T)
+    cache, t = subject.new_cache(model, 1) if cached else None, 0
+    if cached and cache is None:
+        raise NotApplicable("the subject has no cache known here")
+
+    def read() -> Tensor:
+        nonlocal t
+        t += 1
+        if cached:
+            return subject.logits(model, tokens[:, t - 1 : t], None, cache)
+        return subject.logits(model, tokens[:, :t])
+
+    return read
+
+
+def slope(seconds: list[float]) -> float:
+    """By how much of the first token's time the time of a token has grown at the end, along a straight line.
+
+    Through the medians of eighths, so that no single delay bends it.
+    """
+    eighths = [float(np.median(part)) for part in np.array_split(np.asarray(seconds), 8)]
+    per_eighth, first = np.polyfit(np.arange(8), eighths, 1)
+    return float(7 * per_eighth / first)
+
+
+# -- measuring
+
+
+def measured(
+    benchmark: Any, runs: dict[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Every round runs all in turn; the rounds of pytest-benchmark are the subject's."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    others: Runs = {name: run for name, run in runs.items() if name != "subject"}
+
+    def once() -> None:
+        seconds["subject"].append(timed(runs["subject"], device))
+
+    def the_others() -> None:
+        for name, times in in_turn(others, 1, warmup=0, device=device).items():
+            seconds[name] += times
+
+    for run in runs.values():  # the first calls compile, and allocate
+        run()
+        run()
+    benchmark.pedantic(once, setup=the_others, rounds=rounds)
+    return seconds
+
+
+def together(
+    benchmark: Any, runs: Runs, rounds: int, device: torch.device, *, warmup: int = 1
+) -> dict[str, list[float]]:
+    """All rounds of all runs as one round of pytest-benchmark, whose own figure then says little."""
+    return benchmark.pedantic(in_turn, args=(runs, rounds), kwargs=dict(warmup=warmup, device=device), rounds=1)
