@@ -346,13 +346,17 @@ def check_past_reaches_every_later_position(subject: Any) -> None:
             break
     note(influence=in_deviations(reach, 1.0), least=float(reach[in_reach(subject, model, T)].min()), bound=SEEN)
     if bool(silent.any()):
-        fail_past_unseen(reach, silent)
+        fail_past_unseen(reach, silent, windowed=window(subject, model, T) is not None)
 
 
-def fail_past_unseen(reach: Tensor, silent: Tensor) -> None:
+def fail_past_unseen(reach: Tensor, silent: Tensor, *, windowed: bool) -> None:
+    """Not where the past ends sharply at one distance and no window is declared: it may be written in the code."""
     t, s = (int(i) for i in silent.nonzero()[0])
     T, farthest_seen = len(reach), max(int((pair := (reach > SEEN).nonzero())[:, 0].sub(pair[:, 1]).max()), 0)
     band = bool((reach > SEEN).eq(torch.ones(T, T).tril().triu(-farthest_seen).bool()).all())
+    if band and farthest_seen > 0 and not windowed:
+        advise(f"the logits depend on the last {farthest_seen + 1} tokens alone: is a sliding window meant?")
+        return
     says = (
         f"token {s} does not reach the logits at position {t}: changing it moves them by {float(reach[t, s]):.3g} "
         f"standard deviations, expected more than {SEEN:.0e}"

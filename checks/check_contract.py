@@ -6,7 +6,7 @@ import copy
 import io
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,14 @@ def check_logits_have_shape(subject: Any) -> None:
     """Token ids [B, T] give floating-point logits [B, T, V], whatever B and T."""
     model, V, longest = subject.build(seed=subject.seed), subject.sizes.vocab_size, length(subject)
     for B, T in ((3, longest), (1, longest), (longest, 2), (2, longest - 1), (1, 2)):
-        logits = call(subject, model, subject.tokens(B, max(T, 1), seed=subject.seed))
+        tokens = subject.tokens(B, max(T, 1), seed=subject.seed)
+        try:
+            logits = call(subject, model, tokens)
+        except Exception as error:
+            if T == subject.sizes.block_size > 1:
+                call(subject, model, tokens[:, 1:].contiguous())  # raises what is no matter of the length
+                fail_unread(T, T, error)
+            raise
         if tuple(logits.shape) != (B, max(T, 1), V):
             fail(
                 f"{B} rows of {T} tokens gave logits of shape {list(logits.shape)}, expected {[B, T, V]}: "
@@ -55,18 +62,22 @@ def check_every_length_is_read(subject: Any) -> None:
             if T == 1 and isinstance(error, ValueError | AssertionError):
                 advise(f"a sequence of one token is refused: {error}")
                 continue
-            fail(
-                f"a sequence of {T} tokens cannot be read, although the block size is {block}: "
-                f"{type(error).__name__}: {error}",
-                likely=("length-one-squeezed", "block-size-off-by-one"),
-                length=T,
-            )
+            fail_unread(T, block, error)
         if shape != (2, T, V):
             fail(
                 f"2 rows of {T} tokens gave logits of shape {list(shape)}, expected {[2, T, V]}",
                 likely=("length-one-squeezed",),
                 length=T,
             )
+
+
+def fail_unread(T: int, block: int, error: Exception) -> NoReturn:
+    likely = ("block-size-off-by-one", "length-one-squeezed")
+    fail(
+        f"a sequence of {T} tokens cannot be read, although the block size is {block}: {type(error).__name__}: {error}",
+        likely=likely if T > 1 else likely[::-1],
+        length=T,
+    )
 
 
 @needs(SHAPE)

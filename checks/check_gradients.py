@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from checks.check_causality import watched_embeddings
 from checks.expect import NotApplicable, Where, advise, fail, needs, note
+from checks.probes.holdings import renormalized
 from checks.probes.precision import precision
 from checks.probes.randomness import seeded
 from checks.subject import ABSENCE, EXISTENCE
@@ -158,7 +159,7 @@ def _expect_slopes(subject: Any, model: nn.Module, mode: str) -> None:
         gradients = _backward(model, value)
     parameters = _trainable(model)
     largest = max((float(g.norm()) for g in gradients.values() if g is not None), default=0.0)
-    names = _some([name for name in parameters if not _renormalized(model, name)], subject.seed)
+    names = _some([name for name in parameters if name not in renormalized(model)], subject.seed)
     margins = {}
     for name in names:
         gradient, parameter = gradients[name], parameters[name]
@@ -176,12 +177,6 @@ def _expect_slopes(subject: Any, model: nn.Module, mode: str) -> None:
 def _some(names: list[str], seed: int) -> list[str]:
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     return [names[i] for i in sorted(order[:MOST])]
-
-
-def _renormalized(model: nn.Module, name: str) -> bool:
-    """nn.Embedding with max_norm shortens its rows in place at every forward: no slope can be taken there."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return getattr(owner, "max_norm", None) is not None
 
 
 class _Rounding(TorchFunctionMode):

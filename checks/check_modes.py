@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable, advise, expect_close, expect_same, fail, farthest, needs, note
+from checks.probes.holdings import renormalized
 from checks.probes.precision import precise, precision, spread
 from checks.probes.randomness import (
     Draws,
@@ -109,8 +110,7 @@ def check_eval_leaves_random_state_alone(subject: Any) -> None:
 def check_forward_leaves_weights_alone(subject: Any) -> None:
     """No forward, in evaluation or training mode, changes a parameter."""
     model, tokens = _model(subject), _tokens(subject)
-    held = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None]
-    kept = {n: p for n, p in model.named_parameters() if not any(p is other for other in held)}
+    kept = {name: p for name, p in model.named_parameters() if name not in renormalized(model)}
     for mode in (False, True):
         model.train(mode)
         before = {name: value.detach().clone() for name, value in kept.items()}

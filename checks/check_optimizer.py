@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from checks.check_training import FOLLOWS, at
-from checks.expect import advise, fail, needs, note
+from checks.expect import NotApplicable, advise, fail, needs, note
+from checks.probes.holdings import renormalized
 from checks.training.conventions import equal_examples, met_step
 from checks.training.runs import Losses, TrainerRun, examples, model_of, needs_trainer, pieces
 
@@ -107,7 +108,7 @@ def check_decay_keeps_to_its_groups(subject: Any) -> None:
     )  # fmt: skip
     step = run.step()
     before, after = pieces(model, step.before), pieces(model, step.after)
-    decayed = [name for name in before if not torch.equal(before[name], after[name])]
+    decayed = [n for n in before if not torch.equal(before[n], after[n]) and n not in renormalized(model)]
     note(decayed=len(decayed), of=len(before))
     if subject.declared("decay") != "matrices":
         advise(f"{len(decayed)} of {len(before)} parameters decay")
@@ -199,6 +200,7 @@ def check_small_updates_survive_low_precision(subject: Any) -> None:
     run = TrainerRun(
         subject, model, window, sgd=False, batch_size=4, precision="bfloat16", learning_rate=1e-3, weight_decay=0.0
     )
+    refuse_low_precision(subject, model)
     first = run.step()
     gradient = pieces(model, at(model, first, Losses(subject, model).mean)[0])
     moved = pieces(model, first.after - first.before)
@@ -220,3 +222,13 @@ def check_small_updates_survive_low_precision(subject: Any) -> None:
             advice="Keep weights and optimizer state in float32 and let autocast compute in bfloat16.",
             parameters=names,
         )
+
+
+def refuse_low_precision(subject: Any, model: nn.Module) -> None:
+    """Raises NotApplicable for a model that does not run under autocast, whoever trains it."""
+    tokens = subject.tokens(2, 3, seed=subject.seed)
+    try:
+        with torch.autocast(subject.device.type, torch.bfloat16):
+            subject.logits(model, tokens)
+    except Exception as error:
+        raise NotApplicable("the model does not run under bfloat16 autocast", error=str(error)) from None

@@ -37,6 +37,7 @@ STREAM_STEPS = 50
 UNDECIDED = 0.7  # cosine above which an unknown update may be an auxiliary loss
 
 
+@needs(FUTURE)
 def check_a_step_follows_the_gradient(subject: Any) -> None:
     """Plain steps move the weights by minus the learning rate times the gradient of the mean loss, step after step."""
     if not subject.brings("trainer"):
@@ -270,6 +271,7 @@ def check_the_loss_scale_cancels(subject: Any) -> None:
         )
 
 
+@needs(FUTURE)
 def check_an_objective_sums_and_counts(subject: Any) -> None:
     """The objective of a batch is the sum of the losses of its unmasked targets and their number."""
     objective, pad_batch = (getattr(subject.parts, name, None) for name in ("objective", "pad_batch"))

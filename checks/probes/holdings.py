@@ -65,6 +65,14 @@ def _setter(holder: Any, key: Any) -> Callable[[Any], None]:
     return put
 
 
+def renormalized(model: nn.Module) -> set[str]:
+    """The tables whose rows are shortened at every forward (nn.Embedding's max_norm), by name: no step changes them."""
+    tables = {
+        id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None and hasattr(m, "weight")
+    }
+    return {name for name, parameter in model.named_parameters() if id(parameter) in tables}
+
+
 CONFIGURATIONS = ("config", "cfg", "args", "params", "hparams")
 
 

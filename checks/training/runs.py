@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from checks.expect import NotApplicable
 from checks.loss.formula import cross_entropy
-from checks.probes.randomness import set_rates
+from checks.probes.randomness import set_rates, states
 from transformer.trainer import TrainConfig, Trainer
 
 Example = list[int]
@@ -81,7 +81,19 @@ def model_of(subject: Any, *, seed: int = 0, **sizes: Any) -> nn.Module:
     model = subject.build(seed=seed, **sizes).double().train()
     if "dropout" not in sizes:
         set_rates(model, 0.0)
+        refuse_chance(subject, model)
     return model
+
+
+def refuse_chance(subject: Any, model: nn.Module) -> None:
+    """Raises NotApplicable where training is random with no dropout left: blocks are skipped, routers are noisy.
+
+    Two passes that draw differently cannot be compared, and reseeding both would undo what a trainer does.
+    """
+    before = states()
+    subject.logits(model, subject.tokens(1, 2, seed=subject.seed))
+    if drawn := [name for name, state in states().items() if state != before[name]]:
+        raise NotApplicable("training draws random numbers that no dropout rate stops", generators=drawn)
 
 
 def objective_of(subject: Any) -> Any:
