@@ -94,7 +94,7 @@ class Subject:
         """One line of facts: what was met, how it is built and called, what it brings, what was assumed."""
         if self.met is None:
             return self.name
-        from checks.conventions.meeting import header_of
+        from checks.conventions.header import header_of
 
         return header_of(self.met)
 

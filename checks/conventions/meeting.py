@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
 import inspect
@@ -20,10 +19,9 @@ from checks.conventions.caches import Cache, Protocol, meet_cache, step
 from checks.conventions.calling import LENGTH, ROWS, Forward, Uncallable, meet_forward
 from checks.conventions.choosing import COURSE, Named, asked_for, named, second_choice
 from checks.conventions.constructing import Recipe, Unfillable, recipes
-from checks.conventions.filling import signature_of
 from checks.conventions.home import Home, SubjectHang
 from checks.conventions.masks import MaskForm, mask_argument, meet_mask
-from checks.conventions.reading import Unreadable
+from checks.conventions.refusals import Trial, explain, label_of, nothing, several
 from checks.conventions.stubs import Stub
 from checks.conventions.usage import UsageError, shown, what_happened
 from checks.expect import NotApplicable
@@ -34,7 +32,6 @@ OTHER_SIZES: tuple[dict[str, int], ...] = (
     {}, {"n_embd": 64}, {"n_head": 2}, {"n_embd": 128, "n_head": 2}, {"n_embd": 256, "n_head": 2},
     {"block_size": 16, "n_embd": 64}, {"block_size": 32, "n_embd": 64}, {"n_layer": 4}, {"block_size": 128},
 )  # fmt: skip
-ASSIGNABLE = (bool, int, float, str, torch.dtype, type(None))
 PARTS = ("loss", "generate", "train_step", "objective", "trainer", "tokenizer", "declares")
 
 
@@ -131,20 +128,6 @@ class Met:
             self.recipe.settle_for(model)
 
 
-@dataclass
-class Trial:
-    """One attempt that failed: how it was built, and why not."""
-
-    target: Any
-    recipe: Recipe | None
-    error: Exception
-    built: bool
-
-    @property
-    def rank(self) -> tuple[bool, bool]:
-        return (not self.built, isinstance(self.error, Unfillable))
-
-
 def meet(
     what: Any, *, device: Any, causal: bool, checkpoint: str | None = None, parts: Mapping[str, Any] | None = None
 ) -> Met:
@@ -153,10 +136,10 @@ def meet(
         found = named(what)
         targets, home, label = asked_for(found), found.home, found.shown
         if not targets:
-            raise UsageError(_nothing(found))
+            raise UsageError(nothing(found))
     else:
         found, home, targets = None, Home(), [what]
-        label = _label(what)
+        label = label_of(what)
     name = found.name if found else label
     course: dict[str, Any] = {}
     if found is not None and getattr(targets[0], "__name__", "") == COURSE:
@@ -164,9 +147,9 @@ def meet(
     met, trials = _first(targets, home, device, causal, label, name)
     if not met and found is not None:
         met, more = _first(second_choice(found, targets), home, device, causal, label, name)
-        trials += more
+        trials = trials or more
     if len(met) > 1:
-        raise UsageError(_several(label, [m.shown for m in met]))
+        raise UsageError(several(label, [m.shown for m in met]))
     if not met:
         raise UsageError(explain(trials, home, label))
     subject = met[0] if checkpoint is None else _loaded(met[0], checkpoint, device, causal)
@@ -248,11 +231,6 @@ def guarded(function: Any, home: Home) -> Any:
     return run
 
 
-def _label(what: Any) -> str:
-    target = what if inspect.isclass(what) or inspect.isroutine(what) else type(what)
-    return getattr(target, "__name__", type(what).__name__)
-
-
 def _first(
     targets: list[Any], home: Home, device: Any, causal: bool, label: str, name: str
 ) -> tuple[list[Met], list[Trial]]:
@@ -267,7 +245,7 @@ def _first(
             if len(trials) > tried and isinstance(trials[-1].error, SubjectHang):
                 break
             continue
-        found.shown = label if label == name else f"{label}:{name or _label(target)}"
+        found.shown = label if label == name else f"{label}:{name or label_of(target)}"
         met.append(found)
         if inspect.isfunction(target):
             break
@@ -447,114 +425,3 @@ def parts_of(found: Named) -> dict[str, Any]:
         if value is not None and own and (callable(value) or data) and not isinstance(value, nn.Module | Stub):
             parts[name] = guarded(value, found.home)
     return parts
-
-
-# -- what is said when it does not work
-
-
-def _nothing(found: Named) -> str:
-    there = ", ".join(k for k, v in found.scope.items() if inspect.isfunction(v) and not k.startswith("_")) or "none"
-    return (
-        f"{found.shown} has no model: no nn.Module class, no instance and no build_model (functions: {there})\n"
-        f"{factory('…')}"
-    )
-
-
-def _several(label: str, candidates: list[str]) -> str:
-    listed = "\n".join(f"    --model {name}" for name in candidates)
-    return f"{label} has several models; say which:\n{listed}"
-
-
-def factory(call: str) -> str:
-    """The three lines that settle how a model is built."""
-    return (
-        "  what settles it: a factory in that file (or one beside it)\n"
-        "    def build_model(vocab_size, block_size):\n"
-        f"        return {call}"
-    )
-
-
-def explain(trials: list[Trial], home: Home, label: str) -> str:
-    """Why nothing could be built and called: the attempt that got farthest, and what would settle it."""
-    if not trials:
-        return f"{label}: nothing to try\n{factory('…')}"
-    trial = min(trials, key=lambda t: t.rank)
-    name = _label(trial.target)
-    where = _defined(trial.target, home)
-    if isinstance(trial.error, Unfillable):
-        wanted = [p.name for p in signature_of(trial.target).parameters]
-        gaps = ", ".join(f"{p}=…" for p in trial.error.missing)
-        says = f"{where}{name} cannot be built from sizes: nothing to give for {', '.join(trial.error.missing)}"
-        return f"{says}\n  seen: {name}({', '.join(wanted)})\n{factory(f'{name}({gaps}, …)')}"
-    if not trial.built:
-        said = what_happened(trial.error, home)
-        return f"{where}{name} could not be built from sizes\n  {said}\n{factory(f'{name}(…)')}"
-    if isinstance(trial.error, Uncallable):
-        return f"{where}{name} gave no logits [B, T, V]\n{_attempts(trial.error, home)}\n{_wrapper()}"
-    return f"{where}{name}: {what_happened(trial.error, home)}\n{factory(f'{name}(…)')}"
-
-
-def _attempts(error: Uncallable, home: Home) -> str:
-    lines = []
-    for way, problem in error.attempts[:4]:
-        lines.append(f"  {way.says}: {problem if isinstance(problem, Unreadable) else what_happened(problem, home)}")
-    return "\n".join(dict.fromkeys(lines))
-
-
-def _wrapper() -> str:
-    return (
-        "  what settles it: a factory whose model takes tokens [B, T] and gives logits for every position\n"
-        "    def build_model(vocab_size, block_size):\n"
-        "        return MyModel(…)  # forward(tokens) -> logits [B, T, vocab_size]"
-    )
-
-
-def _defined(target: Any, home: Home) -> str:
-    """`model.py:29: `, where the class or factory stands."""
-    target = target if inspect.isclass(target) or inspect.isfunction(target) else type(target)
-    code = getattr(target if inspect.isfunction(target) else vars(target).get("__init__"), "__code__", None)
-    if code is None or not home.owns(code.co_filename):
-        return ""
-    return f"{shown(code.co_filename)}:{code.co_firstlineno}: "
-
-
-def header_of(met: Met) -> str:
-    """The line of facts: what was met, how it is built and called, what it has, what was assumed."""
-    ignored = ignored_index(met.home)
-    facts = [
-        met.shown,
-        met.constructor,
-        f"{met.forward.way.says} → {met.forward.returns}",
-        *([f"ignore_index {ignored}"] if ignored is not None else []),
-        f"generate {'✓' if _generates(met) else '✗'}",
-        f"cache ✓ ({met.protocol.says})" if met.protocol else "cache ✗",
-        *([f"padding mask: {met.mask_forms[0]}"] if met.mask_forms else []),
-        *([f"brings {', '.join(sorted(met.parts))}"] if met.parts else []),
-        *([met.returns] if met.returns != "logits" else []),
-    ]
-    put_back = [f"{name} was changed: put back" for name in met.home.changed]
-    assumed = [*_values(met), *met.home.remarks, *met.forward.assumed, *met.assumed, *put_back]
-    return " · ".join(facts + ([f"assumed: {'; '.join(assumed)}"] if assumed else []))
-
-
-def _values(met: Met) -> list[str]:
-    """What the constructor was given that is no size."""
-    given = met.recipe.assumed if met.recipe is not None else {}
-    told = [f"{name}={value!r}" for name, value in given.items() if isinstance(value, ASSIGNABLE)]
-    padding = [n for n in given if names.squash(n) in names.PADDING]
-    unused = [f"{padding[0]} is an id that no check uses"] if padding else []
-    return ([", ".join(told[:8]) + ", …" * (len(told) > 8)] if told else []) + unused
-
-
-def _generates(met: Met) -> bool:
-    return "generate" in met.parts or met.has_generate
-
-
-def ignored_index(home: Home) -> int | None:
-    """The `ignore_index=` that the subject's code passes to a loss."""
-    for source in home.sources.values():
-        for node in source.nodes:
-            if isinstance(node, ast.keyword) and node.arg == "ignore_index":
-                with contextlib.suppress(ValueError):
-                    return int(ast.literal_eval(node.value))
-    return None
