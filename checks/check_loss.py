@@ -27,15 +27,16 @@ from checks.loss.cases import (
     sample,
     weights_of,
 )
-from checks.loss.conventions import met_loss
+from checks.loss.conventions import MetLoss, met_loss
 from checks.loss.explained import misread_mask, spans
 from checks.loss.formula import USUAL, cross_entropy, expected_gradient
-from checks.loss.reading import NoGradient, gradient, read
+from checks.loss.reading import NoGradient, Reading, gradient, read
 
 PLACE = ("row", "position", "symbol")
 UNDERSTOOD = "check_loss.check_a_place_is_trained_on_its_own_target"
 DROPPED = "check_loss.check_no_target_is_dropped"
 MASK = "check_loss.check_mask_drops_its_targets_and_no_others"
+PURE = "check_loss.check_loss_leaves_its_inputs_alone"
 VALUE = "check_loss.check_value_is_the_closed_form"
 
 
@@ -51,18 +52,48 @@ def check_a_place_is_trained_on_its_own_target(subject: Any) -> None:
     reading = loss.reading
     if reading is None:
         raise NotApplicable("the gradient is not that of a cross entropy, so no place can be told", called=loss.says)
+    refuse_other_symbols(loss)
     if reading.crossings:
         refuse_crossings(reading.source, reading.crossings)
     declared = subject.declared("shift")
     if loss.shift not in ((0, 1) if declared is None else (declared,)):
         refuse_shift(loss.shift, declared)
-    strays = reading.used & (
-        reading.source != torch.arange(reading.source.numel()).view_as(reading.source) + loss.shift
-    )
+    refuse_strays(reading, loss.shift, "")
+
+
+def refuse_strays(reading: Reading, shift: int, when: str) -> None:
+    """Fails if some place is trained on another target than t + shift of its row."""
+    T = reading.source.shape[1]
+    strays = reading.used & (reading.source != torch.arange(reading.source.numel()).view_as(reading.source) + shift)
     if strays.any():
         b, t = (int(i) for i in strays.nonzero()[0])
-        target = int(reading.source[b, t]) - b * reading.source.shape[1]
-        fail(f"the logits at row {b}, position {t} are trained on target {target}; others on that of t + {loss.shift}")
+        row, target = divmod(int(reading.source[b, t]), T)
+        fail(
+            f"{when}the logits at row {b}, position {t} are trained on target {target} of row {row}, not on "
+            f"{f't + {shift}' if shift else 'its own'}: logits and targets are selected or ordered differently",
+            likely=("logits-labels-reshape-order",),
+            advice="Select both by one mask, and flatten both in one order.",
+        )
+
+
+def refuse_other_symbols(loss: MetLoss) -> None:
+    """Fails if a target of one token id trains another, as after labels - 1."""
+    logits = torch.zeros(2, loss.places, loss.V, dtype=torch.float64)
+    wrong = {}
+    for symbol in loss.symbols.tolist():
+        pulled = gradient(loss, logits, torch.full((2, loss.places), symbol), None)
+        trained = int(pulled.sum((0, 1)).argmin())
+        if trained != symbol:
+            wrong[symbol] = trained
+    if wrong:
+        symbol, trained = next(iter(wrong.items()))
+        fail(
+            f"a target of token id {symbol} trains token id {trained} ({len(wrong)} of {len(loss.symbols)} ids train "
+            "another): the ids are changed on the way",
+            likely=("loss-of-other-ids",),
+            advice="Hand the token ids over as they are: no -1, no offset, no clamp.",
+            trains=wrong,
+        )
 
 
 def refuse_crossings(source: Tensor, crossings: list[tuple[int, int]]) -> None:
@@ -114,10 +145,12 @@ def check_no_target_is_dropped(subject: Any) -> None:
     for row, kept in enumerate(used):
         dropped = tuple(t for t in range(places) if not kept[t])
         if dropped != asked:
+            last = dropped == (*asked, places - 1)
+            whole = "nothing of this row is trained" if not kept.any() else "the last target is never trained" * last
             fail(
                 f"without a mask the loss drops {named(dropped)} of row {row} (of 0-{places - 1}); asked for "
-                f"{spans(asked) or 'none'}" + (": the last target is never trained" * (places - 1 in dropped)),
-                likely=("last-target-dropped",) if places - 1 in dropped else (),
+                f"{spans(asked) or 'none'}" + f": {whole}" * bool(whole),
+                likely=("last-target-dropped",) if last else (),
                 advice="Look for [:-1] or [1:] cut from the targets a second time, or for a mask of one place too few.",
                 dropped=list(dropped),
             )
@@ -129,12 +162,15 @@ def check_mask_drops_its_targets_and_no_others(subject: Any) -> None:
     loss = readable(subject, mask=True)
     skipped = set(loss.dropped if subject.declared("skip") is None else range(subject.declared("skip")))
     for mask in masks(loss.places):
-        used = read(loss, loss.symbols, loss.V, places=loss.places, mask=mask).used
-        for row, (kept, found) in enumerate(zip(mask, used, strict=True)):
+        reading = read(loss, loss.symbols, loss.V, places=loss.places, mask=mask)
+        for row, (kept, found) in enumerate(zip(mask, reading.used, strict=True)):
             asked = {t for t in range(loss.places) if not kept[t]} | skipped
             dropped = {t for t in range(loss.places) if not found[t]}
             if asked != dropped:
+                others = [{t for t in range(loss.places) if not other[t]} | skipped for other in mask]
                 why, likely = misread_mask(asked, dropped, loss.places)
+                if dropped in others:
+                    why, likely = f"that is row {others.index(dropped)}'s mask", ("loss-mask-of-row-0",)
                 fail(
                     f"row {row}: drops {named(dropped)}; asked for {spans(asked) or 'none'}: {why}",
                     likely=likely,
@@ -143,6 +179,7 @@ def check_mask_drops_its_targets_and_no_others(subject: Any) -> None:
                     asked=sorted(asked),
                     dropped=sorted(dropped),
                 )
+        refuse_strays(reading, 0, "under a mask ")
 
 
 @needs(UNDERSTOOD)
@@ -154,6 +191,14 @@ def check_every_symbol_counts_as_target(subject: Any) -> None:
         return
     ids = spans(loss.left_out)
     says = f"a target of token id {ids} carries no loss, though nothing masks it"
+    spoken = spoken_ids(subject) & set(loss.left_out)
+    if spoken:
+        fail(
+            f"{says}, and by the subject's tokenizer {spans(spoken)} stands in {SENTENCE!r}: it is never learned",
+            likely=("pad-id-collides-with-real-token",),
+            advice="Mask by position, not by token id; or reserve an id that no text has.",
+            ids=sorted(spoken),
+        )
     if "pad" not in (getattr(subject.parts, "declares", None) or {}):
         advise(f"{says}: right only if {ids} is padding and nothing else, neither a character nor an end token")
         return
@@ -166,7 +211,41 @@ def check_every_symbol_counts_as_target(subject: Any) -> None:
         )
 
 
-@needs(UNDERSTOOD, DROPPED, MASK)
+@needs(UNDERSTOOD)
+def check_loss_leaves_its_inputs_alone(subject: Any) -> None:
+    """Logits, targets, mask and random state are the same after the call, and the same call gives the same."""
+    loss = met_loss(subject)
+    logits, targets = sample(loss, rows=2, places=loss.places)
+    mask = masks(loss.places)[0] if loss.masks else None
+    given = [("logits", logits), ("targets", targets)] + ([] if mask is None else [("mask", mask)])
+    before, state = [x.clone() for _, x in given], torch.get_rng_state()
+    first = loss(logits, targets, mask).detach()
+    for (name, now), then in zip(given, before, strict=True):
+        expect_same(
+            now, then, axes=("row", "position", "symbol"), likely=("labels-alias-input-ids",),
+            says=f"the loss writes into its {name}, which the caller still uses (they may be the model's own input)",
+            advice="Clone before an in-place change: labels = labels.clone(); or use masked_fill, which copies.",
+        )  # fmt: skip
+    if loss.inside_model:
+        return  # what a model draws is not its loss's doing
+    if not torch.equal(state, torch.get_rng_state()):
+        fail("the loss draws random numbers", advice="A loss has nothing to draw.")
+    expect_same(loss(logits, targets, mask).detach(), first, axes=(), says="the same call gives another loss")
+
+
+SENTENCE = "I love machine learning"
+
+
+def spoken_ids(subject: Any) -> set[int]:
+    """The ids of the homework's sentence by the subject's own tokenizer; none where it has none that can be asked."""
+    encode = getattr(getattr(subject.parts, "tokenizer", None), "encode", None)
+    try:
+        return {int(i) for i in encode(SENTENCE)} if encode else set()
+    except Exception:
+        return set()
+
+
+@needs(UNDERSTOOD, DROPPED, MASK, PURE)
 @drawn(case=draw_case, when=lambda subject: closed_form(subject))
 def check_value_is_the_closed_form(subject: Any, case: Any) -> None:
     """The loss is the reduction of log Σ exp(logits) - logit[target] over the unmasked targets, however ragged."""
@@ -380,28 +459,6 @@ def check_low_precision_logits_keep_the_loss(subject: Any) -> None:
         )
     if off > 1e-3:
         advise(f"the loss of bfloat16 logits is {off:.1e} off: logits.float() first would keep it exact")
-
-
-@needs(UNDERSTOOD)
-def check_loss_leaves_its_inputs_alone(subject: Any) -> None:
-    """Logits, targets, mask and random state are the same after the call, and the same call gives the same."""
-    loss = met_loss(subject)
-    logits, targets = sample(loss, rows=2, places=loss.places)
-    mask = masks(loss.places)[0] if loss.masks else None
-    given = [("logits", logits), ("targets", targets)] + ([] if mask is None else [("mask", mask)])
-    before, state = [x.clone() for _, x in given], torch.get_rng_state()
-    first = loss(logits, targets, mask).detach()
-    for (name, now), then in zip(given, before, strict=True):
-        expect_same(
-            now, then, axes=("row", "position", "symbol"), likely=("labels-alias-input-ids",),
-            says=f"the loss writes into its {name}, which the caller still uses (they may be the model's own input)",
-            advice="Clone before an in-place change: labels = labels.clone(); or use masked_fill, which copies.",
-        )  # fmt: skip
-    if loss.inside_model:
-        return  # what a model draws is not its loss's doing
-    if not torch.equal(state, torch.get_rng_state()):
-        fail("the loss draws random numbers", advice="A loss has nothing to draw.")
-    expect_same(loss(logits, targets, mask).detach(), first, axes=(), says="the same call gives another loss")
 
 
 @needs(UNDERSTOOD)

@@ -46,6 +46,9 @@ SAID = [
     ("labels-alias-input-ids", "check_loss_leaves_its_inputs_alone", ["its targets", "-100"]),
     ("nll-of-raw-logits", "check_loss_takes_what_the_model_gives", ["gives logits", "takes log-probabilities"]),
     ("loss-detached", PLACE, ["no gradient"]),
+    ("loss-of-scaled-logits", VALUE, ["logits multiplied by 0.5"]),
+    ("loss-of-other-ids", PLACE, ["a target of token id 1 trains token id 0", "16 of 17"]),
+    ("loss-mask-of-row-0", MASK, ["row 1: drops targets 0-2; asked for 0", "row 0's mask"]),
 ]
 
 
@@ -94,6 +97,70 @@ def test_conventions_are_read_from_the_gradient(name, facts):
     """Shift, mask, reduction, domain and dropped targets are found, not assumed."""
     met = met_loss(loss_subject(name))
     assert {key: getattr(met, key) for key in facts} == facts
+
+
+def losses_of(logits, targets):
+    return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("check", "loss", "facts"),
+    [
+        (VALUE, lambda logits, targets: nn.functional.cross_entropy(logits.mT, targets) ** 2, ["the square of the mean"]),
+        (VALUE, lambda logits, targets: losses_of(logits.view(len(logits), logits.shape[2], -1).mT, targets).mean(),
+         ["[B, T, V] read as [B, V, T]"]),
+        (VALUE, lambda logits, targets, mask: losses_of(logits * mask[..., None], targets).sum() / mask.sum(),
+         ["divided by the unmasked", "adds ln V"]),
+        (VALUE, lambda logits, targets, mask: (losses_of(logits, targets) / mask.sum(1, True))[mask].sum() / mask.sum(),
+         ["row 0 (6 of them) × 0.1667", "row 1 (8 of them) × 0.125"]),
+        (VALUE, lambda logits, targets: (losses_of(logits, targets) * torch.arange(targets.shape[1])).mean(),
+         ["The targets of row 0 count, against what they should"]),
+        (DROPPED, lambda logits, targets: losses_of(logits[:1], targets[:1]).mean(),
+         ["nothing of this row is trained"]),
+        ("check_known_logits_give_known_losses",
+         lambda logits, targets: nn.functional.cross_entropy(logits.mT, targets, label_smoothing=0.9),
+         ["0.847 of the probability", "confidence"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_of_no_known_bug_is_named_too(check, loss, facts):
+    """What a loss equals, how it weighs its targets, and what it pairs them with, is read off rather than guessed."""
+    verdict = judge(CHECKS[check], Subject("own", vars_of(loss)), {})
+    assert verdict.outcome == "failed"
+    assert not [fact for fact in facts if fact not in verdict.says], verdict.says
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logits, targets: (lambda x: ((1 - (-x).exp()) * x).mean())(losses_of(logits, targets)),
+        lambda logits, targets: (logits.softmax(-1) - nn.functional.one_hot(targets, 17)).square().sum(-1).mean(),
+        lambda logits, targets: (losses_of(logits, targets) + (1 - (-losses_of(logits, targets)).exp())).mean(),
+    ],
+    ids=["focal", "Brier score", "poly"],
+)
+def test_a_loss_that_is_no_cross_entropy_is_not_judged_as_one(loss):
+    """Whether it is meant cannot be told; that it is none is said."""
+    subject = Subject("own", vars_of(loss))
+    found = [judge(check, subject, {}) for check in CHECKS.values()]
+    assert not [v.says for v in found if v.outcome in ("failed", "error")]
+    assert any("no cross entropy" in remark for v in found for remark in v.remarks)
+
+
+def test_an_id_that_is_left_out_is_judged_by_the_tokenizer():
+    """Advice without one; a failure where the sentence has a character of that id."""
+
+    class Characters:
+        def __init__(self, first: int) -> None:
+            self.first = first
+
+        def encode(self, text):
+            return [self.first + sorted(set(text)).index(character) for character in text]
+
+    for first, outcome in ((0, "failed"), (1, "passed")):
+        parts = vars_of(nn.CrossEntropyLoss(ignore_index=0))
+        parts.tokenizer = Characters(first)
+        verdict = judge(CHECKS["check_every_symbol_counts_as_target"], Subject("own", parts), {})
+        assert verdict.outcome == outcome, verdict.says
 
 
 class TwoReturns(nn.Module):

@@ -332,6 +332,24 @@ def loss_in_bits(parts: SimpleNamespace) -> None:
     parts.loss = lambda logits, targets, mask=None: next_token_loss(logits, targets, mask) / math.log(2)
 
 
+@bug("loss-of-scaled-logits", "a temperature is left in the loss: it trains logits / 2", caught_by=(VALUE,))
+def loss_of_scaled_logits(parts: SimpleNamespace) -> None:
+    parts.loss = lambda logits, targets, mask=None: next_token_loss(logits / 2, targets, mask)
+
+
+@bug("loss-of-other-ids", "labels - 1: every target trains the id before it", caught_by=(PLACE,))
+def loss_of_other_ids(parts: SimpleNamespace) -> None:
+    parts.loss = lambda logits, targets, mask=None: next_token_loss(logits, (targets - 1).clamp(min=0), mask)
+
+
+@bug("loss-mask-of-row-0", "mask[0] is broadcast to the whole batch", caught_by=(MASK,))
+def loss_mask_of_row_0(parts: SimpleNamespace) -> None:
+    def loss(logits, targets, mask=None):
+        return next_token_loss(logits, targets, None if mask is None else mask[:1].expand_as(mask))
+
+    parts.loss = loss
+
+
 @bug("loss-detached", "the loss is turned into a number before backward can reach it", caught_by=(PLACE,))
 def loss_detached(parts: SimpleNamespace) -> None:
     parts.loss = lambda logits, targets, mask=None: next_token_loss(logits, targets, mask).detach()

@@ -13,7 +13,7 @@ from checks.expect import Bound, NotApplicable, advise, fail
 from checks.loss.conventions import MetLoss, met_loss
 from checks.loss.explained import explained, spans
 from checks.loss.formula import REDUCTIONS, USUAL, cross_entropy
-from checks.loss.reading import EXACT
+from checks.loss.reading import EXACT, read
 
 FLOAT64 = Bound(1e-9, "float64, relative to the largest")
 FLOAT32 = Bound(2e-6, "the loss computes in float32; relative to the largest")
@@ -46,9 +46,17 @@ def closed_form(subject: Any) -> None:
         )
     if subject.declared("called") is None:
         undeclared(loss)
+        usual(subject, loss)
 
 
 def undeclared(loss: MetLoss) -> None:
+    if loss.smoothing > 0.5:
+        fail(
+            f"the loss smooths its targets: {loss.smoothing:.3g} of the probability goes to other symbols, and "
+            f"{1 - loss.smoothing:.3g} to the target: as when the confidence is given where the smoothing is asked",
+            likely=("labels-smoothed",),
+            advice="label_smoothing=0.1 leaves 0.9 to the target.",
+        )
     if loss.smoothing:
         advise(f"the loss smooths its targets: {loss.smoothing:.3g} of the probability goes to other symbols")
     if loss.smoothing and loss.reading is not None and not loss.reading.even:
@@ -60,6 +68,15 @@ def undeclared(loss: MetLoss) -> None:
     if extra:
         advise(f"the loss adds {extra} to the cross entropy")
         raise NotApplicable(f"the loss is the cross entropy and {extra}")
+
+
+def usual(subject: Any, loss: MetLoss) -> None:
+    """Raises NotApplicable for a loss that is no cross entropy and no known mistake in one: it may be meant."""
+    if loss.reading is not None and loss.reading.error < EXACT:
+        return
+    if not cause(subject, loss)[0]:
+        advise("the loss is no cross entropy (a focal loss, say): whether that is meant cannot be told from outside")
+        raise NotApplicable("the loss is no cross entropy, and no mistake in one that is known here", called=loss.says)
 
 
 def addition(loss: MetLoss) -> str:
@@ -74,6 +91,8 @@ def addition(loss: MetLoss) -> str:
             extras.append(float(loss(x, targets, given(loss, mask)).detach() - want))
             squares.append([float((w * x.logsumexp(-1).square()).sum()) for w in (weights, everywhere)])
         size = max(map(abs, extras))
+        if size > 1e-6 and constant_of_masked(loss, logits, targets, name, extras[0]):
+            return ""
         if size > 1e-6 and max(extras) - min(extras) < 1e-5 * size:
             return f"{extras[0]:.3g}, whatever the logits are (an auxiliary loss)"
         for column in (0, 1):
@@ -83,13 +102,38 @@ def addition(loss: MetLoss) -> str:
     return ""
 
 
+def constant_of_masked(loss: MetLoss, logits: Tensor, targets: Tensor, name: str, extra: float) -> bool:
+    """Whether what is added goes with the places masked, as ln V of logits set to 0 does: then it is a mistake."""
+    whole = all_kept(loss, torch.ones_like(targets, dtype=torch.bool))
+    want = (REDUCTIONS[name](whole) * cross_entropy(logits, targets, loss.smoothing)).sum()
+    return bool(loss.masks) and abs(float(loss(logits, targets, given(loss, whole)).detach() - want)) < 1e-3 * abs(
+        extra
+    )
+
+
 def cause(subject: Any, loss: MetLoss) -> tuple[str, tuple[str, ...]]:
-    """What the loss of a ragged batch equals instead, and the bugs that would make it so."""
+    """What the loss of a ragged batch equals instead, and the bugs that would make it so; else how it weighs it."""
     logits, targets = sample(loss, rows=2, places=loss.places, seed=1)
     mask = all_kept(loss, masks(loss.places)[1])
-    got = float(loss(logits, targets, given(loss, mask)))
+    got = float(loss(logits, targets, given(loss, mask)).detach())
     rounded = loss.reading is not None and loss.reading.error > EXACT
-    return explained(got, logits, targets, mask, reduction(subject, loss), rounded=rounded)
+    says, likely = explained(got, logits, targets, mask, reduction(subject, loss), rounded=rounded)
+    return (says, likely) if says else (weighed(subject, loss, mask), ())
+
+
+def weighed(subject: Any, loss: MetLoss, mask: Tensor) -> str:
+    """How much targets count in a loss that is a cross entropy at each place, against what they should."""
+    if loss.reading is None or loss.reading.error > EXACT:
+        return ""
+    found = read(loss, loss.symbols, loss.V, places=loss.places, mask=given(loss, mask)).weight
+    right = weights_of(subject, loss, mask)
+    rows = [(found[row][kept] / right[row][kept]).tolist() for row, kept in enumerate(mask)]
+    if all(max(row) < (1 + EXACT) * min(row) for row in rows):
+        each = " and ".join(f"of row {row} ({len(all_)} of them) × {all_[0]:.4g}" for row, all_ in enumerate(rows))
+        return f"On a ragged batch targets count otherwise than they should: {each}."
+    uneven = next(row for row, all_ in enumerate(rows) if max(all_) > (1 + EXACT) * min(all_))
+    each = ", ".join(f"{value:.3g}" for value in rows[uneven])
+    return f"The targets of row {uneven} count, against what they should, {each} times."
 
 
 def named(dropped: Iterable[int]) -> str:

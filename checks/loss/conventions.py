@@ -139,6 +139,8 @@ def recognised(candidates: Any) -> MetLoss:
             break
     if not fits:
         raise NotApplicable("no way of calling the loss was found", tried=list(dict.fromkeys(errors)))
+    if all(dead(trial) for _, trial in fits):
+        raise NoGradient("its gradient is 0 whatever the logits and the labels are")
     rough = [trial for error, trial in fits if error < ROUGH]
     best = fits[-1][1] if fits[-1][0] < EXACT else rough[0] if rough else fits[0][1]
     others = [t.form.says for _, t in fits if t.domain == best.domain and t.form.says != best.form.says]
@@ -167,6 +169,15 @@ def tried(form: Form, domain: str, call: Loss) -> Trial:
     left_out = tuple(set(candidates.tolist()) - set(symbols.tolist())) if len(symbols) > 1 else ()
     symbols = symbols if len(symbols) > 1 else candidates
     return Trial(form, domain, call, symbols, left_out, read(call, symbols, form.V, places=places))
+
+
+def dead(trial: Trial) -> bool:
+    """Whether the loss of given logits has no gradient at all."""
+    if trial.form.inside_model or trial.reading.error < torch.inf:
+        return False
+    labels = trial.symbols[torch.arange(2 * 3).view(2, 3) % len(trial.symbols)]
+    logits = torch.randn(2, 3, trial.form.V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return not bool(gradient(trial.call, logits, labels, None).any())
 
 
 def takes(form: Form, domain: str) -> bool:

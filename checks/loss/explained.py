@@ -53,15 +53,19 @@ def inner(shift: int, places: int) -> set[int]:
 def explained(
     got: float, logits: Tensor, targets: Tensor, mask: Tensor, asked: str, *, rounded: bool = False
 ) -> Explanation:
-    """The first known mistake whose value this is. `rounded`: the gradient shows coarse arithmetic."""
+    """The first known mistake whose value this is; nothing where it has none. `rounded`: the gradient is coarse."""
+    want = float((REDUCTIONS[asked](mask) * cross_entropy(logits, targets)).sum())
+    off = abs(got / want - 1)
+    if off < 1e-9:
+        return "", ()
     for says, likely, value in mistakes(logits.double(), targets, mask, asked):
         if math.isclose(got, float(value()), rel_tol=1e-6, abs_tol=1e-9):
             return f"On a ragged batch it is {says}.", likely
-    want = float((REDUCTIONS[asked](mask) * cross_entropy(logits, targets)).sum())
-    off = abs(got / want - 1)
     if rounded and off < 1e-2:
-        return f"On a ragged batch it is off by {100 * off:.2g} %, as arithmetic in bfloat16 is.", ("loss-in-bf16",)
-    return f"On a ragged batch it is {got / want:.6g} times what it should be, which is no mistake with a name.", ()
+        return f"On a ragged batch it is off by {100 * off:.2g} %, as arithmetic in bfloat16 or float16 is.", (
+            "loss-in-bf16",
+        )
+    return "", ()
 
 
 def mistakes(x: Tensor, targets: Tensor, mask: Tensor, asked: str) -> list[Mistake]:
@@ -79,10 +83,31 @@ def mistakes(x: Tensor, targets: Tensor, mask: Tensor, asked: str) -> list[Mista
         ("the mean over the masked targets", ("loss-mask-inverted",), lambda: (losses * (1 - m)).sum() / (1 - m).sum()),
         ("the unmasked sum divided by one target less", ("loss-divided-by-one-less",), lambda: total / (n - 1)),
         ("the unmasked sum divided by one target more", (), lambda: total / (n + 1)),
+        *(
+            (
+                f"the {what} with masked logits set to 0, which adds ln V for each",
+                ("masked-logits-zeroed",),
+                lambda by=by: (total + (1 - m).sum() * math.log(V)) / by,
+            )
+            for what, by in (
+                ("mean over all positions", everywhere.sum()),
+                ("sum over all positions, divided by the unmasked,", n),
+            )
+        ),
         (
-            "the mean over all positions with masked logits set to 0, which adds ln V for each",
-            ("masked-logits-zeroed",),
-            lambda: (total + (1 - m).sum() * math.log(V)) / everywhere.sum(),
+            "the mean over positions of each position's mean over rows",
+            ("loss-mean-of-sequence-means",),
+            lambda: ((losses * m).sum(0) / m.sum(0).clamp(min=1)).mean(),
+        ),
+        ("the square of the mean", (), lambda: (total / n).square()),
+        (
+            "the mean of logits [B, T, V] read as [B, V, T]: reshaped where they should be transposed",
+            ("logits-labels-reshape-order",),
+            lambda: (cross_entropy(x.reshape(len(x), V, -1).transpose(1, 2), targets) * m).sum() / n,
+        ),
+        *(
+            (f"the mean of logits multiplied by {by:g} first", ("loss-of-scaled-logits",), of(by * x))
+            for by in (0.1, 0.5, 0.7, 0.8, 2.0, V**-0.5, V**0.5)
         ),
         *(
             (f"the mean under the mask moved {way} by one", ("loss-mask-shifted-by-one",), moved(losses, mask, i))
