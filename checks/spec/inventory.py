@@ -74,14 +74,13 @@ def take(model: nn.Module, run: Callable[[], Any], n_layer: int) -> Inventory:
     weights = _by_identity(model)
     record_use(weights, run)
     trained = {id(w.tensor): w for w in weights if w.trained}
-    blocks, inside = _layers(model, n_layer), set()
-    layers: list[list[Weight]] = [[] for _ in range(n_layer if blocks else 0)]
-    for modules in blocks:
-        each = len(modules) // n_layer
-        for index, module in enumerate(modules):
-            mine = [trained[id(p)] for p in module.parameters() if id(p) in trained]
-            layers[index // each] += mine
-            inside |= {id(w) for w in mine}
+    repeated, inside = _layers(model, n_layer), set()
+    layers: list[list[Weight]] = [[] for _ in range(n_layer if repeated else 0)]
+    for parts in repeated:
+        mine = [[trained[id(p)] for p in part if id(p) in trained] for part in parts]
+        for index, part in enumerate(_in_turn(mine)):
+            layers[index // (len(parts) // n_layer)] += part
+            inside |= {id(w) for w in part}
     outer = [w for w in weights if w.trained and id(w) not in inside]
     return Inventory(_in_order(outer), _aligned(layers), [w for w in weights if not w.trained])
 
@@ -104,20 +103,30 @@ def _by_identity(model: nn.Module) -> list[Weight]:
     return list(found.values())
 
 
-def _layers(module: nn.Module, n_layer: int) -> list[list[nn.Module]]:
-    """The outermost modules that repeat layer by layer: lists of k·n_layer siblings with the same shapes inside."""
-    siblings: dict[tuple, list[nn.Module]] = {}
-    for child in module._modules.values():
-        if child is not None:
-            shapes = tuple(tuple(p.shape) for p in child.parameters())
-            siblings.setdefault(shapes, []).append(child)
+def _layers(module: nn.Module, n_layer: int) -> list[list[list[Tensor]]]:
+    """What repeats layer by layer, outermost: lists of k·n_layer parts of the same shapes, a module's parameters each.
+
+    The parameters of a ParameterList or ParameterDict are such parts themselves.
+    """
+    alone = list(module.parameters(recurse=False)) if isinstance(module, nn.ParameterList | nn.ParameterDict) else []
+    everything: list[tuple[nn.Module | None, list[Tensor]]] = [(None, [p]) for p in alone]
+    everything += [(child, list(child.parameters())) for child in module._modules.values() if child is not None]
+    siblings: dict[tuple, list[tuple[nn.Module | None, list[Tensor]]]] = {}
+    for child, parameters in everything:
+        siblings.setdefault(tuple(tuple(p.shape) for p in parameters), []).append((child, parameters))
     found = []
-    for shapes, modules in siblings.items():
-        if shapes and n_layer > 1 and len(modules) % n_layer == 0:
-            found.append(modules)
+    for shapes, parts in siblings.items():
+        if shapes and n_layer > 1 and len(parts) % n_layer == 0:
+            found.append([parameters for _, parameters in parts])
         else:
-            found += [group for child in modules for group in _layers(child, n_layer)]
+            found += [group for child, _ in parts if child is not None for group in _layers(child, n_layer)]
     return found
+
+
+def _in_turn(parts: list[list[Weight]]) -> list[list[Weight]]:
+    """By first use where each is used; a list may hold all queries' matrices before all keys'."""
+    firsts = [min((w.order for w in part if w.order is not None), default=-1) for part in parts]
+    return parts if -1 in firsts else [parts[index] for index in sorted(range(len(parts)), key=firsts.__getitem__)]
 
 
 class _Uses(TorchFunctionMode):
@@ -136,6 +145,8 @@ class _Uses(TorchFunctionMode):
                 weight = self.at.get(tensor.untyped_storage().data_ptr())
                 if weight is not None:
                     self._note(weight, name, position, tensor)
+                    if name == "einsum" and isinstance(args[0], str) and weight.input_first is None:
+                        weight.input_first = contracts_first(args[0], position)
         return func(*args, **(kwargs or {}))
 
     def _note(self, weight: Weight, name: str, position: int, used: Tensor) -> None:
@@ -152,6 +163,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
             yield leaf
+
+
+def contracts_first(equation: str, operand: int) -> bool | None:
+    """Whether an operand with two axes, as in `bpm,mh->bph`, is summed over its first; None where that is not so."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    axes = inputs.split(",")[operand]
+    if len(axes) != 2 or (axes[0] in output) == (axes[1] in output):
+        return None
+    return axes[0] not in output
 
 
 def record_use(weights: list[Weight], run: Callable[[], Any]) -> None:

@@ -77,7 +77,7 @@ def load(model: Transformer, plan: Plan, value: Value = lambda w: w.tensor.detac
     theirs = plan.state(value)
     for name, norm in norms_of(plan).items():
         if norm is not None and norm.minus_one:
-            theirs.update({k: t + 1 for k, t in theirs.items() if k.endswith(f"{name}.weight")})
+            theirs.update({k: t + 1 for k, t in theirs.items() if k.split(".")[-2:] == [name, "weight"]})
     model.to(theirs["embedding.weight"])
     bias = theirs.pop("head.bias", None)
     with torch.no_grad():

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
 
+from torch import nn
+
 from checks.spec.inventory import Inventory, Weight
 from checks.spec.roles import Matrix, NoPlan, Norm, Plan, Shape
 
@@ -26,7 +28,11 @@ CALLED = {
 
 def plans(inventory: Inventory, shape: Shape) -> Iterator[Plan]:
     """Candidate plans. Raises NoPlan, which says why, when the weights cannot be those of a GPT-2 or a Llama."""
-    plan = _plan(inventory, shape)
+    yield from arranged(_plan(inventory, shape))
+
+
+def arranged(plan: Plan) -> Iterator[Plan]:
+    """The plan with queries, keys and values, gate and input in every order that is still open."""
     for arrangement in arrangements(plan):
         for gate_first in _gates(plan):
             yield replace(plan, arrangement=arrangement, gate_first=gate_first, feed_forward=_gated(plan, gate_first))
@@ -87,14 +93,29 @@ def _outer(inventory: Inventory, shape: Shape) -> dict:
     )
 
 
-def _norms(vectors: list[tuple], width: int) -> list[Norm]:
+def _norms(weights: list[tuple], width: int) -> list[Norm]:
     """Norms in order of use; a place is what the caller calls a weight."""
-    owned: dict[int, list[tuple]] = {}
-    for place, weight in vectors:
-        alone = all(_is_vector(p) for p in weight.owner.parameters(recurse=False))
-        if weight.is_vector and weight.numel == width and alone:
-            owned.setdefault(id(weight.owner), []).append((place, weight))
-    return [_norm(pair) for pair in owned.values() if len(pair) <= 2]
+    found: dict[object, list[tuple]] = {}
+    before: object = None  # the gain that stands last, whose bias may follow
+    for place, weight in weights:
+        key = _norm_key(weight, before) if weight.is_vector and weight.numel == width else None
+        if key is not None:
+            found.setdefault(key, []).append((place, weight))
+        before = key if key == ("gain", id(weight)) else None
+    return [_norm(pair) for pair in found.values() if len(pair) <= 2]
+
+
+def _norm_key(weight: Weight, gain_before: object) -> object:
+    """What a norm's gain and bias share: the call, or the module that owns nothing else; or they start at 1 and 0."""
+    if weight.by in ("layer_norm", "rms_norm"):
+        return "call", weight.call
+    owned = list(weight.owner.parameters(recurse=False))
+    in_list = isinstance(weight.owner, nn.ParameterList | nn.ParameterDict)
+    if all(_is_vector(p) for p in owned) and not in_list and len(owned) <= 2:
+        return "owner", id(weight.owner)
+    if bool((weight.start == 1).all()):
+        return "gain", id(weight)
+    return gain_before if bool((weight.start == 0).all()) else None
 
 
 def _is_vector(tensor) -> bool:
@@ -120,7 +141,7 @@ def _matrices(layer: list[Weight], shape: Shape, norms: list[Norm]) -> list[Matr
         if place in taken or _is_bias(weight, shape):
             continue
         out, into = _sizes(weight, shape)
-        bias = _beside(weight, out, into, vectors)
+        bias = _beside(place, weight, (out, into), vectors)
         if bias is not None and weight.input_first is None and vectors[bias].numel == into != out:
             out, into = into, out
         vectors.pop(bias, None)  # type: ignore[arg-type]
@@ -129,8 +150,8 @@ def _matrices(layer: list[Weight], shape: Shape, norms: list[Norm]) -> list[Matr
 
 
 def _is_bias(weight: Weight, shape: Shape) -> bool:
-    return weight.is_vector or (len(weight.shape) == 2 and weight.shape[1] == shape.head_width != shape.n_embd
-                                and shape.n_embd not in weight.shape)  # fmt: skip
+    per_head = len(weight.shape) in (2, 3) and weight.shape[-1] == shape.head_width != shape.n_embd
+    return weight.is_vector or (per_head and shape.n_embd not in weight.shape)
 
 
 def _sizes(weight: Weight, shape: Shape) -> tuple[int, int]:
@@ -138,7 +159,7 @@ def _sizes(weight: Weight, shape: Shape) -> tuple[int, int]:
     C = shape.n_embd
     if len(weight.shape) == 3 and weight.by == "conv1d":
         return weight.shape[0], weight.shape[1]
-    if len(weight.shape) == 3 and C in weight.shape[1:]:
+    if len(weight.shape) in (3, 4) and C in weight.shape:
         return weight.numel // C, C
     if len(weight.shape) != 2:
         raise NoPlan(f"{weight} is neither a matrix nor one matrix a head")
@@ -146,13 +167,16 @@ def _sizes(weight: Weight, shape: Shape) -> tuple[int, int]:
     return (b, a) if weight.input_first else (a, b)
 
 
-def _beside(weight: Weight, out: int, into: int, vectors: dict[int, Weight]) -> int | None:
+def _beside(place: int, weight: Weight, sizes: tuple[int, int], vectors: dict[int, Weight]) -> int | None:
     """The bias of a matrix: used in the same call, or of the same owner and as long as the output."""
-    for place, vector in vectors.items():
+    out, into = sizes
+    for other, vector in vectors.items():
         if vector.call is not None and vector.call == weight.call and vector.numel in (out, into):
-            return place
+            return other
     mine = [p for p, v in vectors.items() if v.owner is weight.owner and v.numel == out]
     mine = mine or [p for p, v in vectors.items() if v.owner is weight.owner and v.numel == into != out]
+    if place + 1 in mine:  # used right after
+        return place + 1
     if len(mine) > 1:  # several matrices in one module: the vector that is called most alike
         mine.sort(key=lambda p: -_alike(vectors[p].name, weight.name))
     return mine[0] if mine else None
@@ -220,6 +244,8 @@ def arrangements(plan: Plan) -> list[str]:
         orders = letters if plan.form == "fused" else ["qkv", "qvk"]
         layouts = ("3hd", "h3d", "hd3") if plan.form == "query and pair" else ("3hd",)
         return [f"{p}|{layout}" for layout in (*layouts, "grouped") for p in orders]
+    if plan.settled:
+        return ["qkv|hd"] if plan.form == "per head" else ["qkv|hd", "qkv|dh"]
     layer = plan.inventory.layers[0]
     names = [layer[m.at].name for m in plan.attention[:3]]
     fits = [p for p in letters if _sizes_fit(p, plan)]
@@ -243,13 +269,33 @@ def _is_called(name: str, role: str) -> bool:
 
 
 def _gates(plan: Plan) -> tuple[bool, ...]:
-    if not plan.gated:
+    if not plan.gated or (plan.settled and len(plan.feed_forward) == 2):
         return (True,)
     names = [plan.inventory.layers[0][m.at].name for m in plan.feed_forward]
     if len(names) == 1:
         return (True, False)
     swapped = _is_called(names[1], "gate") and not _is_called(names[0], "gate")
     return (False, True) if swapped else (True, False)
+
+
+def unsettled(plan: Plan) -> list[str]:
+    """The weights whose parts neither shape nor name nor a table tells apart."""
+    layer = plan.inventory.layers[0]
+    names = [layer[m.at].name for m in plan.attention]
+    if plan.form == "fused":
+        return [f"{names[0]} (the order of queries, keys and values in it)"]
+    if plan.settled:
+        return []
+    open_ = names if plan.form != "query and pair" else []
+    if plan.form == "split" and all(_is_called(n, letter) for n, letter in zip(names, plan.arrangement, strict=False)):
+        open_ = []
+    inside = [layer[m.at].name for m in plan.feed_forward]
+    return open_ + (inside if len(inside) == 2 and not any(_is_called(name, "gate") for name in inside) else [])
+
+
+def is_query_first(plan: Plan) -> bool:
+    """Whether, of a query's matrix and one of keys and values, the query's comes first."""
+    return plan.attention[0].out == plan.shape.n_head * plan.shape.head_width
 
 
 def _gated(plan: Plan, gate_first: bool) -> tuple[Matrix, ...]:

@@ -78,6 +78,7 @@ class Plan:
     gate_first: bool = True
     gated: bool = False
     unplaced: tuple[Weight, ...] = field(default=())
+    settled: bool = False  # a table says which matrix is which
 
     @property
     def tied(self) -> bool:
@@ -214,9 +215,8 @@ def _norm(name: str, norm: Norm | None, get: Callable[[Any], Tensor | None]) -> 
 def _matrix(t: Tensor, weight: Weight, m: Matrix, shape: Shape, output: bool) -> Tensor:
     if t.dim() == 3 and t.shape[-1] == 1 and weight.by == "conv1d":
         return t.squeeze(-1)
-    if t.dim() == 3:  # one matrix a head
+    if t.dim() > 2:  # an axis for heads, perhaps one for queries, keys and values
         C = shape.n_embd
-        if output:
-            return (t.permute(1, 0, 2) if t.shape[1] == C else t.permute(2, 0, 1)).reshape(C, -1)
-        return (t.transpose(1, 2) if t.shape[1] == C else t).reshape(-1, C)
+        axis = tuple(t.shape).index(C)
+        return t.movedim(axis, 0).reshape(C, -1) if output else t.movedim(axis, -1).reshape(-1, C)
     return t if t.shape == (m.out, m.into) and not (weight.input_first and m.out == m.into) else t.T

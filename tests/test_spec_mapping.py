@@ -1,0 +1,140 @@
+"""Foreign weights find their place in the reference without a table, whatever they are called and however they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import pytest
+
+from checks.spec import inventory
+from checks.spec.settling import Settled, settled
+from checks.subject import Subject
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import x_transformers
+FOREIGN = Path(__file__).parent / "foreign"
+# What each file is, where the family leaves it open.
+STYLES = {
+    "conv1d_fused": ("fused", "qkv|3hd", ["tanh GELU", "epsilon 1e-05"]),
+    "einsum_heads": ("split", "qkv|hd", ["tanh GELU", "epsilon 1e-05"]),
+    "fused_by_head": ("fused", "kvq|h3d", ["exact GELU", "epsilon 1e-06"]),
+    "llama_complex": ("split", "qkv|hd", ["rotary positions in interleaved pairs, base 10000", "epsilon 1e-06"]),
+    "llama_fused": ("fused", "qkv|3hd", ["rotary positions in halves, base 10000", "epsilon 1e-05"]),
+    "separate_heads": ("per head", "kqv|hd", ["exact GELU", "epsilon 1e-05"]),
+    "split_feature_first": ("split", "vqk|dh", ["tanh GELU", "epsilon 1e-05"]),
+    "stacked_layers": ("split", "qkv|hd", ["tanh GELU", "epsilon 1e-05"]),
+    "torch_parts": ("fused", "qkv|3hd", ["exact GELU", "epsilon 1e-05"]),
+}
+
+
+def family(name: str) -> str:
+    return "llama" if "llama" in name else "gpt2"
+
+
+def foreign(name: str, seed: int = 5) -> Subject:
+    return Subject.meet(str(FOREIGN / f"{name}.py"), seed=seed)
+
+
+def agrees(found: Settled) -> Settled:
+    assert found.agrees, f"{found.error} {found.why_not} {found.variant} {found.tried}"
+    return found
+
+
+def test_every_foreign_file_is_held_to_what_it_is():
+    assert {path.stem for path in FOREIGN.glob("*.py")} == set(STYLES)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_from_scratch_model_agrees_without_a_table(name):
+    found = agrees(settled(foreign(name), family(name)))
+    assert (found.plan.form, found.plan.arrangement, found.variant.words()) == STYLES[name]
+    assert found.plan.unplaced == ()
+
+
+def hashed(name: str) -> str:
+    return ".".join("n" + hashlib.md5(part.encode()).hexdigest()[:6] for part in name.split("."))
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_hidden_names_cost_nothing(name, monkeypatch):
+    by_identity = inventory._by_identity
+
+    def without_names(model):
+        weights = by_identity(model)
+        for weight in weights:
+            weight.name, weight.names = hashed(weight.name), [hashed(each) for each in weight.names]
+        return weights
+
+    monkeypatch.setattr(inventory, "_by_identity", without_names)
+    found = agrees(settled(foreign(name), family(name)))
+    assert found.plan.inventory.weights[0].name.startswith("n")
+
+
+# -- libraries
+
+
+def hf_gpt2(vocab_size, block_size, n_layer, n_head, n_embd, dropout):
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=vocab_size, n_positions=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def hf_llama(groups, **switches):
+    def llama(vocab_size, block_size, n_layer, n_head, n_embd):
+        import transformers
+
+        config = transformers.LlamaConfig(
+            vocab_size=vocab_size, max_position_embeddings=block_size, num_hidden_layers=n_layer, hidden_size=n_embd,
+            num_attention_heads=n_head, num_key_value_heads=max(n_head // groups, 1), intermediate_size=3 * n_embd + 8,
+            bos_token_id=None, eos_token_id=None, **switches,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
+
+    return llama
+
+
+def x_llama(groups):
+    def x_transformers_llama(vocab_size, block_size, n_layer, n_head, n_embd):
+        from loguru import logger
+
+        logger.disable("x_transformers")  # small heads make it talk
+        width = n_embd // n_head
+        layers = x_transformers.Decoder(
+            dim=n_embd, depth=n_layer, heads=n_head, attn_dim_head=width, attn_kv_heads=max(n_head // groups, 1),
+            rotary_pos_emb=True, rotary_emb_dim=width, use_rmsnorm=True, ff_glu=True, ff_swish=True, ff_mult=3,
+        )  # fmt: skip
+        return x_transformers.TransformerWrapper(
+            num_tokens=vocab_size, max_seq_len=block_size, use_abs_pos_emb=False, attn_layers=layers
+        )
+
+    return x_transformers_llama
+
+
+# How many query heads read one key-value head, whether the embedding is the head, whether there are biases.
+LIBRARIES = {
+    "transformers' gpt2": ("gpt2", hf_gpt2, 1, True, True),
+    "transformers' llama": ("llama", hf_llama(1), 1, False, False),
+    "transformers' llama, grouped": ("llama", hf_llama(2), 2, False, False),
+    "transformers' llama, one key-value head": ("llama", hf_llama(6), 6, False, False),
+    "transformers' llama, tied": ("llama", hf_llama(2, tie_word_embeddings=True), 2, True, False),
+    "transformers' llama, biased": ("llama", hf_llama(2, attention_bias=True, mlp_bias=True), 2, False, True),
+    "x-transformers' llama": ("llama", x_llama(1), 1, False, False),
+    "x-transformers' llama, grouped": ("llama", x_llama(2), 2, False, False),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_librarys_model_agrees_without_a_table(name):
+    wanted, build, groups, tied, biased = LIBRARIES[name]
+    plan = agrees(settled(Subject.meet(build, seed=5), wanted)).plan
+    assert plan.shape.n_head // plan.n_kv_head == groups
+    assert plan.tied == tied
+    assert (plan.output.bias is not None) == biased
+    assert plan.unplaced == ()
