@@ -10,6 +10,7 @@ from checks import THEMES, all_checks, checks_in
 from checks.conventions.usage import UsageError
 from checks.expected import Expected, read
 from checks.report import lines, terminal
+from checks.spec.table import declare
 from checks.subject import Subject
 from checks.verdict import Verdict, check_id, judge, rule, theme
 
@@ -89,6 +90,7 @@ def check_model(
     causal: bool = True,
     checkpoint: str | None = None,
     slow: bool = False,
+    spec: str = "auto",
     **parts: Any,
 ) -> Report:
     """See `checks.check_model`."""
@@ -96,6 +98,7 @@ def check_model(
     chosen = _chosen(checks)
     seed = secrets.randbelow(2**31) if seed is None else seed
     subject = Subject.meet(model, parts=parts, seed=seed, device=device, causal=causal, checkpoint=checkpoint)
+    declare(subject, spec)
     expected = Expected() if expected_failures is None else read(expected_failures, map(check_id, all_checks()))
     earlier: dict[str, Verdict] = {}
     try:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 CHECKS = Path(__file__).parent
 BENCHMARKS = CHECKS / "bench_training.py"
 DEFAULT_MODEL = "transformer"
-SPECS = ("auto", "gpt2", "llama")
 
 OURS = pytest.StashKey[set[str]]()  # the options that are ours in this run
 PATH = pytest.StashKey[list[str]]()  # sys.path before conftests put their folders first
@@ -44,7 +43,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         help="a part that lives elsewhere: loss, generate, train_step, trainer or tokenizer; repeatable",
     ),
     "--checkpoint": dict(metavar="FILE", help="weights to load into the model that was built"),
-    "--spec": dict(metavar="FAMILY", help="what the model should be: gpt2, llama, or auto (report only)"),
+    "--spec": dict(
+        metavar="FAMILY",
+        help="what the model should be: gpt2, llama, or auto (report only); gpt2:FILE.json with a table of which "
+        "weight is which, as -v shows it",
+    ),
     "--not-causal": dict(action="store_true", help="the model is an encoder or a prefix model by design"),
     "--device": dict(metavar="DEVICE", help="where the checks run: cpu (the default), cuda, mps, xpu"),
     "--gpu": dict(action="store_true", help="run the checks on CUDA"),
@@ -130,6 +133,7 @@ class Run:
 
     def _meet(self) -> list[Subject]:
         from checks.conventions import UsageError
+        from checks.spec.table import declare
         from checks.subject import Subject
 
         declared = dict(
@@ -139,15 +143,13 @@ class Run:
             checkpoint=self.option("checkpoint"),
             parts=_parts(self.option("with", [])),
         )
-        if self.option("spec", "auto") not in SPECS:
-            raise pytest.UsageError(f"--spec {self.option('spec')}: expected one of {', '.join(SPECS)}")
         try:
             self.expected = self._expected()
             subjects = [Subject.meet(model, **declared) for model in self.option("model", [DEFAULT_MODEL])]
+            for subject in subjects:
+                declare(subject, self.option("spec", "auto"))
         except UsageError as error:
             raise pytest.UsageError(str(error)) from None
-        for subject in subjects:
-            subject.spec = self.option("spec", "auto")
         return subjects
 
     def _expected(self) -> Expected:
@@ -242,6 +244,8 @@ class Run:
             for verdict in verdicts:
                 for remark in verdict["remarks"]:
                     terminalreporter.line(f"note: {verdict['check']}: {remark}")
+            for line in terminal.weights(verdicts) if self.config.get_verbosity() > 0 else ():
+                terminalreporter.line(line)
             summary = lines.summary(name, verdicts, self.totals.get(name, len(verdicts)))["summary"]
             terminalreporter.line(terminal.totals(summary))
             if not summary["executed"]:

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class Subject:
     """
 
     spec = "auto"  # the architecture that it is declared to be: gpt2 or llama; auto: none
+    spec_file = ""  # where the user's table of weights for it came from
+    spec_table: ClassVar[dict[str, str]] = {}  # theirs to ours, a layer's number written *
 
     def __init__(
         self,
@@ -216,7 +218,8 @@ class Subject:
     def reproduce(self, check: Callable) -> str:
         """The command that runs this check alone, with this seed."""
         module, name = check.__module__.rpartition(".")[2], check.__name__
-        declared = f" --spec {self.spec}" if self.spec != "auto" else ""
+        spec = f"{self.spec}:{shlex.quote(self.spec_file)}" if self.spec_file else self.spec
+        declared = f" --spec {spec}" if spec != "auto" else ""
         declared += "" if self.causal else " --not-causal"
         return f"pytest --model {shlex.quote(self.name)} --seed {self.seed}{declared} -k '{module} and {name}'"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,12 @@ def one_line(verdict: Mapping[str, Any]) -> str:
     sign = {"passed": "✓", "failed": "✗", "error": "✗", "not_applicable": "–", "skipped": "–", "blocked": "?"}
     says = f": {verdict['says']}" if verdict["says"] else ""
     return textwrap.shorten(f"{sign[verdict['outcome']]} {verdict['check']}{says}", 2 * WIDTH, placeholder=" …")
+
+
+def weights(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which weight is which, as the spec found it: the table that `--spec gpt2:FILE.json` reads."""
+    table = next((v["evidence"]["weights"] for v in verdicts if "weights" in v["evidence"]), None)
+    return ["weights, theirs to the reference's:", *json.dumps(table, indent=2).splitlines()] if table else []
 
 
 def totals(summary: Mapping[str, Any]) -> str:

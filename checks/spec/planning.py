@@ -293,11 +293,6 @@ def unsettled(plan: Plan) -> list[str]:
     return open_ + (inside if len(inside) == 2 and not any(_is_called(name, "gate") for name in inside) else [])
 
 
-def is_query_first(plan: Plan) -> bool:
-    """Whether, of a query's matrix and one of keys and values, the query's comes first."""
-    return plan.attention[0].out == plan.shape.n_head * plan.shape.head_width
-
-
 def _gated(plan: Plan, gate_first: bool) -> tuple[Matrix, ...]:
     """Gate before input."""
     return plan.feed_forward if gate_first or len(plan.feed_forward) == 1 else plan.feed_forward[::-1]

@@ -85,6 +85,11 @@ class Plan:
         return self.head is self.embedding
 
     @property
+    def query_first(self) -> bool:
+        """Whether, of a query's matrix and one of keys and values, the query's comes first."""
+        return self.attention[0].out == self.shape.n_head * self.shape.head_width
+
+    @property
     def hidden(self) -> int:
         return self.feed_forward_output.into
 
@@ -143,7 +148,7 @@ class Plan:
         if self.form == "fused":
             return _untangle(parts[0], self.arrangement, H, G, D)
         if self.form == "query and pair":
-            first = 0 if self.attention[0].out == H * D else 1
+            first = 0 if self.query_first else 1
             pair = _untangle(parts[1 - first], self.arrangement, 0, G, D)
             return torch.cat((_heads(parts[first], self.arrangement, D), pair))
         if self.form == "per head":

@@ -12,14 +12,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from checks.expect import Bound, NotApplicable
+from checks.expect import Bound, NotApplicable, note
 from checks.spec.agreement import BOUNDS, apart
 from checks.spec.inventory import Inventory, Weight, take
 from checks.spec.norms import NormForm, measure
 from checks.spec.oracle import USUAL_BASES, USUAL_EPS, Variant, build, norms_of, variants
-from checks.spec.planning import plans
+from checks.spec.planning import plans, unsettled
 from checks.spec.promotion import promoted
 from checks.spec.roles import NoPlan, Plan, Shape
+from checks.spec.table import shown, tabled
 from checks.subject import ABSENCE, amplify, cast
 
 FAMILIES = ("gpt2", "llama")
@@ -148,15 +149,21 @@ def settled(subject: Any, family: str) -> Settled:
     known = _settled.setdefault(subject, {})
     if family not in known:
         known[family] = settle(specimen(subject), family)
-    return known[family]
+    found = known[family]
+    if found.plan is not None:
+        note(weights=shown(found.plan))
+        if not found.agrees and (open_ := unsettled(found.plan)):
+            note(unsettled=open_)
+    return found
 
 
 def settle(seen: Specimen, family: str) -> Settled:
     """The plan and variant of the family that give the subject's logits; else those that come nearest by rank."""
     start = time.monotonic()
     found = Settled(family, seen, seen.logits())
+    table = seen.subject.spec_table
     try:
-        candidates = list(plans(seen.inventory, seen.shape))
+        candidates = list(tabled(seen.inventory, seen.shape, table) if table else plans(seen.inventory, seen.shape))
     except NoPlan as reason:
         found.why_not = str(reason)
         return found

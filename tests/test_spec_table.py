@@ -1,0 +1,151 @@
+"""A table of which weight is which: shown, read back, partial or whole, and refused with the name that is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from checks.conventions.usage import UsageError
+from checks.notebook import check_model
+from checks.spec import settling
+from checks.spec.planning import unsettled
+from checks.spec.roles import NoPlan
+from checks.spec.settling import settled
+from checks.spec.table import declare, pattern, shown
+from checks.subject import Subject
+from tests.test_spec_mapping import FOREIGN, STYLES, family, foreign
+
+
+def with_table(name, table, tmp_path):
+    path = tmp_path / "weights.json"
+    path.write_text(json.dumps(table))
+    subject = foreign(name)
+    declare(subject, f"{family(name)}:{path}")
+    return settled(subject, family(name))
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_what_is_shown_can_be_read_back(name, tmp_path):
+    table = shown(settled(foreign(name), family(name)).plan)
+    again = with_table(name, table, tmp_path)
+    assert again.agrees
+    assert shown(again.plan) == table
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_whole_table_needs_no_plan_of_ours(name, tmp_path, monkeypatch):
+    table = shown(settled(foreign(name), family(name)).plan)
+
+    def nothing(inventory, shape):
+        raise NoPlan("nothing is found")
+
+    monkeypatch.setattr("checks.spec.table.plans", nothing)
+    again = with_table(name, table, tmp_path)
+    assert again.agrees, (again.error, again.why_not)
+    assert shown(again.plan) == table
+
+
+def test_the_table_says_which_weight_is_which():
+    table = shown(settled(foreign("separate_heads"), "gpt2").plan)
+    assert table["blocks.*.sa.heads.*.key.weight"] == "blocks.*.attention.key.weight"
+    assert table["blocks.*.ffwd.net.2.bias"] == "blocks.*.feed_forward.output.bias"
+    assert table["position_embedding_table.weight"] == "positions.table.weight"
+    tied = shown(settled(foreign("llama_fused"), "llama").plan)
+    assert tied["embed.weight"] == "embedding.weight" and tied["unembed.weight"] == "head.weight"
+    assert tied["layers.*.gate_up.weight"] == "blocks.*.feed_forward.gate_and_input.weight"
+
+
+def test_a_partial_table_leaves_the_rest_to_be_found(tmp_path):
+    right = with_table("split_feature_first", {"z.*.three.b.weight": "blocks.*.attention.query.weight"}, tmp_path)
+    assert right.agrees
+    assert right.tried < settled(foreign("split_feature_first"), "gpt2").tried
+
+
+def test_a_wrong_table_does_not_agree(tmp_path):
+    wrong = with_table("split_feature_first", {"z.*.three.a.weight": "blocks.*.attention.query.weight"}, tmp_path)
+    assert not wrong.agrees
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, said",
+    [
+        ("wte.weight", "embeding.weight", "embedding.weight"),
+        ("h.*.attn.c_atn.weight", "blocks.*.attention.qkv.weight", "h.*.attn.c_attn.weight"),
+        ("h.0.attn.c_attn.weight", "blocks.0.attention.qkv.weight", "blocks.*.attention.qkv.weight"),
+        ("h.0.attn.c_attn.weight", "blocks.*.attention.qkv.weight", "write *"),
+        ("h.*.attn.c_proj.weight", "blocks.*.attention.qkv.weight", "the table says nothing of"),
+    ],
+)
+def test_a_wrong_entry_is_named(theirs, ours, said, tmp_path):
+    with pytest.raises(UsageError) as error:
+        with_table("conv1d_fused", {theirs: ours}, tmp_path)
+    assert said in str(error.value)
+
+
+def test_a_wrong_shape_and_what_is_missing_are_named(tmp_path):
+    table = shown(settled(foreign("conv1d_fused"), "gpt2").plan)
+    swapped = dict(table)
+    swapped["h.*.c_fc.weight"], swapped["h.*.attn.c_attn.weight"] = (
+        table["h.*.attn.c_attn.weight"], table["h.*.c_fc.weight"])  # fmt: skip
+    with pytest.raises(UsageError, match=r"rows|cannot be"):
+        with_table("conv1d_fused", swapped, tmp_path)
+    part = {t: o for t, o in table.items() if "c_fc" not in t and "ln_1" not in t} | {"ln_f.bias": "norm.weight"}
+    with pytest.raises(UsageError) as error:
+        with_table("conv1d_fused", part, tmp_path)
+    assert "blocks.*.feed_forward.input.weight" in str(error.value) and "h.*.c_fc.weight" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", '{"wte.weight": 3}'])
+def test_a_file_that_holds_no_table_is_refused(text, tmp_path):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(UsageError, match=r"bad\.json"):
+        declare(foreign("conv1d_fused"), f"gpt2:{tmp_path / 'bad.json'}")
+
+
+@pytest.mark.parametrize("spec", ["bert", "auto:x.json", "gpt2:not/there.json"])
+def test_a_declaration_that_cannot_be_is_refused(spec):
+    with pytest.raises(UsageError) as error:
+        declare(foreign("conv1d_fused"), spec)
+    assert spec.rpartition(":")[2] in str(error.value)
+
+
+def test_what_cannot_be_told_is_named():
+    """Three matrices of a shape, used in another order than their letters: only agreement tells them apart."""
+    plan = settled(foreign("split_feature_first"), "gpt2").plan
+    assert unsettled(plan) == [f"z.0.three.{letter}.weight" for letter in "abc"]
+    assert unsettled(settled(foreign("llama_complex"), "llama").plan) == []
+
+
+def test_the_finding_says_what_could_not_be_told(monkeypatch):
+    real = settling.disagreement
+    monkeypatch.setattr(settling, "disagreement", lambda *args: max(real(*args), 0.5))
+    report = check_model(str(FOREIGN / "split_feature_first.py"), checks=["check_logits_agree"], spec="gpt2", seed=1)
+    evidence = report["check_logits_agree"].evidence
+    assert evidence["unsettled"] == [f"z.0.three.{letter}.weight" for letter in "abc"]
+    assert evidence["weights"]["x.weight"] == "embedding.weight"
+
+
+def test_a_finding_is_repeated_with_its_table(tmp_path):
+    path = tmp_path / "weights.json"
+    path.write_text("{}")
+    subject = foreign("conv1d_fused")
+    declare(subject, f"gpt2:{path}")
+    assert f"--spec gpt2:{path}" in subject.reproduce(test_a_finding_is_repeated_with_its_table)
+
+
+def test_minus_v_shows_the_table(pytester):
+    file = FOREIGN / "conv1d_fused.py"
+    result = pytester.runpytest("-v", "--model", file, "--spec", "gpt2", "--seed", "1", "-k", "logits_agree")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(['*"h.[*].attn.c_attn.weight": "blocks.[*].attention.qkv.weight"*'])
+    pytester.makefile(".json", weights='{"wte.waight": "embedding.weight"}')
+    result = pytester.runpytest("--model", file, "--spec", "gpt2:weights.json", "-k", "logits_agree")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*wte.waight*wte.weight*"])
+
+
+def test_a_pattern_has_a_star_for_what_differs():
+    assert pattern(["h.0.w1", "h.1.w1"]) == "h.*.w1"
+    assert pattern(["h.0.head.0.w", "h.0.head.1.w", "h.1.head.0.w", "h.1.head.1.w"]) == "h.*.head.*.w"
+    assert Subject.spec_table == {}
