@@ -31,6 +31,7 @@ class Bug:
     damage: Callable[[SimpleNamespace], None]
     sizes: dict[str, Any]  # what the reference must be for the bug to matter: positions="rotary", …
     of: Callable[..., SimpleNamespace] = reference_parts  # whose parts are damaged: a variant's for what it alone has
+    device: str = "cpu"  # where it shows
 
     def subject(self, **declared: Any) -> Subject:
         """The damaged reference."""
@@ -51,6 +52,7 @@ def bug(
     source: str = "",
     model: bool = False,
     of: Callable[..., SimpleNamespace] = reference_parts,
+    device: str = "cpu",
     **sizes: Any,
 ):
     """Marks a function as a bug's damage. With `model=True` it takes the built model rather than the parts."""
@@ -58,7 +60,7 @@ def bug(
     def mark(function: Callable) -> Callable:
         damage = _damage_model(function) if model else function
         component = function.__module__.rpartition(".")[2]
-        function.bug = Bug(id, component, says, source, caught_by, damage, sizes, of)  # type: ignore[attr-defined]
+        function.bug = Bug(id, component, says, source, caught_by, damage, sizes, of, device)  # type: ignore[attr-defined]
         return function
 
     return mark

@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from checks.expect import Where
+from checks.where import line_now
+
 
 class Held(TorchDispatchMode):
     """Counts the bytes of the tensors made inside that are still there: `now`, and at `peak`.
@@ -22,6 +25,7 @@ class Held(TorchDispatchMode):
         super().__init__()
         self.sizes: dict[int, int] = {}  # of what is alive, by its address; 0 for what was there before
         self.now = self.peak = 0
+        self.largest: tuple[int, tuple[int, ...], Where | None] = (0, (), None)  # bytes, shape, and the line it is from
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
@@ -38,6 +42,8 @@ class Held(TorchDispatchMode):
             self.sizes[key] = storage.nbytes() if made else 0
             self.now += self.sizes[key]
             self.peak = max(self.peak, self.now)
+            if self.sizes[key] > self.largest[0]:
+                self.largest = self.sizes[key], tuple(tensor.shape), line_now()
             weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:

@@ -1,0 +1,93 @@
+"""Training in several processes: the gradient that they average is that of one process with the whole batch."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from checks.expect import Bound, NotApplicable, advise, expect_close, fail, needs, note, slow
+from checks.probes import two_processes
+from checks.probes.precision import precision
+from checks.probes.two_processes import Logits, Refused, batches, gradients, model_of, train_in_two
+
+WHOLE = "two processes, each with half of a batch, average to another gradient than one with all of it"
+
+
+@slow("two new processes")
+@needs(
+    "check_contract.check_logits_have_shape",
+    "check_gradients.check_every_parameter_gets_a_gradient",
+    "check_gradients.check_rows_get_their_own_gradient",
+)
+def check_two_processes_train_as_one(subject: Any) -> None:
+    """Under DistributedDataParallel two processes with half a batch each have the gradient of one with all of it."""
+    if not distributed.is_available():
+        raise NotApplicable("this build of torch has no torch.distributed")
+    if subject.device.type != "cpu":
+        raise NotApplicable("two processes are tried on the CPU only")
+    if not subject.builds_afresh:
+        raise NotApplicable("a model that is one instance has no way to a new process")
+    model = model_of(subject)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    want = gradients(Logits(subject, model), model, batches(subject))
+    found = in_two(subject, weights, want)
+    ends = [buffers for _, buffers in found]
+    parted = [name for name, b in ends[0].items() if not torch.equal(b, ends[1][name])]
+    if parted:
+        advise(f"each process ends with {', '.join(parted[:4])} of its own, which its batches change")
+    factor = 1e-9 if precision(subject).inside == torch.float64 else 1e-4
+    largest = max(float(g.abs().max()) for batch in want for g in batch.values())
+    note(parted_buffers=parted, bound=factor * largest)
+    for number, expected in enumerate(want, start=1):
+        for rank, (got, _) in enumerate(found):
+            expect_whole(got[number - 1], expected, number, rank, parted, Bound(factor * largest, "of the largest"))
+
+
+def in_two(subject: Any, weights: dict[str, Tensor], want: list[dict[str, Tensor]]) -> list[Any]:
+    """What each process found; a parameter that some batches leave out is advice, one that all do is a failure."""
+    try:
+        return attempt(subject, weights, unused=False)
+    except Refused as error:
+        if two_processes.UNUSED not in str(error):
+            fail(
+                f"under DistributedDataParallel the model raises {str(error)[:300]}",
+                likely=("parameter-never-used",),
+                advice="DDP calls the model's forward, and nothing else of it",
+            )
+    every = {name for name, p in model_of(subject).named_parameters() if p.requires_grad}
+    never = sorted(every - set().union(*want))
+    if never:
+        fail(
+            f"under DistributedDataParallel the second step raises: {', '.join(never[:4])} had no part in the first, "
+            "and DDP still waits for a gradient",
+            likely=("parameter-never-used",),
+            advice="remove the parameters that the forward does not use, or freeze them (requires_grad_(False))",
+            parameters=never,
+        )
+    advise("some batches leave parameters out: DistributedDataParallel needs find_unused_parameters=True")
+    return attempt(subject, weights, unused=True)
+
+
+def attempt(subject: Any, weights: dict[str, Tensor], *, unused: bool) -> list[Any]:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return train_in_two(subject, weights, Path(folder), unused=unused)
+
+
+def expect_whole(
+    got: dict[str, Tensor], want: dict[str, Tensor], number: int, rank: int, parted: list[str], bound: Bound
+) -> None:
+    kept = f"; {', '.join(parted[:4])} differs between the processes" if parted else ""
+    for name, gradient in want.items():
+        expect_close(
+            got.get(name, torch.zeros_like(gradient)),
+            gradient,
+            bound=bound,
+            says=f"{WHOLE}: batch {number}, process {rank}, {name}{kept}",
+            axes=[f"index {axis}" for axis in range(gradient.dim())],
+            likely=("running-statistics-in-forward",) if parted else ("normalized-over-the-batch",),
+            advice="a forward may keep nothing of the batches it saw and mix no rows: each process sees others",
+        )

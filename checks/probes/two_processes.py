@@ -1,0 +1,137 @@
+"""A subject's model trained by two processes under DistributedDataParallel, each with half of every batch.
+
+`python -m checks.probes.two_processes FOLDER RANK` is one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checks.expect import NotApplicable
+from checks.loss.formula import cross_entropy
+from checks.probes.precision import precision
+from checks.probes.randomness import set_rates
+from checks.subject import Subject, cast
+
+COUNT = 2
+BATCHES = 3
+SECONDS = 120  # for two processes to start, compute and end
+UNUSED = "Expected to have finished reduction"  # says DistributedDataParallel where a parameter had no part
+
+
+class Refused(Exception):
+    """What DistributedDataParallel, or the model within it, raised in the first process that failed."""
+
+
+class Logits(nn.Module):
+    """The subject's call as a module, so that whatever the model takes and returns passes through DDP alike."""
+
+    def __init__(self, subject: Any, model: nn.Module) -> None:
+        super().__init__()
+        self.subject, self.model = subject, model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.subject.logits(self.model, tokens)
+
+
+def model_of(subject: Any, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    """A model in train mode, in the finest type in which it runs, without dropout."""
+    model = subject.build(seed=subject.seed)
+    if weights is not None:
+        model.load_state_dict(weights)
+    model = cast(model, precision(subject).dtype).train()
+    set_rates(model, 0.0)
+    return model
+
+
+def batches(subject: Any) -> list[Tensor]:
+    return [subject.tokens(2 * COUNT, subject.sizes.block_size, seed=subject.seed + i) for i in range(BATCHES)]
+
+
+def gradients(network: nn.Module, model: nn.Module, given: list[Tensor]) -> list[dict[str, Tensor]]:
+    """Of each batch in turn, without a step between: the gradient of the mean loss, by parameter."""
+    found = []
+    for tokens in given:
+        model.zero_grad(set_to_none=True)
+        cross_entropy(network(tokens[:, :-1]), tokens[:, 1:]).mean().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return found
+
+
+def train_in_two(subject: Any, weights: dict[str, Tensor], folder: Path, *, unused: bool) -> list[Any]:
+    """Of each process the gradients and the buffers at the end. Raises Refused with what a process said.
+
+    `unused` lets DDP look for parameters that have no part in a batch.
+    """
+    torch.save(dict(name=subject.name, seed=subject.seed, weights=weights, unused=unused), folder / "task.pt")
+    command = [sys.executable, "-m", __name__, str(folder)]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    running = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        for rank in range(COUNT)
+    ]
+    try:
+        wait_for(running)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    said = [path.read_text() for rank in range(COUNT) if (path := folder / f"{rank}.txt").exists()]
+    if said:
+        raise Refused(said[0])
+    ends = [folder / f"{rank}.pt" for rank in range(COUNT)]
+    if not all(end.exists() for end in ends):
+        raise NotApplicable(f"two processes did not end within {SECONDS} seconds, or were killed")
+    return [torch.load(end, weights_only=True) for end in ends]
+
+
+def wait_for(running: list[subprocess.Popen]) -> None:
+    """Until all have ended, or one has failed: the others would wait for it."""
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        codes = [process.poll() for process in running]
+        if any(codes) or None not in codes:
+            return
+        time.sleep(0.05)
+
+
+def main(folder: Path, rank: int) -> None:
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    task = torch.load(folder / "task.pt", weights_only=True)
+    try:
+        subject = Subject.meet(task["name"], seed=task["seed"])
+        model = model_of(subject, task["weights"])
+    except Exception as error:  # another model is behind this name, or none
+        sys.exit(f"{type(error).__name__}: {error}")
+    meeting = f"file://{folder / 'meeting'}"
+    wait = timedelta(seconds=SECONDS)
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=COUNT, timeout=wait)
+    try:
+        network = DistributedDataParallel(Logits(subject, model), find_unused_parameters=task["unused"])
+        mine = [tokens.chunk(COUNT)[rank] for tokens in batches(subject)]
+        found = gradients(network, model, mine)
+    except Exception as error:
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        os._exit(1)  # the other process may never come
+    buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+    torch.save((found, buffers), folder / f"{rank}.pt.new")
+    (folder / f"{rank}.pt.new").rename(folder / f"{rank}.pt")
+    distributed.barrier()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,168 @@
+"""What the checks of devices say, on the CPU: their facts, and what they leave alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from checks import checks_in
+from checks.bugs import all_bugs
+from checks.check_devices import expect_agreement
+from checks.expect import CheckFailed
+from checks.probes.waits import Waits
+from checks.subject import Subject, reference, reference_parts
+from checks.verdict import judge
+from transformer.model import Attention, Transformer
+
+CHECKS = {check.__name__: check for theme in ("devices", "distributed") for check in checks_in(theme)}
+
+
+def verdict(bug: str, check: str, **declared):
+    found = judge(CHECKS[check], all_bugs()[bug].subject(seed=3, **declared), {})
+    assert found.outcome == "failed", f"{found.outcome}: {found.says}"
+    return found
+
+
+def test_a_kernel_that_disagrees_is_named_with_its_type():
+    found = verdict("path-chosen-by-kernel-switches", "check_every_attention_kernel_agrees")
+    assert "flash in float32" in found.says and found.evidence["error"] > 100 * found.evidence["unavoidable"]
+
+
+def test_a_model_without_pytorchs_attention_has_no_kernels_to_compare():
+    explicit = Subject("explicit", reference_parts(attention="explicit"), seed=3)
+    found = judge(CHECKS["check_every_attention_kernel_agrees"], explicit, {})
+    assert found.outcome == "not_applicable" and "scaled_dot_product_attention" in found.says
+
+
+def test_a_gradient_that_no_scale_saves_is_counted():
+    found = verdict("fp16-autocast-mask-overflow", "check_mixed_precision_keeps_the_gradient")
+    assert "float16" in found.says and "not finite" in found.says and "scale" in found.says
+
+
+def test_waiting_is_named_by_its_line_and_its_rate():
+    found = verdict("number-read-at-each-token", "check_step_does_not_wait_at_each_token")
+    assert "1 times for each position (3, 5, 11 times at 4, 6, 12 tokens)" in found.says
+    assert found.where.type == "Testing" and found.where.file.endswith("devices.py")
+
+
+def test_one_reading_a_step_is_advice():
+    def build_model(**sizes):
+        class Asserting(Transformer):
+            def embed(self, tokens):
+                assert int(tokens.max()) < self.config.vocab_size
+                return super().embed(tokens)
+
+        model = reference_parts().build_model(**sizes)
+        model.__class__ = Asserting
+        return model
+
+    found = judge(
+        CHECKS["check_step_does_not_wait_at_each_token"], Subject("x", SimpleNamespace(build_model=build_model)), {}
+    )
+    assert found.outcome == "passed"
+    assert "reads numbers 1 times" in found.remarks[0] and "test_check_devices.py" in found.remarks[0]
+
+
+def test_memory_that_grows_is_told_in_bytes_a_step():
+    found = verdict("forward-keeps-its-activations", "check_memory_does_not_grow")
+    width, rows, length, layers = 32, 3, 12, 2
+    assert f"keeps {4 * width * rows * length * layers:,} bytes more" in found.says
+
+
+def test_memory_that_outgrows_the_batch_names_the_largest_tensor_and_its_line():
+    found = verdict("every-row-with-every-row", "check_memory_grows_no_faster_than_the_batch")
+    assert "[256, 12, 12]" in found.says  # 8 · 8 pairs of rows with 4 heads
+    assert found.where.module == "scores" and found.where.type == "Crossed"
+
+
+def test_tf32_left_on_is_told_and_put_back():
+    before = torch.get_float32_matmul_precision()
+    found = verdict("forward-turns-tf32-on", "check_precision_switches_are_left_alone")
+    assert "from 'highest' to 'high'" in found.says
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_step_that_no_seed_repeats_is_told():
+    assert (
+        "two steps from one seed"
+        in verdict("jitter-no-seed-reaches", "check_deterministic_algorithms_repeat_the_step").says
+    )
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_another_device_is_compared_with_the_cpu_in_float64():
+    """The CPU in float32 stands for the device; the bug shows in float32 only, as on a device it would there."""
+
+    def build_model(**sizes):
+        class Elsewhere(Attention):
+            def attend(self, q, k, v, visible):
+                return super().attend(q if q.dtype == torch.float64 else q * 1.01, k, v, visible)
+
+        model = reference_parts().build_model(**sizes)
+        for block in model.blocks:
+            block.attention.__class__ = Elsewhere
+        return model
+
+    home = reference(seed=3)
+    expect_agreement(home, home)
+    with pytest.raises(CheckFailed, match="off from the CPU's float64"):
+        expect_agreement(Subject("elsewhere", SimpleNamespace(build_model=build_model), seed=3), home)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_the_meta_device_nothing_is_decided(check):
+    found = judge(CHECKS[check], reference(seed=3, device="meta"), {})
+    assert found.outcome in ("not_applicable", "passed"), found.says
+    if check != "check_precision_switches_are_left_alone":
+        assert found.outcome == "not_applicable"
+
+
+def test_every_reading_of_a_number_is_seen():
+    x = torch.arange(6.0)
+    with Waits(torch.device("cpu")) as waits:
+        x.sum().item(), bool((x > 2).any()), x.nonzero(), x[x > 2], float(x.max()), x.unique()
+    assert sum(waits.by_line.values()) == 6
+    assert all(line.file.endswith("test_check_devices.py") for line in waits.by_line)
+
+
+# -- two processes
+
+
+def test_a_parameter_without_a_part_is_named():
+    found = verdict("parameter-never-used", "check_two_processes_train_as_one")
+    assert "second_head.bias" in found.says and found.likely[0] == "parameter-never-used"
+
+
+def test_what_a_process_keeps_of_its_batches_is_named():
+    found = verdict("running-statistics-in-forward", "check_two_processes_train_as_one")
+    assert "batch 1" in found.says and "running_mean" in found.says
+
+
+def test_a_students_file_is_met_in_both_processes(tmp_path, monkeypatch):
+    (tmp_path / "student.py").write_text(STUDENT)
+    monkeypatch.chdir(tmp_path)
+    found = judge(CHECKS["check_two_processes_train_as_one"], Subject.meet("student.py", seed=3), {})
+    assert found.outcome == "passed", found.says
+
+
+def test_an_instance_has_no_way_to_another_process():
+    fixed = Subject.meet(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)), seed=3)
+    assert judge(CHECKS["check_two_processes_train_as_one"], fixed, {}).outcome == "not_applicable"
+
+
+STUDENT = """
+import torch
+from torch import nn
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size, block_size, n_embd=32):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, n_embd)
+        self.head = nn.Linear(n_embd, vocab_size)
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens).cumsum(1))
+"""
