@@ -16,6 +16,7 @@ from torch import nn
 
 from checks.check_sanity import LEARNED, RECIPES, objective
 from checks.expect import NotApplicable, advise, fail, needs, note
+from checks.probes.influence import needs_one_token
 from transformer.data import Batch, SentenceTask, pad_batch
 from transformer.generation import generate
 from transformer.trainer import Trainer
@@ -161,6 +162,7 @@ def train(subject: Any, task: Task) -> nn.Module:
     tried = []
     for name, recipe in RECIPES.items():
         model = subject.build(seed=subject.seed, **sizes)
+        needs_one_token(subject, model)
         config = replace(recipe, seed=subject.seed, device=str(subject.device))
         trainer = Trainer(model, task, config, objective=objective(subject))
         loss = run(trainer, task)

@@ -112,7 +112,7 @@ def _or_refused(subject: Any, model: nn.Module, trial: Trial) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's own about types that meet under autocast
             return subject.logits(model, trial.tokens, trial.mask)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "without overflow" in reason:
             advise(f"{trial.what} raises: a constant, such as a mask's fill of -1e9, does not fit {_name(trial.dtype)}")

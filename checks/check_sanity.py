@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable, fail, keep, needs, note
+from checks.expect import NotApplicable, advise, fail, keep, needs, note
 from checks.generation.conventions import Decoder, decoder
 from checks.loss.conventions import met_loss
+from checks.probes.influence import needs_one_token
 from transformer.data import Batch, SentenceTask
 from transformer.generation import generate
 from transformer.loss import next_token_loss
@@ -124,6 +125,7 @@ def sentence_sizes(subject: Any, task: SentenceTask) -> dict[str, Any]:
 
 def train(subject: Any, task: SentenceTask, sizes: dict[str, Any], recipe: str) -> Learned:
     model = subject.build(seed=subject.seed, **sizes)
+    needs_one_token(subject, model)
     config = replace(RECIPES[recipe], seed=subject.seed, device=str(subject.device))
     trainer = Trainer(model, task, config, objective=objective(subject))
     learned = Learned(task, sizes, recipe, trainer)
@@ -287,14 +289,21 @@ def recitals(subject: Any, learned: Learned, prompt: str, copies: int, temperatu
 
 
 def speaker(subject: Any, learned: Learned) -> Speak:
-    """The subject's own generate where it can be told to be greedy, else ours over its logits."""
+    """The subject's own generate where it runs and can be told to be greedy, else ours over its logits."""
     model = learned.trainer.model.eval()
+    ours = functools.partial(our_words, subject, model)
     try:
         own = replace(decoder(subject, model, learned.task.tokenizer.vocab_size), block_size=learned.task.block_size)
         own.wants("temperature")
     except NotApplicable:
-        return functools.partial(our_words, subject, model)
-    return functools.partial(own_words, own, model, subject.seed)
+        return ours
+    theirs = functools.partial(own_words, own, model, subject.seed)
+    try:
+        theirs(torch.full((1, 1), learned.task.tokenizer.begin, device=subject.device), 1, 0.0)
+    except Exception as error:  # a part that only its own script gives it, or a mistake: for the checks of generation
+        advise(f"{own.name} raises {type(error).__name__}: {error}; decoded by a loop of ours over the logits")
+        return ours
+    return theirs
 
 
 def own_words(own: Decoder, model: nn.Module, seed: int, start: Tensor, n: int, temperature: float) -> list[list[int]]:

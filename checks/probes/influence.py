@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checks.expect import EQUAL_SHAPE, Bound
+from checks.expect import EQUAL_SHAPE, Bound, NotApplicable
 from checks.probes.precision import precision
 from checks.where import Where, first_breaking
 
@@ -80,6 +80,12 @@ def reads_one_token(subject: Any, model: nn.Module) -> bool:
     except Exception:
         return False
     return True
+
+
+def needs_one_token(subject: Any, model: nn.Module) -> None:
+    """Raises NotApplicable where nothing can be decoded from the begin token alone."""
+    if not reads_one_token(subject, model):
+        raise NotApplicable("decoding begins with one token, and the model does not read one alone")
 
 
 def every_id(subject: Any, T: int, *, rows: int | None = None, seed: int = 0) -> Tensor:

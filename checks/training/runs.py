@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from checks.expect import NotApplicable
 from checks.loss.formula import cross_entropy
+from checks.probes.precision import precision
 from checks.probes.randomness import set_rates, states
+from checks.subject import cast
 from transformer.trainer import TrainConfig, Trainer
 
 Example = list[int]
@@ -75,10 +77,13 @@ def examples(
 
 
 def model_of(subject: Any, *, seed: int = 0, **sizes: Any) -> nn.Module:
-    """A small model in float64 and train mode, without dropout unless it is asked for."""
+    """A small model in train mode, in float64 where it runs in that, without dropout unless it is asked for."""
     if subject.can_vary("n_layer"):
         sizes.setdefault("n_layer", 1)
-    model = subject.build(seed=seed, **sizes).double().train()
+    dtype = precision(subject).dtype
+    if dtype != torch.float64 and subject.brings("trainer"):
+        raise NotApplicable(f"a trainer is judged in float64, and the model runs in {precision(subject)}")
+    model = cast(subject.build(seed=seed, **sizes), dtype).train()
     if "dropout" not in sizes:
         set_rates(model, 0.0)
         refuse_chance(subject, model)
