@@ -5,16 +5,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
-from checks.expect import NotApplicable, advise, fail, note
-from checks.spec.settling import FAMILIES, Settled, settled
+import torch
+
+from checks.expect import NotApplicable, Where, advise, fail, needs, note
+from checks.spec.dropping import SITES, Dropped, dropped
+from checks.spec.gradients import slopes
+from checks.spec.initialization import Constant, Drawn, drawn
+from checks.spec.scores import Scales
+from checks.spec.settling import FAMILIES, Settled, norm_form, settled, specimen
 from checks.spec.stages import Explained, explain, part_from
+from checks.spec.tiny import parting_scale
 from checks.spec.trace import Parting
+from checks.where import locate
 
 NAMES = {"gpt2": "GPT-2", "llama": "Llama"}
 SIMULATION_SECONDS = 5.0
 CONTRACT = ("check_contract.check_logits_have_shape",)
+LOGITS = (*CONTRACT, "check_spec.check_logits_agree")
+GRADIENT = 1e-8  # of a tensor's largest gradient, in float64; correct models differ by 1e-14 of it
+SCALE = 1e-6  # of the usual factor: one read off float64 numbers is exact to 1e-12
 
 
 def declared(subject: Any) -> str | None:
@@ -23,6 +35,7 @@ def declared(subject: Any) -> str | None:
     return asked if asked in FAMILIES else subject.declared("spec")
 
 
+@needs(*CONTRACT)
 def check_logits_agree(subject: Any) -> None:
     """On the same weights the logits are those of the declared architecture."""
     family = declared(subject)
@@ -101,3 +114,210 @@ def named(why: Explained) -> str:
 def sentence(place: Parting) -> str:
     text = str(place)
     return text[0].upper() + text[1:]
+
+
+def agreeing(subject: Any) -> Settled:
+    """How the subject compares with the declared family; NotApplicable without a declaration or an agreement."""
+    family = declared(subject)
+    if family is None:
+        raise NotApplicable("no architecture is declared (--spec gpt2 or --spec llama)")
+    found = settled(subject, family)
+    if not found.agrees:
+        raise NotApplicable("the logits differ already: check_logits_agree says where", error=found.error)
+    return found
+
+
+@needs(*LOGITS)
+def check_gradients_agree(subject: Any) -> None:
+    """On the same weights every weight's gradient is that of the declared architecture."""
+    found = agreeing(subject)
+    if found.specimen.dtype != torch.float64:
+        raise NotApplicable("the model does not run in float64: its gradients are rounded")
+    compared = slopes(found)
+    note(compared=len(compared), largest=max(slope.error for slope in compared), bound=GRADIENT)
+    wrong = [slope for slope in compared if slope.error > GRADIENT]
+    if not wrong:
+        return
+    first = wrong[0]
+    fail(
+        f"the logits agree, but the gradient of {first.theirs} is {first.ratio:.3g} times a {NAMES[found.family]}'s "
+        f"(difference {first.error:.3g} of the largest, allowed {GRADIENT:.0e}); {len(wrong)} of {len(compared)} "
+        "gradients differ",
+        where=owner_of(found, first.theirs),
+        likely=("embedding-gradient-by-count", "embedding-no-grad", "head-detached"),
+        advice="look for detach(), no_grad(), .data, a backward of its own or scale_grad_by_freq on the way",
+        gradients={slope.theirs: slope.ratio for slope in wrong},
+    )
+
+
+@needs(*LOGITS)
+def check_tiny_activations_agree(subject: Any) -> None:
+    """With tiny embeddings, where a norm's epsilon rules, the logits are still those of the declared architecture."""
+    found = agreeing(subject)
+    scale = parting_scale(found)
+    if scale is None:
+        return
+    forms = {name: str(norm_form(found.specimen, found.plan, name)) for name in ("attention_norm", "norm")}  # type: ignore[arg-type]
+    fail(
+        f"the logits agree, but not with embeddings multiplied by {scale.factor:g}: there {scale.norm} gives other "
+        f"numbers (difference {scale.error:.3g} of the largest logit). Its epsilon is not added under the root",
+        where=locate(found.specimen.model, scale.module) if scale.module else None,
+        likely=("norm-epsilon-is-a-floor",),
+        advice="x / sqrt(mean square + epsilon): no clamp, no maximum, no epsilon that depends on the input",
+        norms=forms,
+        factor=scale.factor,
+    )
+
+
+@needs(*LOGITS)
+def check_weights_are_the_familys(subject: Any) -> None:
+    """Every weight has a place in the declared architecture, and a head that starts as the embedding is tied to it."""
+    found = agreeing(subject)
+    plan = found.plan
+    assert plan is not None
+    more = [w for w in plan.unplaced if w.trained and w.tensor.requires_grad]
+    total = sum(w.numel for w in plan.inventory.weights if w.trained)
+    note(parameters=total, of_them_without_a_place=sum(w.numel for w in more), tied=plan.tied)
+    if more:
+        fail(
+            f"{sum(w.numel for w in more):,} of {total:,} parameters have no place in a {NAMES[found.family]} and "
+            f"change nothing: {', '.join(map(str, more[:3]))}{', …' if len(more) > 3 else ''}",
+            where=owner_of(found, more[0].name),
+            likely=("weights-without-a-place",),
+            advice="use these weights or remove them: they are saved, decayed and counted, and never trained",
+            weights=[str(w) for w in more],
+        )
+    if not plan.tied and plan.head.start.shape == plan.embedding.start.shape:
+        if bool((plan.head.start == plan.embedding.start).all()):
+            fail(
+                f"{plan.head.name} starts as a copy of {plan.embedding.name} and is not the same parameter: the two "
+                "part with the first step",
+                likely=("head-is-a-copy", "tied-weights-broken"),
+                advice="assign the Parameter itself, head.weight = embedding.weight, after initialization",
+            )
+        if found.family == "gpt2":
+            advise(f"the head has a table of its own ({plan.head.numel:,} weights more): GPT-2's is its embedding")
+    if plan.head_bias is not None:
+        advise(f"the head has a bias ({plan.head_bias}), which neither GPT-2's nor Llama's has")
+
+
+@needs(*LOGITS)
+def check_initialization_is_the_familys(subject: Any) -> None:
+    """Weights start as published: for GPT-2 N(0, 0.02²), divided by √(2L) into the stream; biases zero, gains one."""
+    found = agreeing(subject)
+    if found.family != "gpt2":
+        raise NotApplicable("Llama's authors publish no rule of initialization")
+    matrices, constants = drawn(found)
+    note(deviations={f"{d.role} ({d.name})": d.deviation for d in matrices})
+    for drawn_ in matrices:
+        if not drawn_.fits:
+            blame_draw(found, drawn_, matrices)
+    for constant in constants:
+        if not constant.fits:
+            blame_constant(found, constant)
+
+
+def owner_of(found: Settled, weight: str) -> Where | None:
+    owner = weight.rpartition(".")[0]
+    return locate(found.specimen.model, owner) if owner in dict(found.specimen.model.named_modules()) else None
+
+
+def blame_draw(found: Settled, wrong: Drawn, matrices: list[Drawn]) -> None:
+    L = len(found.specimen.inventory.layers)
+    ratio = wrong.deviation / wrong.wanted[0]
+    others = sum(not d.fits for d in matrices) - 1
+    known = {(2 * L) ** 0.5: "residual-init-unscaled", 2**0.5: "residual-init-counts-layers-once"}
+    likely = [bug for factor, bug in known.items() if "output" in wrong.role and abs(ratio / factor - 1) < 0.03]
+    fail(
+        f"{wrong.role} ({wrong.name}) starts with a deviation of {wrong.deviation:.4g} around "
+        f"{float(wrong.values.mean()):.2g}, where GPT-2 has {wrong.wanted[0]:.4g} ({ratio:.3g} times as much; allowed "
+        f"{wrong.tolerance(wrong.wanted[0]) / wrong.wanted[0]:.1%}, of {len(wrong.values):,} weights)"
+        + (f"; {others} other kinds of weights differ too" if others else ""),
+        where=owner_of(found, wrong.name),
+        likely=likely or ("init-left-to-pytorch",),
+        advice="draw every matrix with std=0.02, and the output projections of attention and feed-forward with "
+        "0.02 / √(2 n_layer), after all modules are made",
+        role=wrong.role,
+        deviation=wrong.deviation,
+        wanted=list(wrong.wanted),
+    )
+
+
+def blame_constant(found: Settled, wrong: Constant) -> None:
+    low, high = float(wrong.values.min()), float(wrong.values.max())
+    fail(
+        f"the {wrong.role} {wrong.name} starts between {low:.3g} and {high:.3g}, where GPT-2 has {wrong.wanted:g}",
+        where=owner_of(found, wrong.name),
+        likely=("bias-init-random",) if wrong.role == "bias" else ("gain-init-random",),
+        advice="biases start at zero and gains at one: nn.Linear draws its biases unless told otherwise",
+        role=wrong.role,
+    )
+
+
+@needs(*LOGITS)
+def check_dropout_sites_are_the_familys(subject: Any) -> None:
+    """GPT-2 drops the embedding, attention weights and both outputs of every block, and nothing else."""
+    found = agreeing(subject)
+    L = len(found.specimen.inventory.layers)
+    seen = dropped(found)
+    sites = Counter(SITES.get(d.part or "", "elsewhere") for d in seen)
+    note(sites=dict(sites), rates=sorted({d.rate for d in seen}))
+    if found.family != "gpt2":
+        raise NotApplicable("Llama drops nothing as published; where its kin do is left open", sites=dict(sites))
+    for odd in (d for d in seen if d.part not in SITES):
+        blame_site(odd)
+    wanted = {"the embedding": 1, "attention weights": L, "attention's output": L, "the feed-forward's output": L}
+    lacking = {site: n - sites[site] for site, n in wanted.items() if sites[site] < n}
+    twice = {site: sites[site] - n for site, n in wanted.items() if sites[site] > n}
+    if lacking:
+        fail(
+            "GPT-2 drops units of the embedding, of the attention weights and of both outputs of every block; here "
+            + " and ".join(f"{site} is not dropped" + (f" in {n} of {L} blocks" if n < wanted[site] else "")
+                           for site, n in lacking.items()),
+            likely=("dropout-site-missing",),
+            advice="embedding: dropout(tokens + positions); attention: dropout(softmax) and dropout(projection); "
+            "feed-forward: dropout(projection)",
+            missing=lacking,
+        )  # fmt: skip
+    if twice:
+        fail(f"units are dropped twice: {', '.join(twice)}", likely=("dropout-twice",),
+             advice="one dropout a site: two of rate p drop 1 - (1 - p)²", twice=twice)  # fmt: skip
+
+
+MISPLACED = {"attention scores": "dropout-before-the-softmax", "norm before": "dropout-on-the-norm",
+             "activation": "dropout-inside-the-feed-forward"}  # fmt: skip
+
+
+def blame_site(odd: Dropped) -> None:
+    what = f"the {odd.part}" + ("" if odd.block is None else f" of block {odd.block}")
+    fail(
+        f"{what if odd.part else 'a tensor that GPT-2 does not have'} is dropped, at {odd.where}: GPT-2 drops the "
+        "embedding, the attention weights and the outputs of attention and feed-forward",
+        where=odd.where,
+        likely=next(((bug,) for part, bug in MISPLACED.items() if part in (odd.part or "")), ()),
+        advice="move it behind the softmax, or behind the projection that joins the residual stream",
+        part=odd.part,
+    )
+
+
+@needs(*LOGITS)
+def check_attention_scale_is_usual(subject: Any) -> None:
+    """Attention scores are divided by the square root of the head width, read where they enter the softmax."""
+    seen = specimen(subject)
+    tokens = seen.tokens[:2].contiguous()
+    with torch.no_grad(), seen.running(), Scales(tokens.shape[1]) as scales:
+        seen.subject.logits(seen.model, tokens)
+    known = [scale for scale in scales.found if scale.factor != 1.0]
+    if not known:
+        raise NotApplicable("no factor is seen between products and softmax: queries may be scaled beforehand")
+    note(factors=sorted({scale.factor for scale in known}), head_width=known[0].head_width)
+    odd = next((scale for scale in known if abs(scale.of_usual - 1) > SCALE), None)
+    if odd is None:
+        return
+    text = (f"attention scores are multiplied by {odd.factor:.6g}, {odd.of_usual:.4g} times 1/√{odd.head_width} "
+            f"= {odd.head_width**-0.5:.6g}")  # fmt: skip
+    if declared(subject) is None:
+        advise(f"{text}: a design (muP, T5) or a slip")
+        return
+    fail(text, where=odd.where, likely=("scale-by-d-model", "scale-without-root", "scale-multiplied"),
+         advice="scores = q @ k.transpose(-2, -1) / head_width ** 0.5", factor=odd.factor)  # fmt: skip

@@ -13,6 +13,7 @@ from checks.bugs import bug
 from transformer.model import Attention, Block, Transformer
 
 LOGITS = "check_spec.check_logits_agree"
+SCALE = "check_spec.check_attention_scale_is_usual"
 
 GPT2: dict[str, Any] = dict(spec="gpt2")
 GELU: dict[str, Any] = dict(GPT2, feed_forward="gelu")  # for what a gate does not have
@@ -52,7 +53,7 @@ def scale_missing(model: Transformer) -> None:
 @bug(
     "scale-multiplied",
     "attention scores are multiplied by √D instead of divided by it",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, SCALE),
     model=True,
     **GPT2,
 )
@@ -64,7 +65,7 @@ def scale_multiplied(model: Transformer) -> None:
 @bug(
     "scale-by-d-model",
     "attention scores are divided by the square root of the model's width, not of a head's",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, SCALE),
     model=True,
     **GPT2,
 )
@@ -76,7 +77,7 @@ def scale_by_d_model(model: Transformer) -> None:
 @bug(
     "scale-without-root",
     "attention scores are divided by the head width D, not by its square root",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, SCALE),
     model=True,
     **GPT2,
 )

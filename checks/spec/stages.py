@@ -76,7 +76,7 @@ def differing(found: Settled, plan: Plan, variant: Variant) -> dict[str, float]:
 def explain(found: Settled, seconds: float) -> Explained | None:
     """Single bugs on full weights first, for the likeliest plans; then a bug for each part, and all of them at once."""
     with one_thread():
-        return _explain(found, time.monotonic() + seconds)
+        return _explain(found, time.process_time() + seconds)
 
 
 def _explain(found: Settled, until: float) -> Explained | None:
@@ -98,7 +98,7 @@ def _explain(found: Settled, until: float) -> Explained | None:
         together = _by_part(found, Catalogue.of(plan, variant, known), plan, errors, until)
         if together:
             return Explained(plan, variant, together=together, parts=[s for s, e in errors.items() if e > bound])
-    first.complete &= time.monotonic() < until
+    first.complete &= time.process_time() < until
     return first
 
 
