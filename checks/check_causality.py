@@ -47,6 +47,7 @@ CAUSAL = "check_causality.check_future_cannot_change_past"
 DROPOUT = 0.2
 EXTREME = 20  # times every weight
 LONG = 131  # tokens: past the powers of two at which tables, masks and caches are cut
+LONGER = 521  # past more of them; only around these is looked
 LONGEST_TRIED = 1024
 SEEN = 1e-3  # standard deviations of the logits: what a token in reach moves at least (clean models: 0.018)
 
@@ -140,11 +141,24 @@ def check_future_cannot_change_past_in_long_sequences(subject: Any) -> None:
     if T <= length(subject):
         raise NotApplicable(f"the block size is fixed at {T}: every pair was tried")
     model = precise(subject, **(dict(block_size=T) if varies else {}))
+    likely = ("causal-hardcoded-length", "chunk-boundary-leaks", "unmasked-beyond-256")
     for n in (T, T - 1, 2 * T // 3):
         tokens = subject.tokens(1, n, seed=subject.seed)
         places = telling_places(n)
         tried = changes(subject, tokens, places=places[:: max(n // LONG, 1)], alternatives=1)
-        expect_no_leak(subject, model, tried, likely=("causal-hardcoded-length",))
+        expect_no_leak(subject, model, tried, likely=likely)
+    expect_no_leak(subject, model, cuts(subject, T, list(range(1, T, max(T // LONG, 1)))), likely=likely)
+    if varies and T < LONGER:
+        late = [place for place in telling_places(LONGER) if place > T]
+        expect_no_leak(subject, precise(subject, block_size=LONGER), cuts(subject, LONGER, late), likely=likely)
+
+
+def cuts(subject: Any, T: int, places: list[int]) -> Changes:
+    """One sequence, rewritten from each of the places on: whatever a position sees of its future, some row changes."""
+    plain = subject.tokens(1, T, seed=subject.seed).expand(len(places), T).contiguous()
+    place = torch.tensor(places, device=plain.device)
+    later = torch.arange(T, device=plain.device) >= place[:, None]
+    return Changes(plain, torch.where(later, (plain + 1) % subject.sizes.vocab_size, plain), place)
 
 
 def telling_places(T: int) -> list[int]:
@@ -219,16 +233,29 @@ def check_future_cannot_change_past_in_low_precision(subject: Any) -> None:
         name = str(dtype).removeprefix("torch.")
         try:
             logits = call(subject, model, tried.plain[:8])
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             refused[name] = str(error)
             continue
         bound = Bound(64 * torch.finfo(dtype).eps * spread(logits), f"64 roundings in {name}")
-        expect_no_leak(
-            subject, model, tried, Way(f"in {name}"), bound=bound, likely=("mask-fill-weak-in-half-precision",)
-        )
+        likely = ("mask-fill-weak-in-half-precision",)
+        expect_no_leak(subject, model, tried, Way(f"in {name}"), bound=bound, likely=likely)
+        if dtype == torch.bfloat16:
+            expect_causal_under_autocast(subject, tried, bound, likely)
     note(refused=refused)
     if len(refused) == 3:
         raise NotApplicable("the subject takes no precision but its own", **refused)
+
+
+def expect_causal_under_autocast(subject: Any, tried: Changes, bound: Bound, likely: tuple[str, ...]) -> None:
+    model = subject.amplified(seed=subject.seed, dtype=torch.float32)
+    inside = partial(torch.autocast, subject.device.type, dtype=torch.bfloat16)
+    way = Way("under autocast to bfloat16", inside=inside)
+    try:
+        call(subject, model, tried.plain[:8], way=way)
+    except (RuntimeError, TypeError, ValueError) as error:
+        note(autocast=str(error))
+        return
+    expect_no_leak(subject, model, tried, way, bound=bound, likely=likely)
 
 
 @st.composite
@@ -396,6 +423,24 @@ def check_prefix_gives_the_same_logits(subject: Any) -> None:
             length=t,
         )
     note(difference=margin, bound=bound.size)
+    if subject.can_vary("block_size"):
+        expect_long_prefixes_alike(subject)
+
+
+def expect_long_prefixes_alike(subject: Any) -> None:
+    """Beyond a hundred tokens: tables, windows and scales may change with the length."""
+    model, tokens = precise(subject, block_size=LONG), subject.tokens(1, LONG, seed=subject.seed)
+    whole = call(subject, model, tokens)
+    for t in (n for n in telling_places(LONG) if n > length(subject)):
+        expect_close(
+            call(subject, model, tokens[:, :t].contiguous()),
+            whole[:, :t],
+            bound=precision(subject).bound(whole),
+            says=f"the first {t} of {LONG} tokens read by themselves give other logits than read with the rest",
+            likely=("window-only-when-long", "causal-hardcoded-length"),
+            advice="Look for what depends on the length of the input: a window, a scale, a table that is built anew.",
+            length=t,
+        )
 
 
 @needs(CAUSAL, "check_causality.check_past_reaches_every_later_position")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -133,10 +134,43 @@ def interludes(subject: Any, T: int) -> Iterator[tuple[str, Callable[[nn.Module]
     yield "other tokens", lambda model: call(subject, model, others)
     yield "a shorter sequence", lambda model: call(subject, model, others[:, : max(T // 2, 2)].contiguous())
     yield "more rows", lambda model: call(subject, model, subject.tokens(5, T, seed=2))
-    yield "a call in train mode", lambda model: call(subject, model, others, way=TRAIN)
+    yield "a single token", partial(read_one, subject)
+    train = partial(call, subject, tokens=others, way=TRAIN)
+    yield "a call in train mode", partial(statistics_restored, interlude=train)
+    yield "a backward pass in train mode", partial(statistics_restored, interlude=partial(learn, subject, others))
+    yield "a call under autocast", partial(read_in_half, subject, others)
     for side in SIDES if subject.takes_mask else ():
         mask = ragged(3, T, side, seed=subject.seed).to(subject.device)
         yield f"a call with a mask (padding: {side})", partial(call, subject, tokens=others, mask=mask)
+
+
+def read_one(subject: Any, model: nn.Module) -> None:
+    with suppress(ValueError, AssertionError):  # some refuse it, and say so
+        call(subject, model, subject.tokens(1, 1, seed=subject.seed))
+
+
+def read_in_half(subject: Any, tokens: Tensor, model: nn.Module) -> None:
+    """Some models, and some operations, cannot be autocast: nothing is said of them here."""
+    with suppress(Exception), torch.autocast(subject.device.type, dtype=torch.bfloat16):
+        call(subject, model, tokens)
+
+
+def statistics_restored(model: nn.Module, interlude: Callable[[nn.Module], Any]) -> None:
+    """Training may keep statistics, a router's balance say, in registered buffers: they are put back."""
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    interlude(model)
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if name in before and value.shape == before[name].shape:
+                value.copy_(before[name])
+
+
+def learn(subject: Any, tokens: Tensor, model: nn.Module) -> None:
+    """A backward pass, and no step."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        subject.logits(model.train(), tokens).square().mean().backward()
+    model.zero_grad(set_to_none=True)
+    model.eval()
 
 
 @needs(SHAPE)

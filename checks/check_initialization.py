@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -175,7 +176,8 @@ def check_depth_does_not_blow_up(subject: Any) -> None:
     shallow, deep = (_signal(subject, depth) for depth in (SHALLOW, DEEP))
     note(stream=deep.stream, logits={SHALLOW: shallow.logits, DEEP: deep.logits})
     half = len(deep.stream) // 2
-    growth = deep.stream[-1] / deep.stream[half - 1] if half else 1.0
+    steps = [after / before for before, after in pairwise(deep.stream[half - 1 :]) if before > 0]
+    growth = median(steps) ** half if steps else 1.0  # one layer that is drawn larger is not depth
     if not growth <= TOO_STEEP:
         fail(
             f"at initialization the residual stream grows {growth:.3g} times from layer {half} to layer {2 * half} "

@@ -332,6 +332,7 @@ def check_dropout_obeys_its_rate(subject: Any) -> None:
             likely=("dropout-rate-ignored",),
             advice="pass the configured rate; F.dropout without p drops half",
         )
+    _expect_no_rate_in_evaluation(subject, tokens)
     little = _training(subject, ALMOST_NONE)
     away = min(float((_run(subject, little, tokens, seed) - want).abs().median()) / spread(want) for seed in SEEDS)
     note(away=away)
@@ -346,6 +347,31 @@ def check_dropout_obeys_its_rate(subject: Any) -> None:
     _expect_the_mean_kept(subject)
 
 
+def _expect_no_rate_in_evaluation(subject: Any, tokens: Tensor) -> None:
+    """Unless units are dropped by hand: then training may leave them as they are, and evaluation scale them down."""
+    model = _model(subject)
+
+    def run(rate: float) -> Tensor:
+        set_rates(model.eval(), rate)
+        return _run(subject, model, tokens)
+
+    rated, free = run(RATE), run(0.0)
+    set_rates(model, RATE)
+    with seeded(subject.seed), torch.no_grad(), Draws() as draws:
+        subject.logits(model.train(), tokens)
+    if draws.names:
+        return
+    expect_same(
+        rated,
+        free,
+        says=f"in evaluation mode a dropout of {RATE} gives other logits than one of 0, although what training keeps "
+        "is scaled up already",
+        where=lambda: first_breaking(model, lambda: run(RATE), lambda: run(0.0), _differ),
+        likely=("dropout-scaled-in-evaluation-too",),
+        advice="PyTorch's dropout divides by 1 - p in training: evaluation has nothing to multiply",
+    )
+
+
 def _training(subject: Any, rate: float) -> nn.Module:
     model = _model(subject, rate)
     set_rates(model, rate)
@@ -356,7 +382,7 @@ CALLS = 256
 
 
 def _expect_the_mean_kept(subject: Any) -> None:
-    """Ones through every dropout module: whatever it drops, the mean must stay 1."""
+    """Ones through every dropout module: whatever it drops, the mean must stay what evaluation gives."""
     model = _model(subject)
     for site in sites(model):
         if not is_dropout(site.module):
@@ -364,14 +390,16 @@ def _expect_the_mean_kept(subject: Any) -> None:
         ones = torch.ones(ROWS, 8, subject.sizes.n_embd, device=subject.device)
         with training_alone(model, site.module), seeded(subject.seed), torch.no_grad():
             answers = torch.stack([site.module(ones) for _ in range(CALLS)])
-        if answers.unique().numel() > 2:
+            evaluated = site.module.eval()(ones)
+        if answers.unique().numel() > 2 or evaluated.unique().numel() > 1:
             continue  # no plain mask
-        means = answers.flatten(1).double().mean(dim=1)
+        means, kept = answers.flatten(1).double().mean(dim=1), float(evaluated.flatten()[0])
         error = float(means.std()) / CALLS**0.5
-        if abs(float(means.mean()) - 1) > 6 * error + 1e-3:
+        if abs(float(means.mean()) - kept) > 6 * error + 1e-3:
             fail(
                 f"{site.name} changes the mean: ones come out as {float(means.mean()):.4g} on average "
-                f"(6 standard errors are {6 * error:.2g}), where inverted dropout of rate {site.rate:g} gives 1",
+                f"in training (6 standard errors are {6 * error:.2g}) and as {kept:.4g} in evaluation, at a rate of "
+                f"{site.rate:g}",
                 where=locate(model, site.name),
                 likely=("dropout-without-rescaling",),
                 advice="multiply what is kept by 1 / (1 - p)",

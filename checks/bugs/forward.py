@@ -151,7 +151,7 @@ def remembers(model: Transformer) -> None:
 
         def embed(self, tokens: Tensor) -> Tensor:
             x = super().embed(tokens)
-            before, self.seen = self.seen, 0.1 * x.detach().mean()
+            before, self.seen = self.seen, 0.1 * x.detach().mean(dim=(0, 1))
             return x + before
 
     model.__class__ = Remembers
@@ -171,6 +171,35 @@ def mask_kept(model: Transformer) -> None:
             return self.kept[-1:] if fits else visible  # type: ignore[index]
 
     model.__class__ = Keeps
+
+
+@bug("decoding-state-left-behind", "a call with a single token leaves its embedding for the next call",
+     caught_by=(TRACE,), model=True)  # fmt: skip
+def decoding_state(model: Transformer) -> None:
+    class Decodes(Transformer):
+        left: Any = 0.0
+
+        def embed(self, tokens: Tensor) -> Tensor:
+            x = super().embed(tokens)
+            before, self.left = self.left, x.detach().mean(dim=(0, 1)) if tokens.shape[1] == 1 else 0.0
+            return x + before
+
+    model.__class__ = Decodes
+
+
+@bug("backward-leaves-a-mark", "a hook of the backward switches the forward over",
+     caught_by=(TRACE,), model=True)  # fmt: skip
+def backward_marks(model: Transformer) -> None:
+    class Marked(Transformer):
+        marked = False
+
+        def embed(self, tokens: Tensor) -> Tensor:
+            x = super().embed(tokens)
+            if x.requires_grad and self.training:
+                x.register_hook(lambda gradient: setattr(self, "marked", True))
+            return 1.1 * x if self.marked else x
+
+    model.__class__ = Marked
 
 
 @bug("tokens-changed-in-place", "negative ids are replaced in the caller's own tensor, and so is id 1",

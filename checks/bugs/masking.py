@@ -148,6 +148,29 @@ def mask_of_64_tokens(model: Transformer) -> None:
     attend_with(model, Short)
 
 
+@bug("chunk-boundary-leaks", "attention over chunks of 50 tokens: the last of a chunk sees the first of the next",
+     caught_by=(LONG,), model=True, attention="explicit")  # fmt: skip
+def chunk_boundary_leaks(model: Transformer) -> None:
+    class Chunked(ExplicitAttention):
+        def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
+            visible = visible.clone()
+            for last in range(49, scores.shape[-1] - 1, 50):
+                visible[..., last, last + 1] = True
+            return super().mask(scores, visible)
+
+    attend_with(model, Chunked)
+
+
+@bug("unmasked-beyond-256", "the mask is a table of 256 tokens: for a longer sequence there is none",
+     caught_by=(LONG,), model=True, attention="explicit")  # fmt: skip
+def unmasked_beyond_256(model: Transformer) -> None:
+    class Tabled(ExplicitAttention):
+        def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
+            return super().mask(scores, visible if scores.shape[-1] <= 256 else torch.ones_like(visible))
+
+    attend_with(model, Tabled)
+
+
 @bug("one-position-leaks", "position 5 sees token 6, which comes next; all other pairs are right",
      caught_by=(CAUSAL,), model=True, attention="explicit")  # fmt: skip
 def one_position_leaks(model: Transformer) -> None:
@@ -247,6 +270,13 @@ def filled_with_minus_ten_thousand(model: Transformer) -> None:
 )
 def filled_by_precision(model: Transformer) -> None:
     attend_with(model, filled(lambda scores: -10.0 if scores.element_size() == 2 else -torch.inf))
+
+
+@bug("mask-fill-weak-under-autocast", "under autocast masked scores are set to -10",
+     source="https://github.com/huggingface/transformers/pull/18185", caught_by=(LOW,), model=True,
+     attention="explicit")  # fmt: skip
+def filled_by_autocast(model: Transformer) -> None:
+    attend_with(model, filled(lambda scores: -10.0 if torch.is_autocast_enabled("cpu") else -torch.inf))
 
 
 @bug(
@@ -520,6 +550,17 @@ def window_ignored(model: Transformer) -> None:
 )
 def window_ahead(model: Transformer) -> None:
     look_through(model, lambda window, T, S, device: torch.ones(T, S, dtype=torch.bool, device=device).triu(S - T))
+
+
+@bug("window-only-when-long", "a sequence of more than 64 tokens is read through a window that nothing declares",
+     caught_by=("check_causality.check_prefix_gives_the_same_logits",), model=True, attention="explicit")  # fmt: skip
+def window_when_long(model: Transformer) -> None:
+    class Switches(ExplicitAttention):
+        def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
+            near = visible.new_ones(scores.shape[-2:]).triu(-31)
+            return super().mask(scores, visible & near if scores.shape[-1] > 64 else visible)
+
+    attend_with(model, Switches)
 
 
 class LooksAhead(WindowAttention):

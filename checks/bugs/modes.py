@@ -313,3 +313,13 @@ def dropout_mask_shared_by_rows(model: Transformer) -> None:
             return x + update * (torch.rand_like(update[:1]) >= p) / (1 - p)
 
     model.blocks[-1].__class__ = Shared
+
+
+@bug("dropout-scaled-in-evaluation-too", "what training has scaled up already is multiplied by 1 - p in evaluation",
+     caught_by=(RATE,), model=True)  # fmt: skip
+def dropout_scaled_in_evaluation_too(model: Transformer) -> None:
+    class ScaledTwice(Block):
+        def residual(self, x: Tensor, update: Tensor) -> Tensor:
+            return x + self.dropout(update) * (1.0 if self.training else 1 - self.dropout.p)
+
+    model.blocks[-1].__class__ = ScaledTwice

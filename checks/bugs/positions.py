@@ -63,6 +63,15 @@ def angles_start_again(model: Transformer) -> None:
     model.positions.__class__ = Cyclic
 
 
+@bug("positions-clamped", "positions beyond 100 are all taken for 100", caught_by=(ORDER,), model=True)
+def positions_clamped(model: Transformer) -> None:
+    class Clamped(Transformer):
+        def token_positions(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
+            return super().token_positions(mask, T, S, device).clamp(max=100)
+
+    model.__class__ = Clamped
+
+
 @bug(
     "left-pad-positions-not-from-mask",
     "positions are counted over padding on the left: a short prompt of a batch stands too far right",
