@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checks.expect import NotApplicable, advise, fail, needs, note
 from checks.generation.conventions import Rows
-from checks.generation.faults import explain, first_wrong
+from checks.generation.faults import cached, explain, first_wrong
 from checks.generation.scripted import Stage, graphs, stage
 from checks.probes.holdings import renormalized
 from checks.probes.randomness import states
@@ -46,6 +46,10 @@ def check_generate_appends_tokens(subject: Any) -> None:
                 )
             if not all(0 <= token < on.vocab_size for token in new):
                 fail(f"new tokens {new} are not all ids of the vocabulary, 0 to {on.vocab_size - 1}", new=new)
+    if on.banned:
+        advise(
+            f"{on.decoder.name} never says token id {', '.join(map(str, on.banned))}: right if that is a begin or a pad"
+        )
     note(form=on.decoder.form, batched=on.decoder.batched, returns_prompt=on.decoder.with_prompt)
 
 
@@ -76,6 +80,32 @@ def check_greedy_equals_the_naive_loop(subject: Any) -> None:
                 if said != want and not needs_preparing(on, options):
                     explain(on, prompts, said, want, turn=turn, **options)
         note(**{f"distinct tokens from {B} prompts": len({token for row in want for token in row})})
+    expect_nothing_kept(on)
+
+
+def expect_nothing_kept(on: Stage) -> None:
+    """After a text, another that is as long as that one became, or one token more or less, is continued as if alone."""
+    T, n = 2, 2
+    for longer in (T + n - 1, T + n, T + n + 1):
+        if longer + 2 > on.block_size:
+            return
+        first, then = on.prompts(2, T, n), on.prompts(2, longer, 2)
+        for options in cache_options(on):
+            on.generate(first, n, **greedily(on), **options)
+            said, want = on.generate(then, 2, **greedily(on), **options), on.naive(then, 2).tolist()
+            if said != want and not needs_preparing(on, options):
+                row, step = first_wrong(said, want)
+                fail(
+                    f"after a call with prompts of {T} tokens and {n} new ones, one with prompts of {longer} tokens "
+                    f"goes wrong: row {row} says {said[row]}, and the naive loop {want[row]}. Something of the first "
+                    "call is still there, and is taken for this text because its length fits",
+                    likely=("generate-keeps-its-cache",),
+                    advice="begin every call with an empty cache",
+                    row=row,
+                    step=step,
+                    said=said[row],
+                    naive=want[row],
+                )
 
 
 def greedily(on: Stage) -> dict[str, Any]:
@@ -142,6 +172,11 @@ def expect_latest_read(on: Stage, text: Tensor, new: Tensor) -> None:
     window = next((w for w in (T, *range(fits - 1, 0, -1)) if explains(on, text[:, -w:], new)), None)
     if window is None:
         first = T > block and explains(on, text[:, :block], new)
+        if not first and T > block and slides(on, text):
+            advise(
+                f"past the block size {on.decoder.name} slides its cache: kept keys were made from older tokens, too"
+            )
+            return
         fail(
             f"after {T} tokens, {T - block if T > block else 'not'} past the block size of {block}, the new tokens "
             f"follow from {f'the first {block} tokens' if first else 'no suffix'} of the text",
@@ -160,6 +195,14 @@ def expect_latest_read(on: Stage, text: Tensor, new: Tensor) -> None:
             block_size=block,
         )
     advise(f"past the block size {on.decoder.name} reads the last {window} tokens of {T}, block size {block}")
+
+
+def slides(on: Stage, text: Tensor) -> bool:
+    """Whether a cache may go on past the block size: generate hands one over, and the model reads any number."""
+    try:
+        return cached(on.reads) and bool(on.ask(text).isfinite().all())
+    except Exception:
+        return False
 
 
 def follow(on: Stage, text: Tensor) -> Tensor:
@@ -268,6 +311,24 @@ def check_end_token_ends_its_row(subject: Any) -> None:
     for row, (got, whole) in enumerate(zip(said, base, strict=True)):
         expect_ended(row, got, whole, end, said)
     note(end=end, ended=[row.index(end) if end in row else None for row in base])
+    look_at_prompts_with_an_end(on, n)
+
+
+def look_at_prompts_with_an_end(on: Stage, n: int) -> None:
+    """Advice where a prompt that has the end token in it is not continued: ends often begin texts, too."""
+    prompts = on.prompts(2, 2, 3)
+    want, end = on.naive(prompts, 3).tolist(), int(prompts[0, 0])
+    if any(end in row for row in want):
+        return
+    try:
+        said = on.generate(prompts[:1], 3, **greedily(on), end=on.decoder.end_value(end))
+    except Exception:
+        return
+    if said[0] != want[0]:
+        advise(
+            f"a prompt that has the end token in it is not continued by {on.decoder.name} ({said[0]}): look for the "
+            "end among new tokens only"
+        )
 
 
 def with_an_end(on: Stage, n: int) -> tuple[Tensor, Rows, int]:
@@ -362,15 +423,28 @@ def check_generate_restores_the_mode(subject: Any) -> None:
     if any(read.training for read in on.reads):
         advise(f"{on.decoder.name} leaves dropout on when the model is in train mode: call model.eval() before it")
     expect_mode(on, True)
+    options = ends_early(on)
+    if options:
+        on.model.train()
+        on.generate(on.prompts(1, 3, 1), 3, **greedily(on), **options)
+        expect_mode(on, True, " whose text ended early")
 
 
-def expect_mode(on: Stage, training: bool) -> None:
+def ends_early(on: Stage) -> dict[str, Any]:
+    """Options under which every row ends with its first token, where generate knows an end."""
+    if "end" not in on.decoder.takes:
+        return {}
+    prompt = on.prompts(1, 3, 1)
+    return {"end": on.decoder.end_value(int(on.naive(prompt, 1)[0, 0]))}
+
+
+def expect_mode(on: Stage, training: bool, when: str = "") -> None:
     modules = [name or type(on.model).__name__ for name, m in on.model.named_modules() if m.training is not training]
     if not modules:
         return
     was, now = ("train", "eval") if training else ("eval", "train")
     fail(
-        f"the model was in {was} mode and {len(modules)} of its modules are in {now} mode after {on.decoder.name}"
+        f"the model was in {was} mode and {len(modules)} of its modules are in {now} mode after {on.decoder.name}{when}"
         + (": from the first sample on, training goes on without dropout" if training else ""),
         likely=("generate-leaves-eval-mode",),
         advice="remember model.training, and give it back in a finally",

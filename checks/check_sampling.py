@@ -68,6 +68,25 @@ def judge_temperature(made: Sampler, kept: Tensor, temperature: float) -> None:
     x, y = whole[0, inside].log(), kept[0, inside].log()
     power = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
     drawn, V = int((kept[0] > 0).sum()), kept.shape[1]
+    other = other_weights(made, kept)
+    if other and temperature == 1:
+        fail(
+            f"tokens are drawn in proportion to {other}: the likeliest with probability {float(kept[0, 0]):.4f}, "
+            f"should be {float(whole[0, 0]):.4f}",
+            likely=("multinomial-of-other-weights",),
+            advice="probabilities = (logits / temperature).softmax(-1), then torch.multinomial(probabilities, 1)",
+            drawn_by=other,
+        )
+    if abs(power * temperature - 1) < 0.02:
+        off = (kept[0] - made.likeliest(temperature)[0]).abs()
+        place = int(off.argmax())
+        fail(
+            f"at temperature {temperature:g} the token of rank {place + 1} is drawn with probability "
+            f"{float(kept[0, place]):.5f}, should be {float(made.likeliest(temperature)[0, place]):.5f}: the "
+            "probabilities are changed after the softmax",
+            advice="probabilities = (logits / temperature).softmax(-1), and nothing added or cut behind it",
+            temperature=temperature,
+        )
     fewer = f", and only {drawn} of {V} tokens can be drawn" if drawn < V else ""
     known = {temperature: "temperature-multiplied", 1.0: "temperature-ignored"}
     fail(
@@ -82,6 +101,23 @@ def judge_temperature(made: Sampler, kept: Tensor, temperature: float) -> None:
     )
 
 
+def other_weights(made: Sampler, kept: Tensor) -> str:
+    """What of the logits the tokens are drawn by, if not by their softmax."""
+    x = made.given
+    known = {
+        "the logits themselves, no softmax": x - x.amin(-1, keepdim=True),
+        "the sigmoid of the logits": x.sigmoid(),
+        "a softmax over rows": x.softmax(0),
+        "the softmax of the softmax": x.softmax(-1).softmax(-1),
+        "1 for every token, the logits apart": torch.ones_like(x),
+    }
+    for says, weights in known.items():
+        mine = (weights / weights.sum(-1, keepdim=True)).sort(-1, descending=True).values
+        if len(kept) == len(mine) and farthest(kept, mine) < EXACT:
+            return says
+    return ""
+
+
 def judge_counts(made: Sampler, options: dict[str, Any], kept: int, temperature: float = 1.0) -> None:
     """The tokens that came out against the probabilities of the `kept` likeliest; a hit is drawn anew."""
     right, told = made.first_row(kept, temperature), []
@@ -91,6 +127,13 @@ def judge_counts(made: Sampler, options: dict[str, Any], kept: int, temperature:
         if told[-1] > LEVEL:
             note(p_value=told[-1])
             return
+    if int((counts > 0).sum()) == 1 and float(right.max()) < 0.9:
+        fail(
+            f"asked to sample, {made.on.decoder.name} says the same token in {int(counts.sum())} draws"
+            + (", the likeliest: it is greedy" if int(counts.argmax()) == int(right.argmax()) else ""),
+            likely=("sampling-is-greedy",),
+            advice="where sampling is asked for, draw: torch.multinomial(probabilities, 1)",
+        )
     outside = int(((right == 0) & (counts > 0)).sum())
     asked = ", ".join(f"{name}={value}" for name, value in options.items() if name != "sample")
     fail(
@@ -110,9 +153,8 @@ def check_top_k_keeps_k(subject: Any) -> None:
     made = sampler(subject, "top_k")
     V = min(made.on.vocab_size, DISTINCT)
     for k in (3, *(k for k in range(1, V + 1) if k != 3)):
-        whole = made.likeliest()
         options = {"sample": True, "top_k": k}
-        kept = drawn_from(made, options)
+        kept, whole = drawn_from(made, options), made.likeliest()
         if kept is None:
             if k in (1, 3, V):
                 judge_counts(made, options, k)
@@ -164,7 +206,12 @@ def judge_kept(made: Sampler, kept: Tensor, size: Tensor, asked: str, likely: tu
     want = renormalized(made.likeliest(), size)
     row = int(((kept - want).abs().nan_to_num(nan=torch.inf).amax(dim=-1) > EXACT).int().argmax())
     got, right = int((kept[row] > 0).sum()), int(size[row])
-    if got == right:
+    if got == right and even(kept[row]):
+        what = f"keeps the right {got} tokens, but in other proportions: the first has probability "
+        what += f"{float(kept[row, 0]):.4f}, should have {float(want[row, 0]):.4f}"
+    elif got == kept.shape[1] > right:
+        what = f"keeps all {got} tokens, should keep {right}: what is cut can still be drawn (set it to -∞, not to 0)"
+    elif got == right:
         what = (
             f"keeps {got} tokens, but not the likeliest: the first of them has probability {float(kept[row, 0]):.4f} "
         )
@@ -181,6 +228,12 @@ def judge_kept(made: Sampler, kept: Tensor, size: Tensor, asked: str, likely: tu
     )
 
 
+def even(kept: Tensor) -> bool:
+    """Whether all that is kept is as likely, which a cut of a distribution without ties is not."""
+    inside = kept[kept > 0]
+    return len(inside) > 1 and bool(inside.max() - inside.min() < EXACT)
+
+
 @needs(APPENDS, GREEDY, TEMPERATURE)
 def check_top_p_keeps_the_nucleus(subject: Any) -> None:
     """Top-p leaves exactly the smallest set of likeliest tokens that together reach p, from tiny p to 0.999 and 1."""
@@ -191,6 +244,7 @@ def check_top_p_keeps_the_nucleus(subject: Any) -> None:
         size = nucleus(whole, p)
         options = {"sample": True, "top_p": p}
         kept = drawn_from(made, options)
+        whole, size = whole[: len(made.given)], size[: len(made.given)]
         if kept is None:
             judge_counts(made, options, int(size[0]))
         elif farthest(kept, renormalized(whole, size)) > EXACT:
@@ -243,6 +297,7 @@ def expect_both(made: Sampler, k: int, p: float) -> None:
     among = nucleus(renormalized(whole, torch.full((len(whole),), k)), p)
     shared = nucleus(whole, p).clamp(max=k)
     kept = drawn_from(made, {"sample": True, "top_k": k, "top_p": p})
+    whole, among, shared = (x[: len(made.given)] for x in (whole, among, shared))
     if kept is None:
         raise NotApplicable("the sampler is not seen at torch.multinomial")
     if min(farthest(kept, renormalized(whole, size)) for size in (among, shared)) <= EXACT:
@@ -326,7 +381,7 @@ def check_temperature_zero_is_greedy(subject: Any) -> None:
             )
 
 
-@needs(APPENDS)
+@needs(APPENDS, TEMPERATURE)
 def check_samples_differ_unless_seeded(subject: Any) -> None:
     """Two samples without a seed differ, and the same seed gives the same sample."""
     made = sampler(subject)

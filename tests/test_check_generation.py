@@ -15,6 +15,7 @@ from checks.generation.draws import scores, unlikely
 from checks.generation.scripted import dealt, ranked, stage
 from checks.subject import Subject, reference_parts
 from checks.verdict import Verdict, check_id, judge
+from tests.controls_generation import LIBRARIES, LOOPS, loop_subject
 from transformer.generation import generate
 
 CHECKS = {check.__name__: check for theme in ("generation", "sampling") for check in checks_in(theme)}
@@ -73,9 +74,13 @@ def with_generate(function, **declared) -> Subject:
         ("temperature-zero-division", "check_temperature_zero_is_greedy", ["likeliest token is always"]),
         ("topk-off-by-one-more", "check_top_k_keeps_k", ["top_k=3 keeps 4 tokens, should keep 3"]),
         ("topk-strict-inequality", "check_top_k_keeps_k", ["top_k=3 keeps 2 tokens, should keep 3"]),
-        ("topp-drops-crossing-token", "check_top_p_keeps_the_nucleus", ["keeps 4 tokens, should keep 5"]),
-        ("topp-mask-not-unsorted", "check_top_p_keeps_the_nucleus", ["keeps 5 tokens, but not the likeliest"]),
-        ("topp-threshold-inverted", "check_top_p_keeps_the_nucleus", ["keeps 2 tokens, should keep 5"]),
+        ("topp-drops-crossing-token", "check_top_p_keeps_the_nucleus", ["keeps 7 tokens, should keep 8"]),
+        ("topp-mask-not-unsorted", "check_top_p_keeps_the_nucleus", ["keeps 8 tokens, but not the likeliest"]),
+        ("topp-threshold-inverted", "check_top_p_keeps_the_nucleus", ["keeps 4 tokens, should keep 8"]),
+        ("generate-keeps-its-cache", GREEDY, ["prompts of 4 tokens goes wrong", "of the first call is"]),
+        ("argmax-over-another-axis", GREEDY, ["model answers rightly", "not its likeliest token"]),
+        ("multinomial-of-other-weights", "check_temperature_divides_the_logits", ["the sigmoid of the logits"]),
+        ("sampling-is-greedy", "check_temperature_divides_the_logits", ["the same token in", "it is greedy"]),
         ("topk-skips-topp", "check_filters_work_together", ["top_p is ignored when both are given"]),
         ("topk-answers-a-place", "check_filters_work_together", ["drew the token of probability", "says 0"]),
         ("generate-leaves-eval-mode", "check_generate_restores_the_mode", ["in train mode", "are in eval mode after"]),
@@ -196,6 +201,104 @@ def test_a_foreign_generate_is_met_and_left_alone(function, form, batched, with_
     met = stage(subject).decoder
     assert (met.form, met.batched, met.with_prompt) == (form, batched, with_prompt)
     assert findings(subject) == {}
+
+
+def changed(line: str, by: str):
+    """nanoGPT's loop with one line of it changed."""
+    import inspect
+
+    source = inspect.getsource(nanogpt)
+    assert line in source
+    scope = {"torch": torch, "F": F}
+    exec(source.replace(line, by), scope)
+    return torch.no_grad()(scope["nanogpt"])
+
+
+@pytest.mark.parametrize(
+    ("function", "check", "facts"),
+    [
+        (changed("idx = torch.cat((idx, torch", "idx = torch.cat((idx.flip(0), torch"),
+         "check_generate_appends_tokens", ["does not begin with the prompt"]),
+        (changed("logits = model(idx[:, -model.config.block_size :])[:, -1, :]",
+                 "logits = model(idx[:, -model.config.block_size :])[:, -1, :].flip(0)"),
+         GREEDY, ["The rows are in another order", "row 0 is given the token of row 16"]),
+        (changed("logits = model(idx[:, -model.config.block_size :])[:, -1, :]",
+                 "logits = model(idx[:, -model.config.block_size :])[-1:, -1, :].repeat(len(idx), 1)"),
+         GREEDY, ["Every row is given the token of row 16"]),
+        (changed('-float("inf")', "0.0"), "check_top_k_keeps_k",
+         ["keeps all 17 tokens", "to -∞, not to 0"]),
+        (changed("values[:, [-1]]]", "values[:1, [-1]]]"), "check_top_k_keeps_k", ["should keep 3", "row"]),
+        (changed("F.softmax(logits, dim=-1)", "F.softmax(logits, dim=0)"), "check_temperature_divides_the_logits",
+         ["a softmax over rows"]),
+        (changed("F.softmax(logits, dim=-1)", "F.softmax(logits, dim=-1).clamp(min=1e-3)"),
+         "check_temperature_divides_the_logits", ["rank 17", "after the softmax"]),
+        (changed("range(max_new_tokens)", "range(max_new_tokens + (idx.shape[1] == 1))"), GREEDY,
+         ["is", "should be nothing"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_foreign_loop_is_named(function, check, facts):
+    found = judge(CHECKS[check], with_generate(function, seed=SEED), {})
+    assert found.outcome == "failed", f"{found.outcome}: {found.says}"
+    for fact in facts:
+        assert fact in found.says, found.says
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", LOOPS)
+def test_right_loops_are_not_accused(name, seed):
+    """Top-k, nucleus, a cache, left padding, streams, buffers, a banned token: as tutorials and users write them."""
+    assert findings(loop_subject(name, seed=seed)) == {}
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_loops_of_libraries_are_not_accused(name):
+    """Their own caches too: given back as past_key_values, trimmed past the block size."""
+    subject = LIBRARIES[name](seed=1)
+    earlier: dict[str, Verdict] = {}
+    for theme in ("cache", "generation", "sampling"):
+        for check in checks_in(theme):
+            earlier[check_id(check)] = judge(check, subject, earlier)
+    assert not {n: v.says for n, v in earlier.items() if v.outcome in ("failed", "error")}
+    cached = earlier["check_cache.check_cached_pieces_equal_full"].outcome
+    assert cached == ("not_applicable" if name.startswith("x-") else "passed")
+
+
+def test_a_token_that_is_never_said_is_told_and_a_prompt_with_an_end_that_is_not_continued():
+    def stops_at_once(model, prompt, max_new_tokens, eos_id=None):
+        if eos_id is not None and bool((prompt == eos_id).any()):
+            return torch.cat((prompt, prompt.new_full((len(prompt), max_new_tokens), eos_id)), 1)
+        return LOOPS["with_context_size"](model, prompt, max_new_tokens, 13)
+
+    banned = verdicts(loop_subject("bans_a_token"))["check_generate_appends_tokens"]
+    assert banned.outcome == "passed" and "never says token id 0" in banned.remarks[0]
+    on = stage(with_generate(stops_at_once))
+    assert on.banned == ()
+    from checks.check_generation import look_at_prompts_with_an_end
+    from checks.expect import remarks
+
+    with remarks() as said:
+        look_at_prompts_with_an_end(on, 3)
+    assert "has the end token in it is not continued" in said.advice[0]
+
+
+def test_a_text_that_ends_early_leaves_the_mode_as_it_was():
+    """A return amid the loop skips what stands behind it."""
+
+    @torch.no_grad()
+    def returns_amid(model, prompt, max_new_tokens, eos_id=None):
+        mode = model.training
+        model.eval()
+        for _ in range(max_new_tokens):
+            following = model(prompt[:, -model.config.block_size :])[:, -1].argmax(-1, keepdim=True)
+            prompt = torch.cat((prompt, following), 1)
+            if bool((following == (-1 if eos_id is None else eos_id)).all()):
+                return prompt
+        model.train(mode)
+        return prompt
+
+    found = judge(CHECKS["check_generate_restores_the_mode"], with_generate(returns_amid), {})
+    assert found.outcome == "failed" and "whose text ended early" in found.says
 
 
 def test_a_generate_that_only_takes_the_likeliest_is_not_asked_for_draws():

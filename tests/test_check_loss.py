@@ -106,7 +106,8 @@ def losses_of(logits, targets):
 @pytest.mark.parametrize(
     ("check", "loss", "facts"),
     [
-        (VALUE, lambda logits, targets: nn.functional.cross_entropy(logits.mT, targets) ** 2, ["the square of the mean"]),
+        (VALUE, lambda logits, targets: nn.functional.cross_entropy(logits.mT, targets) ** 2,
+         ["the square of the mean"]),
         (VALUE, lambda logits, targets: losses_of(logits.view(len(logits), logits.shape[2], -1).mT, targets).mean(),
          ["[B, T, V] read as [B, V, T]"]),
         (VALUE, lambda logits, targets, mask: losses_of(logits * mask[..., None], targets).sum() / mask.sum(),

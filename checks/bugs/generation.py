@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -144,6 +145,36 @@ def next_token(logits: Tensor, temperature: float, top_k, top_p, generator) -> T
 @bug("same-token-for-whole-batch", "row 0's next token is given to every row", caught_by=(GREEDY, TOGETHER))
 def token_of_row_0(parts: SimpleNamespace) -> None:
     replace(parts, next_token=lambda *given: next_token(*given)[:1].expand(given[0].shape[0]))
+
+
+@bug("generate-keeps-its-cache", "the cache of the last call serves any text that is one token longer",
+     caught_by=(GREEDY,))  # fmt: skip
+def cache_of_the_last_call(parts: SimpleNamespace) -> None:
+    kept: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+
+    def keeping(generate: Callable, model: nn.Module, prompt: Tensor, n: int, **options: Any) -> Tensor:
+        read = kept.get(model, prompt[:, :0])
+        begun = torch.cat((read, prompt[:, -1:]), 1) if read.shape == prompt[:, :-1].shape else prompt
+        text = generate(model, begun, n, **options)
+        kept[model] = text[:, :-1]
+        return torch.cat((prompt, text[:, prompt.shape[1] :]), dim=1)
+
+    wrapped(parts, keeping)
+
+
+@bug("argmax-over-another-axis", "the likeliest row of each token is taken for a token", caught_by=(GREEDY,))
+def argmax_over_another_axis(parts: SimpleNamespace) -> None:
+    replace(parts, next_token=lambda logits, *given: logits.argmax(dim=0)[torch.arange(len(logits)) % logits.shape[1]])
+
+
+@bug("multinomial-of-other-weights", "tokens are drawn by the sigmoid of their logits", caught_by=(TEMPERATURE,))
+def multinomial_of_other_weights(parts: SimpleNamespace) -> None:
+    replace(parts, apply_temperature=lambda logits, temperature: (logits / temperature).sigmoid().log())
+
+
+@bug("sampling-is-greedy", "the likeliest token is taken where sampling is asked for", caught_by=(TEMPERATURE,))
+def sampling_is_greedy(parts: SimpleNamespace) -> None:
+    replace(parts, next_token=lambda logits, *given: logits.argmax(dim=-1))
 
 
 @bug("temperature-multiplied", "the logits are multiplied by the temperature", caught_by=(TEMPERATURE,))

@@ -146,7 +146,11 @@ class Decoder:
             asked["top_p"] = 1.0
         if self.defaults.get("end", ...) not in (None, (), []):
             asked["end"] = () if isinstance(self.defaults.get("end"), tuple | list) else None
+        if "end" not in self.defaults:
+            asked["end"] = -1  # has to be given, and is never said
         asked |= {role: value for role, value in (("pad", 0), ("use_cache", False)) if role not in self.defaults}
+        if "mask" not in self.defaults and isinstance(prompt, Tensor):
+            asked["mask"] = torch.ones_like(prompt)
         if self.of_transformers:  # which otherwise reads a mask out of the ids that equal the pad
             asked |= {"mask": torch.ones_like(prompt), "top_k": 0, "end": None, "pad": self.vocab_size}
         return asked

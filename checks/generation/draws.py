@@ -14,7 +14,7 @@ from checks.probes.randomness import seeded
 
 LEVEL = 1e-4  # of a χ² test; a hit is drawn anew, so that a right sampler fails once in 1e8
 DISTINCT = 16  # tokens of a probability that matters
-RATIOS = (0.8, 0.9)  # of the probabilities of a token and the next likelier, from the first row to the last
+RATIOS = (0.9, 0.8)  # of the probabilities of a token and the next likelier, from the first row to the last
 DRAWS = 768
 
 
@@ -59,6 +59,7 @@ class Sampler:
     given: Tensor
 
     def __post_init__(self) -> None:
+        self.given = self.given.index_fill(1, torch.tensor(self.on.banned, dtype=torch.long), -torch.inf)
         self.prompts = self.on.subject.tokens(len(self.given), 2, seed=self.on.subject.seed)
 
     def likeliest(self, temperature: float = 1.0) -> Tensor:

@@ -28,12 +28,12 @@ def explain(on: Stage, prompts: Tensor, said: Rows, want: Rows, *, turn: int, **
     cause, likely = why(on, prompts, said, want, row, step)
     if turn and not likely:
         likely = ("cache-leaks-between-calls",)
-    got = said[row][step] if step < len(said[row]) else "nothing"
+    got, right = (str(text[row][step]) if step < len(text[row]) else "nothing" for text in (said, want))
     again = "the second of two identical calls is wrong: " if turn else ""
     how = "".join(f", {name}={value}" for name, value in options.items())
     fail(
         f"{again}greedy from {B} prompts of {T} tokens{how}: row {row} says {said[row]}, and the naive loop "
-        f"{want[row]}; token {step + 1} is {got}, should be {want[row][step]}. {cause}",
+        f"{want[row]}; token {step + 1} is {got}, should be {right}. {cause}",
         likely=likely,
         advice="compare with: logits = model(text)[:, -1]; text = torch.cat((text, logits.argmax(-1, True)), 1)",
         row=row,
@@ -50,8 +50,8 @@ def first_wrong(said: Rows, want: Rows) -> tuple[int, int]:
     wrong = [
         (step, row)
         for row, (a, b) in enumerate(zip(said, want, strict=True))
-        for step in range(len(b))
-        if step >= len(a) or a[step] != b[step]
+        for step in range(max(len(a), len(b)))
+        if a[step : step + 1] != b[step : step + 1]
     ]
     step, row = min(wrong)
     return row, step
@@ -61,7 +61,7 @@ def why(on: Stage, prompts: Tensor, said: Rows, want: Rows, row: int, step: int)
     """What the calls tell: the position read, whose token was taken, what was read; and the likely bugs."""
     if len(said) > 1 and all(other == said[0] for other in said) and said[0] == want[0]:
         return "Every row is given the token of row 0", ("same-token-for-whole-batch",)
-    if step >= len(on.reads) or any(len(other) <= step for other in said):
+    if step >= len(on.reads) or step >= min(map(len, said)) or step >= len(want[row]):
         return f"The model was called {len(on.reads)} times", ()
     return next(iter(causes(on, prompts, said, row, step)))
 
@@ -72,6 +72,7 @@ def causes(on: Stage, prompts: Tensor, said: Rows, row: int, step: int) -> Itera
     chosen = torch.tensor([other[step] for other in said], device=logits.device)
     if len(logits) == len(chosen):
         yield from by_position(logits, chosen)
+        yield from by_row(logits, chosen)
     if read.tokens is not None:
         tokens = read.tokens if read.tokens.dim() == 2 else read.tokens[None]
         text = torch.cat((prompts, torch.tensor(said, device=prompts.device)[:, :step]), dim=1)
@@ -93,6 +94,22 @@ def by_position(logits: Tensor, chosen: Tensor) -> Iterator[tuple[str, tuple[str
         yield "It takes the least likely token", ()
 
 
+def by_row(logits: Tensor, chosen: Tensor) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Which row of the answer the tokens were taken from, where each is some row's but not its own row's."""
+    likeliest = logits[:, -1].argmax(dim=-1)
+    if len(chosen) < 2 or bool((likeliest == chosen).all()):
+        return
+    shared = ("same-token-for-whole-batch",)
+    if bool((chosen == chosen[0]).all()) and bool((likeliest == chosen[0]).any()):
+        sources = (likeliest == chosen[0]).nonzero().flatten().tolist()
+        source = len(chosen) - 1 if len(chosen) - 1 in sources else sources[0]
+        yield f"Every row is given the token of row {source}", shared
+    rows = torch.arange(len(chosen), device=likeliest.device)
+    for order in (rows.flip(0), rows.roll(1), rows.roll(-1)):
+        if bool((likeliest[order] == chosen).all()):
+            yield f"The rows are in another order: row 0 is given the token of row {int(order[0])}", shared
+
+
 def by_tokens(on: Stage, tokens: Tensor, text: Tensor, row: int, step: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What was read, if not the text or its latest tokens; else the model answers differently than it does uncached."""
     T, length = text.shape[1], tokens.shape[1]
@@ -101,6 +118,8 @@ def by_tokens(on: Stage, tokens: Tensor, text: Tensor, row: int, step: int) -> I
             f"At step {step + 1} it read {tokens[row].tolist()}, where the text is {text[row].tolist()}",
             ("generate-drops-latest-token",),
         )
+    elif answers_right(on, text, step):
+        yield "The model answers rightly, and what is said is not its likeliest token", ("argmax-over-another-axis",)
     elif step and length == T and fed(on.reads[:step]):
         yield (
             f"At step {step + 1} all {T} tokens were read, {fed(on.reads[:step])} of which the cache held already",
@@ -119,6 +138,12 @@ def by_tokens(on: Stage, tokens: Tensor, text: Tensor, row: int, step: int) -> I
                 "decode-position-always-zero",
             ),
         )
+
+
+def answers_right(on: Stage, text: Tensor, step: int) -> bool:
+    """Whether the likeliest tokens of the answer at this step are those that follow from the text."""
+    logits = on.reads[step].logits
+    return logits.dim() == 3 and torch.equal(logits[:, -1].argmax(dim=-1), on.naive(text, 1)[:, 0])
 
 
 def cached(reads: list[Read]) -> bool:

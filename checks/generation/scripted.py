@@ -25,18 +25,20 @@ from checks.probes.precision import precision
 Script = Callable[[Tensor, Tensor | None], Tensor]
 
 STEP = 30.0  # nats between a token and the next likeliest on the stage: e^-30 is never drawn
+MANY, FEW = 64, 3  # tokens of a vocabulary that are all tried; tokens that a generate may never say
 RANKS = 20  # likeliest tokens that keep their order; the others are all as unlikely
 # Deviations of the logits: two tokens nearer than that may swap, by the coarsest type on the way.
 TIE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 CACHES = {"cache", "past_key_values", "past_kv", "past_kvs", "kv_cache", "kv_caches", "layer_past", "past", "input_pos"}
 
 
-def ranked(logits: Tensor, tokens: Tensor | None) -> Tensor:
+def ranked(logits: Tensor, tokens: Tensor | None, banned: tuple[int, ...] = ()) -> Tensor:
     """The same order of tokens in steps of 30 nats, the token just read last: every sampler becomes greedy.
 
     Without the latter a tied model says one token for ever, and nothing could be told apart.
     """
     scores = logits.detach().double().clone()
+    scores[..., list(banned)] = -torch.inf
     if tokens is not None and tokens.shape[-1] >= scores.shape[-2]:
         read = tokens[..., tokens.shape[-1] - scores.shape[-2] :]
         scores.scatter_(-1, read.reshape(*scores.shape[:-1], 1), -torch.inf)
@@ -79,6 +81,7 @@ class Stage:
     speaker: str  # the outermost module that answers with logits
     vocab_size: int  # of the logits
     tie: float  # deviations of the logits: two tokens nearer than that may swap
+    banned: tuple[int, ...] = ()  # ids that generate never says, and passes over to the next likeliest
     script: Script = ranked
     reads: list[Read] = field(default_factory=list)
 
@@ -148,7 +151,10 @@ def stage(subject: Any, **sizes: Any) -> Stage:
         _known[subject] = learn(subject)
     known = _known[subject]
     model = subject.amplified(seed=subject.seed, dtype=known.dtype, **sizes)
-    return Stage(subject, model, known.decoder, known.speaker, known.vocab_size, known.tie)
+    script = functools.partial(ranked, banned=known.banned) if known.banned else ranked
+    return Stage(
+        subject, model, known.decoder, known.speaker, known.vocab_size, known.tie, known.banned, script,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,7 @@ class Known:
     vocab_size: int
     dtype: torch.dtype
     tie: float
+    banned: tuple[int, ...] = ()
 
 
 _known: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
@@ -188,7 +195,27 @@ def meet(subject: Any, dtype: torch.dtype, inside: torch.dtype) -> Known:
     calls = decoder(subject, model, V)
     with Coarsest(inside) as seen:
         speaker = find_speaker(model, calls, V)
-    return Known(calls, speaker, V, dtype, TIE[seen.dtype])
+    return Known(calls, speaker, V, dtype, TIE[seen.dtype], find_banned(subject, model, calls, speaker, V))
+
+
+def find_banned(subject: Any, model: nn.Module, calls: Decoder, speaker: str, V: int) -> tuple[int, ...]:
+    """Ids that are never said although they are the likeliest by far: the next likeliest is said in their place."""
+    if V > MANY:
+        return ()
+    ids = torch.arange(V)
+    scores = torch.zeros(V, V, dtype=torch.float64)
+    scores[ids, ids], scores[ids, (ids + 1) % V] = 2 * STEP, STEP
+    said = []
+    try:
+        for row in range(0, V, V if calls.batched else 1):
+            mine = scores if calls.batched else scores[row : row + 1]
+            with watched(model, speaker, V, dealt(mine)):
+                said += [new[0] for new in calls(model, subject.tokens(len(mine), 2), 1)]
+    except Exception:
+        return ()  # whatever it is, the checks will meet it
+    found = tuple(i for i, token in enumerate(said) if token == (i + 1) % V)
+    others = [i for i, token in enumerate(said) if token != i and i not in found]
+    return () if others or len(found) > FEW else found
 
 
 def find_speaker(model: nn.Module, calls: Decoder, V: int) -> str:
