@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from checks.probes.influence import (
     length,
     lengths,
     measure,
+    moved,
 )
 from checks.probes.leaks import expect_no_leak, in_deviations
 from checks.probes.padding import SIDES, ragged
@@ -49,6 +51,7 @@ EXTREME = 20  # times every weight
 LONG = 131  # tokens: past the powers of two at which tables, masks and caches are cut
 LONGER = 521  # past more of them; only around these is looked
 LONGEST_TRIED = 1024
+UNSEEN = 1e-9  # of the largest move: what one token among many may still move, rounding apart
 SEEN = 1e-3  # standard deviations of the logits: what a token in reach moves at least (clean models: 0.018)
 
 
@@ -94,9 +97,10 @@ def check_future_cannot_change_past_under_a_mask(subject: Any) -> None:
     expect_causal(subject)
     expect_takes_mask(subject)
     model = precise(subject)
+    every = lengths(subject, model)[::-1]
     for side in SIDES:
-        for way in (EVAL, TRAIN):
-            for T in reversed(lengths(subject, model)):
+        for way, some in ((EVAL, every), (TRAIN, every[::4])):
+            for T in some:
                 tokens = every_id(subject, T, rows=6, seed=subject.seed + T)
                 mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
                 expect_no_leak(
@@ -142,12 +146,10 @@ def check_future_cannot_change_past_in_long_sequences(subject: Any) -> None:
         raise NotApplicable(f"the block size is fixed at {T}: every pair was tried")
     model = precise(subject, **(dict(block_size=T) if varies else {}))
     likely = ("causal-hardcoded-length", "chunk-boundary-leaks", "unmasked-beyond-256")
-    for n in (T, T - 1, 2 * T // 3):
+    for n, places in ((T, list(range(1, T))), (T - 1, telling_places(T - 1)), (2 * T // 3, telling_places(2 * T // 3))):
         tokens = subject.tokens(1, n, seed=subject.seed)
-        places = telling_places(n)
         tried = changes(subject, tokens, places=places[:: max(n // LONG, 1)], alternatives=1)
         expect_no_leak(subject, model, tried, likely=likely)
-    expect_no_leak(subject, model, cuts(subject, T, list(range(1, T, max(T // LONG, 1)))), likely=likely)
     if varies and T < LONGER:
         late = [place for place in telling_places(LONGER) if place > T]
         expect_no_leak(subject, precise(subject, block_size=LONGER), cuts(subject, LONGER, late), likely=likely)
@@ -374,6 +376,31 @@ def check_past_reaches_every_later_position(subject: Any) -> None:
     note(influence=in_deviations(reach, 1.0), least=float(reach[in_reach(subject, model, T)].min()), bound=SEEN)
     if bool(silent.any()):
         fail_past_unseen(reach, silent, windowed=window(subject, model, T) is not None)
+    elif subject.can_vary("block_size"):
+        expect_every_late_token_is_read(subject)
+
+
+def expect_every_late_token_is_read(subject: Any) -> None:
+    """In a long sequence some later position sees each token; the ends of regular pieces may be seen by none."""
+    model = precise(subject, EXISTENCE[1], block_size=LONG)
+    tried = changes(
+        subject, subject.tokens(1, LONG, seed=subject.seed), places=list(range(1, LONG - 1)), alternatives=1
+    )
+    plain, changed = call(subject, model, tried.plain[:1]), call(subject, model, tried.changed)
+    pairs = influence(moved(plain, changed), tried.place).cpu()
+    lost = [s for s in range(1, LONG - 1) if not float(pairs[s + 1 :, s].max()) > UNSEEN * float(pairs.max())]
+    gaps = {after - before for before, after in pairwise(lost)}
+    if lost and (len(lost) < 3 or len(gaps) > 1 or gaps == {1}):
+        fail(
+            f"in a sequence of {LONG} tokens, token {lost[0]} reaches no later position: changing it changes none of "
+            f"their logits; {len(lost)} of {LONG - 2} tokens are read by none",
+            likely=("late-tokens-never-seen", "first-token-never-seen"),
+            advice="Look for a mask, a table or a cache that is shorter than the sequence.",
+            first={"s": lost[0]},
+            tokens=lost[:40],
+        )
+    if lost:
+        advise(f"tokens {lost[0]}, {lost[1]}, … are read by no later one: are pieces of {gaps.pop()} tokens meant?")
 
 
 def fail_past_unseen(reach: Tensor, silent: Tensor, *, windowed: bool) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from checks.expect import NotApplicable, Where, advise, expect_close, expect_same, fail, farthest, needs, note
 from checks.probes.ablation import passed_by, replaced, siblings, with_input, with_output
-from checks.probes.holdings import Held, held_outside
+from checks.probes.holdings import Held, buffers_kept, held_outside
 from checks.probes.influence import TRAIN, call, every_id, length
 from checks.probes.padding import SIDES, ragged
 from checks.probes.precision import precise, precision, spread
@@ -135,9 +135,8 @@ def interludes(subject: Any, T: int) -> Iterator[tuple[str, Callable[[nn.Module]
     yield "a shorter sequence", lambda model: call(subject, model, others[:, : max(T // 2, 2)].contiguous())
     yield "more rows", lambda model: call(subject, model, subject.tokens(5, T, seed=2))
     yield "a single token", partial(read_one, subject)
-    train = partial(call, subject, tokens=others, way=TRAIN)
-    yield "a call in train mode", partial(statistics_restored, interlude=train)
-    yield "a backward pass in train mode", partial(statistics_restored, interlude=partial(learn, subject, others))
+    yield "a call in train mode", partial(call, subject, tokens=others, way=TRAIN)
+    yield "a backward pass in train mode", partial(learn, subject, others)
     yield "a call under autocast", partial(read_in_half, subject, others)
     for side in SIDES if subject.takes_mask else ():
         mask = ragged(3, T, side, seed=subject.seed).to(subject.device)
@@ -155,19 +154,9 @@ def read_in_half(subject: Any, tokens: Tensor, model: nn.Module) -> None:
         call(subject, model, tokens)
 
 
-def statistics_restored(model: nn.Module, interlude: Callable[[nn.Module], Any]) -> None:
-    """Training may keep statistics, a router's balance say, in registered buffers: they are put back."""
-    before = {name: value.clone() for name, value in model.named_buffers()}
-    interlude(model)
-    with torch.no_grad():
-        for name, value in model.named_buffers():
-            if name in before and value.shape == before[name].shape:
-                value.copy_(before[name])
-
-
 def learn(subject: Any, tokens: Tensor, model: nn.Module) -> None:
     """A backward pass, and no step."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), buffers_kept(model):
         subject.logits(model.train(), tokens).square().mean().backward()
     model.zero_grad(set_to_none=True)
     model.eval()

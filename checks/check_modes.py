@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable, advise, expect_close, expect_same, fail, farthest, needs, note
-from checks.probes.holdings import renormalized
+from checks.probes.holdings import buffers_kept, renormalized
 from checks.probes.precision import precise, precision, spread
 from checks.probes.randomness import (
     Draws,
@@ -49,7 +50,8 @@ def _tokens(subject: Any, seed: int = 0) -> Tensor:
 
 
 def _run(subject: Any, model: nn.Module, tokens: Tensor, seed: int = 0, mask: Tensor | None = None) -> Tensor:
-    with torch.no_grad(), seeded(subject.seed + seed):
+    kept = buffers_kept(model) if model.training else nullcontext()
+    with torch.no_grad(), seeded(subject.seed + seed), kept:
         return subject.logits(model, tokens, mask)
 
 

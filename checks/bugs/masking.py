@@ -500,6 +500,18 @@ def first_never_seen(model: Transformer) -> None:
     attend_with(model, Skips)
 
 
+@bug("late-tokens-never-seen", "the mask is a table of 64 tokens: those behind see themselves and no one else",
+     caught_by=(PAST,), model=True, attention="explicit")  # fmt: skip
+def late_never_seen(model: Transformer) -> None:
+    class Short(ExplicitAttention):
+        def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
+            itself = torch.eye(*scores.shape[-2:], dtype=torch.bool, device=scores.device)
+            early = torch.arange(scores.shape[-1], device=scores.device) < 64
+            return super().mask(scores, visible & (early | itself))
+
+    attend_with(model, Short)
+
+
 def look_through(model: nn.Module, near: Callable[[int, int, int, torch.device], Tensor]) -> None:
     """Gives every layer a window of another shape: near(window, T, S, device) is [T, S]."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 DEPTH = 3  # nested lists, dicts and plain objects
@@ -63,6 +65,21 @@ def _setter(holder: Any, key: Any) -> Callable[[Any], None]:
             setattr(holder, key, value)
 
     return put
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back what a forward in training mode may write to registered buffers: a running mean, a router's balance."""
+    owned = [(module, key, value) for module in model.modules() for key, value in module._buffers.items()]
+    before = [(module, key, value, value.clone()) for module, key, value in owned if value is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, key, value, kept in before:
+                module._buffers[key] = value
+                if not torch.equal(value, kept):
+                    value.copy_(kept)
 
 
 def renormalized(model: nn.Module) -> set[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks.expect import EQUAL_SHAPE, Bound, NotApplicable
+from checks.probes.holdings import buffers_kept
 from checks.probes.precision import precision
 from checks.where import Where, first_breaking
 
@@ -46,7 +47,8 @@ TRAIN = Way("in train mode", training=True)
 def call(subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, way: Way = EVAL) -> Tensor:
     """Logits [B, T, V] without a graph; dropout, where the way has it, always from the same seed."""
     devices = [subject.device] if subject.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), way.inside():
+    kept = buffers_kept(model) if way.training else nullcontext()
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), way.inside(), kept:
         torch.manual_seed(subject.seed)
         model.train(way.training)
         try:
