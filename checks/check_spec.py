@@ -22,7 +22,8 @@ from checks.spec.trace import Parting
 from checks.where import locate
 
 NAMES = {"gpt2": "GPT-2", "llama": "Llama"}
-SIMULATION_SECONDS = 5.0
+SIMULATION_SECONDS = 5.0  # of processor time, as all here
+AUTO_SECONDS = 2.0  # without a declaration
 CONTRACT = ("check_contract.check_logits_have_shape",)
 LOGITS = (*CONTRACT, "check_spec.check_logits_agree")
 GRADIENT = 1e-8  # of a tensor's largest gradient, in float64; correct models differ by 1e-14 of it
@@ -59,7 +60,7 @@ def report(subject: Any) -> None:
             return
     note(why_not={found.family: found.why_not for found in results if found.why_not})
     for found in results:
-        why = explain(found, SIMULATION_SECONDS / 2) if found.plan is not None else None
+        why = explain(found, AUTO_SECONDS) if found.plan is not None else None
         if why is not None and why.ids:
             name = NAMES[found.family]
             advise(

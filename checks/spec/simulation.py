@@ -40,6 +40,7 @@ class Catalogue:
     models: list[Simulated] = field(default_factory=list)
     whole: bool = False  # all are built
     dead: set[int] = field(default_factory=set)  # models that give what the undamaged reference gives
+    idle: set[str] = field(default_factory=set)  # bugs whose models did so in another variant: not built
 
     @classmethod
     def of(cls, plan: Plan, variant: Variant, known: list[Catalogue]) -> Catalogue:
@@ -48,8 +49,13 @@ class Catalogue:
         for catalogue in known:
             if catalogue.config == config and catalogue.variant == variant:
                 return catalogue
-        known.append(cls(config, variant))
+        idle = {bug for catalogue in known for bug in catalogue.idle | catalogue.without_effect()}
+        known.append(cls(config, variant, idle=idle))
         return known[-1]
+
+    def without_effect(self) -> set[str]:
+        moving = {one.bug.id for one in self.models if id(one) not in self.dead}
+        return {one.bug.id for one in self.models} - moving
 
     def __iter__(self) -> Iterator[Simulated]:
         yield from self.models
@@ -57,7 +63,7 @@ class Catalogue:
             return
         built = {id(one.bug) for one in self.models}
         for bug in all_bugs().values():
-            if id(bug) not in built:
+            if id(bug) not in built and bug.id not in self.idle:
                 new = self._build(bug)
                 self.models += new
                 yield from new

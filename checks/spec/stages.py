@@ -28,6 +28,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 
 
 MOST = 24  # plans and variants that are looked at in stages
+LIKELY = 2  # of them that are tried with two bugs before the others are tried with one
 
 
 @dataclass
@@ -84,22 +85,26 @@ def _explain(found: Settled, until: float) -> Explained | None:
     ranked = promising(found)
     if not ranked:
         return None
-    first = Explained(*ranked[0][:2], parts=[s for s, e in ranked[0][2].items() if e > bound])
+    first = Explained(*ranked[0][:2], parts=_over(ranked[0][2], bound))
     known: list[Catalogue] = []
-    for plan, variant, errors in ranked:
-        parts = [stage for stage, error in errors.items() if error > bound]
-        catalogue = Catalogue.of(plan, variant, known)
-        ties, complete = explanations(catalogue, plan, found.specimen.tokens, found.theirs, bound, until)
-        if ties:
-            ties = confirmed(found, plan, variant, ties)
-            return Explained(plan, variant, ties=ties, parts=parts, complete=complete)
-        first.complete &= complete
-    for plan, variant, errors in ranked[:2]:
-        together = _by_part(found, Catalogue.of(plan, variant, known), plan, errors, until)
-        if together:
-            return Explained(plan, variant, together=together, parts=[s for s, e in errors.items() if e > bound])
+    for some in (ranked[:LIKELY], ranked[LIKELY:]):
+        for plan, variant, errors in some:
+            catalogue = Catalogue.of(plan, variant, known)
+            ties, complete = explanations(catalogue, plan, found.specimen.tokens, found.theirs, bound, until)
+            if ties:
+                ties = confirmed(found, plan, variant, ties)
+                return Explained(plan, variant, ties=ties, parts=_over(errors, bound), complete=complete)
+            first.complete &= complete
+        for plan, variant, errors in some[:LIKELY]:
+            together = _by_part(found, Catalogue.of(plan, variant, known), plan, errors, until)
+            if together:
+                return Explained(plan, variant, together=together, parts=_over(errors, bound))
     first.complete &= time.process_time() < until
     return first
+
+
+def _over(errors: dict[str, float], bound: float) -> list[str]:
+    return [stage for stage, error in errors.items() if error > bound]
 
 
 def promising(found: Settled) -> list[tuple[Plan, Variant, dict[str, float]]]:

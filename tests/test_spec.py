@@ -1,0 +1,131 @@
+"""A declared architecture: what agrees passes, what differs is named with its part, its line and its bug."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from checks.bugs import all_bugs
+from checks.bugs.architecture import LLAMA
+from checks.check_spec import check_logits_agree
+from checks.subject import Subject
+from checks.verdict import Verdict, judge
+from tests import variants  # noqa: F401  (adds its controls)
+from tests.controls import CONTROLS
+
+
+def verdict(subject: Subject, spec: str = "auto", check: Any = check_logits_agree) -> Verdict:
+    subject.spec = spec
+    return judge(check, subject, {})
+
+
+# What the finding must say of each: the part that differs first, and the module whose line it is.
+NAMED = {
+    "scale-by-d-model": ("attention scores, mask or softmax of block 0", "blocks.0.attention"),
+    "scale-missing": ("attention scores, mask or softmax of block 0", "blocks.0.attention"),
+    "gelu-variant": ("activation of block 0", "blocks.0.feed_forward"),
+    "relu-for-gelu": ("activation of block 0", "blocks.0.feed_forward"),
+    "gelu-for-silu": ("feed-forward output of block 0", "blocks.0.feed_forward"),
+    "final-norm-missing": ("final norm", "forward"),
+    "post-norm-for-pre-norm": ("norm before attention of block 0", "blocks.0.attention"),
+    "residual-from-normed-input": ("residual stream of block 0", "blocks.0"),
+    "rope-base-of-its-own": ("turned queries of block 0", "positions"),
+    "rope-pairing-mismatch": ("turned queries of block 0", "positions"),
+    "rope-opposite-signs": ("turned keys of block 0", "positions"),
+    "rope-missing": ("attention scores, mask or softmax of block 0", "blocks.0.attention"),
+    "norm-wrong-eps": ("norm before attention of block 0", "blocks.0"),
+    "gqa-k-v-grouping-mismatch": ("attention scores, mask or softmax of block 0", "blocks.0.attention"),
+    "values-are-keys": ("attention scores, mask or softmax of block 0", "blocks.0.attention"),
+    "position-multiplied": ("embedded tokens and positions", "positions"),
+    "logits-scaled": ("logits", "forward"),
+}
+
+
+@pytest.mark.parametrize("id", NAMED)
+def test_a_departure_is_named_with_its_part_and_line(id):
+    bug = all_bugs()[id]
+    family = bug.sizes.get("spec", "llama")
+    parts = bug.of(**{**(LLAMA if family == "llama" else {}), **bug.sizes})
+    bug.damage(parts)
+    found = verdict(Subject(id, parts, seed=3), family)
+    part, module = NAMED[id]
+    assert found.outcome == "failed"
+    assert id in found.likely and bug.says in found.says
+    assert found.evidence["first_part_that_differs"] == part
+    assert found.where is not None and found.where.module == module and found.where.line > 0
+
+
+@pytest.mark.parametrize(
+    "name, spec",
+    [("gpt2", "gpt2"), ("llama", "llama"), ("llama-grouped-tied-biased", "llama"), ("reference-gpt2-explicit", "gpt2"),
+     ("rotary-interleaved", "llama"), ("grouped-and-tiled", "llama"), ("one-key-value-head", "llama"),
+     ("rotary-positions-plus-one", "llama"), ("gate-and-value-swapped", "llama"), ("log-probabilities", "gpt2")],
+)  # fmt: skip
+def test_what_the_family_leaves_open_agrees(name, spec):
+    found = verdict(CONTROLS[name](seed=1), spec)
+    assert found.outcome == "passed", found.says
+    assert found.evidence["family"] == spec and found.evidence["error"] <= 1e-9
+
+
+@pytest.mark.parametrize("name, spec, what", [("gpt2", "llama", "no gate"), ("llama", "gpt2", "has a gate")])
+def test_another_family_is_told_so(name, spec, what):
+    found = verdict(CONTROLS[name](seed=0), spec)
+    assert found.outcome == "failed" and what in found.says
+
+
+@pytest.mark.parametrize("name, family", [("gpt2", "GPT-2"), ("llama", "Llama"), ("qwen2", "Llama")])
+def test_without_a_declaration_the_family_is_reported(name, family):
+    found = verdict(CONTROLS[name](seed=0))
+    assert found.outcome == "passed" and any(family in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize("id", ["scale-by-d-model", "final-norm-missing", "gelu-for-silu"])
+def test_without_a_declaration_a_bug_is_advice(id):
+    parts = all_bugs()[id].subject(seed=0)
+    parts.parts.declares = {}
+    found = verdict(parts)
+    assert found.outcome == "passed" and any(f"`{id}`" in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize("name", ["alibi", "x-t5-bias", "bloom", "parallel-blocks", "shared-layers", "query-key-norm"])
+def test_without_a_declaration_another_family_is_not_accused(name):
+    found = verdict(CONTROLS[name](seed=0))
+    assert found.outcome in ("passed", "not_applicable") and found.likely == ()
+
+
+def test_a_bug_that_writes_on_its_tokens_does_not_spoil_those_after_it():
+    """Simulation runs the whole catalogue on the same tokens."""
+    found = verdict(all_bugs()["last-block-skipped"].subject(seed=0), "gpt2")
+    assert "last-block-skipped" in found.likely
+
+
+def test_two_bugs_in_different_parts_are_separated():
+    subject = all_bugs()["scale-by-d-model"].subject(seed=0)
+    all_bugs()["relu-for-gelu"].damage(subject.parts)
+    found = verdict(subject, "gpt2")
+    assert set(found.likely) == {"scale-by-d-model", "relu-for-gelu"}
+    assert len(found.evidence["stages"]) == 2
+
+
+def test_ties_are_said_to_be_ties():
+    """Without positions, and with angles that are the same for every token, the numbers are the same."""
+    found = verdict(all_bugs()["rope-missing"].subject(seed=0), "llama")
+    assert {"rope-missing", "rope-on-the-wrong-axis"} <= set(found.likely)
+    assert "which is the same here" in found.says
+
+
+def test_what_no_bug_explains_is_said():
+    subject = all_bugs()["scale-by-d-model"].subject(seed=0)
+    build = subject.parts.build_model
+
+    def odd(**sizes):
+        model = build(**sizes)
+        for block in model.blocks:
+            block.attention.__class__ = type("Odd", (type(block.attention),), {"scale": lambda self: 0.123})
+        return model
+
+    subject.parts.build_model = odd
+    found = verdict(subject, "gpt2")
+    assert found.outcome == "failed" and found.likely == () and "no known bug" in found.says
+    assert found.evidence["first_part_that_differs"] == "attention scores, mask or softmax of block 0"
