@@ -14,6 +14,26 @@ HERE = Path(__file__).parent / "conventions"
 # file[:NAME] -> what its header must say
 FACTS = {
     "additive_mask.py": ("GPT(vocab_size, block_size, n_embd, n_head, n_layer)", "mask [B, T] float32, 0 keeps, -inf"),
+    "asks_for_logits.py": ("forward(idx, get_logits) → dict with .logits logits",),
+    "caches_filled.py": ("forward(idx, kv_caches) → (logits, ",),
+    "letters.py": ("Model(V, T_max, D, H)", "stretch=0.5", "stretch is as in", "letters.py"),
+    "loss_only.py": ("it gives a loss: the logits are those that it is made of", "it drops the last token"),
+    "names_in_words.py": (
+        "my_vocab_size, max_decoding_length, dim_vector, number_of_my_heads, num_decoder_stack_layers",
+    ),
+    "needed_though_optional.py": ("rope_theta=10000.0",),
+    "nested_keys.py": ("a configuration with what it reads(n_embd, vocab_size, block_size, n_head)", "is_causal=True"),
+    "parts_by_name.py": ("input_dim, hid_dim", "output_dim", "encoder='Encoder(…)'", "decoder='Decoder(…)'"),
+    "reads_itself/kit/model.py": ("Config(vocab_size, block_size, n_embd)",),
+    "script_beside/model.py": ("data.py works at import", "data could not be imported: a stand-in is used"),
+    "settings/model.py": (
+        "residual_multiplier=0.25, parallel_block=False",
+        "residual_multiplier is as in",
+        "default.yaml",
+        "parallel_block is as in",
+        "options.py",
+    ),
+    "sizes_under_main.py": ("Transformer(d_model, max_len, n_heads, n_layers, vocab_size)",),
     "attention_mask_of_integers.py": ("padding mask: attention_mask [B, T] int64, true keeps",),
     "attributes_only.py": ("a configuration with what it reads", "max_seq_len"),
     "bidirectional_by_default.py": ("Model(words, dims, heads, layers)", "bidirectional=False"),
@@ -128,6 +148,11 @@ def test_it_is_built_in_other_sizes_where_it_can_vary(met, name):
     length = min(sizes.get("block_size", subject.sizes.block_size), 16)
     tokens = subject.tokens(2, length, vocab_size=vocabulary)
     assert subject.logits(model, tokens).shape == (2, length, vocabulary)
+
+
+def test_a_file_that_was_only_looked_into_says_nothing_of_the_loss(met):
+    """A configuration was sought in a file beside it, which has an ignore_index."""
+    assert "ignore_index" not in meet(met, "nested_keys.py").header
 
 
 def test_seeds_give_models_and_the_same_seed_the_same():

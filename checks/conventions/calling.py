@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from checks.conventions import names
+from checks.conventions import measuring, names
 from checks.conventions.constructing import Callable_
 from checks.conventions.filling import Parameter
 from checks.conventions.reading import PLAIN, Layout, Unreadable, described, pick, recognise
@@ -34,6 +35,7 @@ class Way:
     says: str  # forward(idx, targets)
     run: Callable[..., Any]
     assumed: str = ""
+    from_loss: bool = False  # the logits are those that a loss was made of
     padded: bool = False  # shorter sequences are padded to the block size on the right
 
 
@@ -92,6 +94,7 @@ def _attempt(
 ) -> Forward | None:
     """One way, and what can be made of it: with a head on hidden states, with one more token where one is dropped."""
     B, T = tokens.shape
+    output = None
     try:
         with torch.no_grad():
             output = way.run(model, tokens)
@@ -100,6 +103,8 @@ def _attempt(
             raise Unreadable(f"the logits are on {logits.device}, the tokens on {tokens.device}")
     except Unreadable as problem:
         attempts.append((way, problem))
+        if isinstance(output, Tensor) and output.dim() == 0 and not way.from_loss:
+            return _attempt(model, _of_a_loss(way), tokens, vocabulary, keep, attempts)
         if problem.short:
             return _attempt(model, _one_more(way), tokens, vocabulary, keep, attempts)
         if problem.hidden and vocabulary is not None:
@@ -172,6 +177,8 @@ def _direct(parameters: list[Parameter], vocabulary: int) -> Iterator[Way]:
         extra.append([(targets, lambda x, m: x.clone())])
     optional = [p for p in rest if p not in required]
     extra += [[(p, next(_choices(p)))] for p in optional if names.squash(p.name) in names.POSITIONS]
+    extra += [[(p, lambda x, m: True), *given] for p in optional if _asks_logits(p) for given in list(extra)]
+    extra += [[(p, _empty_caches)] for p in optional if names.squash(p.name) in names.CACHES]
     extra += [
         [(p, lambda x, m: False)] for p in optional if names.squash(p.name) == "usecache" and p.default is not False
     ]
@@ -213,6 +220,16 @@ def _choices(parameter: Parameter) -> Iterator[Argument]:
         if size == "block_size":
             yield lambda x, m: x.shape[1]
         yield lambda x, m: None
+
+
+def _asks_logits(parameter: Parameter) -> bool:
+    """`get_logits=False`: they are given where they are asked for."""
+    return parameter.default is False and "logit" in parameter.name and "last" not in parameter.name
+
+
+def _empty_caches(tokens: Tensor, model: nn.Module) -> list[None]:
+    """One place a block, for code that fills them whether or not a cache is asked for."""
+    return [None] * (measuring.sizes(model)["n_layer"] or 1)
 
 
 def _called(model: nn.Module, method: str, *arguments: Any) -> Any:
@@ -352,6 +369,30 @@ def _one_more(way: Way) -> Way:
     return replace(
         way, run=run, assumed="; ".join(filter(None, (way.assumed, "it drops the last token: one is added")))
     )
+
+
+class _Handed(TorchFunctionMode):
+    """Keeps the logits that the model hands to its loss."""
+
+    logits: Tensor | None = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (nn.functional.cross_entropy, nn.functional.nll_loss):
+            self.logits = args[0] if args else (kwargs or {}).get("input")
+        return function(*args, **(kwargs or {}))
+
+
+def _of_a_loss(way: Way) -> Way:
+    """For a model that gives its loss alone."""
+
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        with _Handed() as handed:
+            loss = way.run(model, tokens, **more)
+        if handed.logits is None:
+            raise Unreadable(f"expected logits, got {described(loss)}, a loss: they have to be given as well")
+        return handed.logits
+
+    return replace(way, run=run, from_loss=True, assumed="it gives a loss: the logits are those that it is made of")
 
 
 def _with_head(model: nn.Module, way: Way) -> Iterator[Way]:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from checks.conventions import names
-from checks.conventions.filling import signature_of
+from checks.conventions.filling import is_called, signature_of
 from checks.conventions.home import Home, installed
 from checks.conventions.loading import load_file, load_module, package_of
 from checks.conventions.stubs import Stub
@@ -190,16 +190,24 @@ def _tops(found: Named, classes: list[type]) -> list[type]:
     for source in found.home.sources.values():
         for node in source.body:
             if isinstance(node, ast.ClassDef) and node.name in mine:
-                used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id != node.name}
+                used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - {node.name}
+                used |= {name for name in mine - {node.name} for wanted in _wanted(node) if is_called(name, wanted)}
     tops = [cls for cls in classes if cls.__name__ not in used]
     return sorted(tops or classes, key=lambda cls: -_likeness(cls))
+
+
+def _wanted(node: ast.ClassDef) -> set[str]:
+    """The parameters of a class's constructor."""
+    makers = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    return {a.arg for maker in makers for a in maker.args.args[1:]}
 
 
 def _likeness(cls: type) -> int:
     """How much a class looks like a whole language model: by its name and by its constructor."""
     name = cls.__name__.lower()
     words = ("lm", "gpt", "llama", "languagemodel", "causal", "transformer", "model")
-    return sum(word in name for word in words)
+    parts = ("block", "layer", "attention", "feedforward", "embedding", "norm", "head", "mlp")
+    return sum(word in name for word in words) - 2 * any(part in name for part in parts)
 
 
 def main_file(value: Any) -> str:

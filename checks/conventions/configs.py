@@ -84,8 +84,10 @@ def _beside(home: Home) -> Iterator[ModuleType]:
             (*root.glob("*.py"), *root.glob("*/*.py")) if root != home.file.parent else root.glob("*.py")
         ):
             if path.stem.lower().endswith(("config", "configs", "conf", "configuration", "args")):
+                before = set(home.sources)
                 with contextlib.suppress(Exception):
                     yield importlib.import_module(home.dotted(path, root))
+                home.looked_into |= set(home.sources) - before
 
 
 def _file(cls: type) -> str:
@@ -181,6 +183,8 @@ class Asked:
     read: frozenset[str]  # every setting that the file itself reads
     spelled: frozenset[str]  # those of all files that are sizes: `config.n_layer`, `self.cfg["n_layer"]`
     from_kwargs: frozenset[str]  # `kwargs.get("n_layer")`
+    optional: frozenset[str]  # `getattr(config, "use_moe", False)`, `hasattr(config, "use_moe")`
+    nested: frozenset[str]  # `config["attention"]["heads"]`, `config.attention.heads`
     choices: dict[str, list[str]]  # strings that a setting is compared with: `if config.model_type == "gpt"`
 
 
@@ -188,16 +192,21 @@ def asked_by(home: Home) -> Asked:
     read: set[str] = set()
     mine: set[str] = set()
     from_kwargs: set[str] = set()
+    optional: set[str] = set()
+    nested: set[str] = set()
     choices: dict[str, list[str]] = {}
     ordered = sorted(home.sources.items(), key=lambda item: item[0] != home.main)  # the subject's own file first
     for name, source in ordered:
         scope = vars(home.modules_now().get(name, names))
         for node in sorted(source.nodes, key=lambda node: getattr(node, "lineno", 0)):
+            nested |= _inner(node)
             if isinstance(node, ast.Attribute) and _is_config(node.value):
                 read.add(node.attr)
             elif (key := _key(node)) is not None and _is_config(key[0]):
                 read.add(key[1])
                 from_kwargs |= {key[1]} if isinstance(key[0], ast.Name) and key[0].id.endswith("kwargs") else set()
+            elif isinstance(node, ast.Call) and (asked := _asked_softly(node)):
+                optional.add(asked)
             elif isinstance(node, ast.Compare) and (choice := _choice(node, scope)) is not None:
                 choices.setdefault(choice[0], []).append(choice[1])
         mine |= read if name == home.main else set()
@@ -205,7 +214,28 @@ def asked_by(home: Home) -> Asked:
         name for name in read
         if names.size_of(name) or (plain := names.squash(name)) in choices or plain in names.KEY_VALUE_HEADS
     )  # fmt: skip
-    return Asked(frozenset(mine), known, known & from_kwargs, choices)
+    return Asked(
+        frozenset(mine), known, known & from_kwargs, frozenset(optional), frozenset(nested - optional), choices
+    )
+
+
+def _inner(node: ast.AST) -> set[str]:
+    """The key of a configuration whose value is read by keys in turn."""
+    outer = node.value if isinstance(node, ast.Attribute) else key[0] if (key := _key(node)) is not None else None
+    if isinstance(outer, ast.Attribute) and _is_config(outer.value):
+        return {outer.attr} if _key(node) is not None or node.attr not in METHODS else set()  # type: ignore[attr-defined]
+    inner = _key(outer) if outer is not None else None
+    return {inner[1]} if inner is not None and _is_config(inner[0]) and _key(node) is not None else set()
+
+
+METHODS = frozenset(dir(str)) | frozenset(dir(dict)) | {"type", "dtype", "shape", "append"}
+
+
+def _asked_softly(node: ast.Call) -> str:
+    soft = isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr") and len(node.args) > 1
+    if not soft or not _is_config(node.args[0]):
+        return ""
+    return str(node.args[1].value) if isinstance(node.args[1], ast.Constant) else ""
 
 
 def _key(node: ast.AST) -> tuple[ast.expr, str] | None:

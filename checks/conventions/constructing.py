@@ -19,7 +19,16 @@ from torch import nn
 
 from checks.conventions import configs, names
 from checks.conventions.configs import Option
-from checks.conventions.filling import CONFIG_NAMES, Filling, Parameter, Settings, Signature, signature_of
+from checks.conventions.filling import (
+    CONFIG_NAMES,
+    SPARE,
+    Filling,
+    Parameter,
+    Settings,
+    Signature,
+    is_called,
+    signature_of,
+)
 from checks.conventions.home import Home
 from checks.conventions.loading import Source
 from checks.conventions.stubs import Stub
@@ -28,7 +37,9 @@ from checks.conventions.taking import pure
 # What is tried when a constructor refuses the first filling: another of the strings that it compares a setting with,
 # no name of a preset beside the sizes.
 NO_PRESET = {"modeltype": None, "preset": None, "version": None, "modelname": None}
-VARIANTS: tuple[tuple[int, dict[str, Any]], ...] = ((1, {}), (0, NO_PRESET))
+# Left to None by default, and needed all the same: the base of rotary positions, an id for padding.
+NEEDED = dict.fromkeys(("ropetheta", "theta", "ropebase"), 10_000.0) | dict.fromkeys(names.PADDING, SPARE)
+VARIANTS: tuple[tuple[int, dict[str, Any]], ...] = ((1, {}), (0, NO_PRESET), (0, NEEDED))
 INITIALIZERS = ("init_weights", "initialize_weights", "reset_parameters", "initialize", "init_parameters")
 
 
@@ -79,7 +90,17 @@ class Recipe:
 
     def filling(self, sizes: Mapping[str, Any]) -> Filling:
         said = self.asked
-        return Filling(sizes, self.causal, said.spelled, said.from_kwargs, said.choices, self.choice, self.special)
+        return Filling(
+            sizes, self.causal, said.spelled, said.from_kwargs, said.choices, self.choice, self._elsewhere,
+            said.optional, said.nested, self.special,
+        )  # fmt: skip
+
+    def _elsewhere(self, name: str) -> Any:
+        given = self.home.project.given(name)
+        if given is None:
+            return names.MISSING
+        self.home.remark(f"{name} is as in {given[1]}")
+        return given[0]
 
     def sizes_of(self, model: nn.Module) -> Mapping[str, Any] | None:
         """The sizes that a model was built with; None for another one, a copy say."""
@@ -107,12 +128,7 @@ class Recipe:
             takes_anything=signature.takes_anything and not given,
         )
         given |= filling.arguments(rest)
-        for name in list(filling.missing):
-            wanted = next((p for p in rest.parameters if p.name == name), None)
-            part = _part(wanted, filling, scope) if wanted is not None else None
-            if part is not None:
-                given[name] = part
-                filling.missing.remove(name)
+        _complete(rest, filling, given, scope)
         required = [p.name for p in rest.parameters if p.default is names.MISSING and p.name not in given]
         if required:
             raise Unfillable(required)
@@ -188,23 +204,47 @@ def resolved(signature: Signature, scope: Mapping[str, Any]) -> Signature:
     return replace(signature, parameters=tuple(parameters))
 
 
-def _part(parameter: Parameter, filling: Filling, scope: Mapping[str, Any]) -> Any:
+def _complete(
+    signature: Signature, filling: Filling, given: dict[str, Any], scope: Mapping[str, Any], depth: int = 2
+) -> None:
+    """Gives what no size gives: parts of the model, built, and values that the project writes down."""
+    for wanted in (p for p in signature.parameters if p.name in filling.missing):
+        value = _part(wanted, filling, scope, depth) if depth else None
+        if value is None and (value := filling.from_project(wanted)) is names.MISSING:
+            continue
+        given[wanted.name] = value
+        filling.missing.remove(wanted.name)
+
+
+def _part(parameter: Parameter, filling: Filling, scope: Mapping[str, Any], depth: int) -> Any:
     """A required part that is no number: a tokenizer's sizes, or a module of a class in the file."""
     plain = names.squash(parameter.name)
     if "token" in plain and plain.endswith(("izer", "ize")):
         return Settings(filling)
-    kind = configs.resolve(parameter.kind, scope)
-    if kind is None or not issubclass(kind, nn.Module) or kind is nn.Module:
-        return None
-    classes = [v for v in scope.values() if inspect.isclass(v) and issubclass(v, kind)]
-    classes.sort(key=lambda cls: (not (filling.causal and "decoder" in cls.__name__.lower()), cls is not kind))
-    for cls in classes:
+    for cls in _classes_of(parameter, filling, scope):
         with contextlib.suppress(Exception):
             inner = replace(filling, used={}, assumed={}, missing=[])
-            part = _apply(cls, inner.arguments(resolved(signature_of(cls), scope)))
+            signature = resolved(signature_of(cls), scope)
+            given = inner.arguments(signature)
+            _complete(signature, inner, given, scope, depth - 1)
+            part = _apply(cls, given)
             filling.used.update(inner.used)
+            filling.assumed.update({**inner.assumed, parameter.name: f"{cls.__name__}(…)"})
             return part
     return None
+
+
+def _classes_of(parameter: Parameter, filling: Filling, scope: Mapping[str, Any]) -> list[type]:
+    """Of its annotation; without one, those of its name: `encoder` may be an Encoder or a TransformerEncoder."""
+    kind = configs.resolve(parameter.kind, scope)
+    classes: list[Any] = [v for v in scope.values() if inspect.isclass(v) and v is not nn.Module]
+    if kind is not None and issubclass(kind, nn.Module) and kind is not nn.Module:
+        mine = [cls for cls in classes if issubclass(cls, kind)]
+        return sorted(mine, key=lambda c: (not (filling.causal and "decoder" in c.__name__.lower()), c is not kind))
+    if kind not in (None, nn.Module):
+        return []
+    called = [cls for cls in classes if is_called(cls.__name__, parameter.name) and hasattr(cls, "forward")]
+    return sorted(called, key=lambda cls: len(cls.__name__))
 
 
 def scope_of(target: Callable, home: Home) -> Mapping[str, Any]:
@@ -296,8 +336,10 @@ def set_globals(module: ModuleType, source: Source, sizes: Mapping[str, Any], fi
             changed |= _set_table(name, current, filling)
         if not _can_be_set(current):
             continue
-        value = filling.value(Parameter(name, None if current is names.MISSING else current), ())
-        if value is not names.MISSING and (current is not names.MISSING or names.size_of(name)):
+        value = _of_global(name, current, filling)
+        if value is names.MISSING and current is names.MISSING and name in source.guarded:
+            value = source.guarded[name]
+        if value is not names.MISSING:
             scope[name] = value
             changed.add(name)
     for statement in source.body if changed else ():
@@ -310,6 +352,14 @@ def set_globals(module: ModuleType, source: Source, sizes: Mapping[str, Any], fi
                     scope[target] = eval(code, scope)
                     changed.add(target)
     return changed
+
+
+def _of_global(name: str, current: Any, filling: Filling) -> Any:
+    if current is not names.MISSING:
+        return filling.value(Parameter(name, current), ())
+    if names.size_of(name):
+        return filling.value(Parameter(name, None), ())
+    return names.value_for(name, filling.sizes) if names.squash(name) in names.NUMBERS else names.MISSING
 
 
 def _set_table(name: str, table: dict, filling: Filling) -> set[str]:

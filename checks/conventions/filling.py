@@ -19,6 +19,9 @@ CONFIG_NAMES = names.words(
 )
 
 
+SPARE: Any = object()  # stands for an id that no check uses
+
+
 @dataclass(frozen=True)
 class Parameter:
     name: str
@@ -115,6 +118,11 @@ def _signature(function: Callable, *, bound: bool) -> Signature:
     return Signature(named, any(p.kind == p.VAR_KEYWORD for p in parameters))
 
 
+def is_called(name: str, parameter: str) -> bool:
+    """Whether a class goes by the name of a parameter: `encoder`, of an Encoder or a TransformerEncoder."""
+    return len(parameter) > 2 and names.squash(name).endswith(names.squash(parameter))
+
+
 @dataclass
 class Filling:
     """One filling of constructors from sizes: what was used of them, what else was set, what stayed without a value."""
@@ -125,6 +133,9 @@ class Filling:
     from_kwargs: frozenset[str] = frozenset()  # those of them that it reads from **kwargs
     choices: Mapping[str, list[str]] = field(default_factory=dict)  # strings that the code compares a setting with
     choice: int = 0  # which of them
+    elsewhere: Callable[[str], Any] = lambda name: MISSING  # what the project gives a setting that no size gives
+    optional: frozenset[str] = frozenset()  # configuration keys that the code asks for and can do without
+    nested: frozenset[str] = frozenset()  # configuration keys that are configurations themselves
     special: Mapping[str, Any] = field(default_factory=dict)  # values of the variant being tried, by squashed name
     used: dict[str, str] = field(default_factory=dict)  # parameter -> the size that it got
     assumed: dict[str, Any] = field(default_factory=dict)  # parameter -> a value that is no size
@@ -133,12 +144,14 @@ class Filling:
     def value(self, parameter: Parameter, among: Iterable[str]) -> Any:
         """What the parameter gets; MISSING where its default stays."""
         name, plain = parameter.name, names.squash(parameter.name)
-        if plain in self.special and parameter.default not in (MISSING, None):
-            self.assumed[name] = self.special[plain]
-            return self.special[plain]
+        if plain in self.special and parameter.default is not MISSING and parameter.default != self.special[plain]:
+            special = self.sizes.get("padding") if self.special[plain] is SPARE else self.special[plain]
+            self.assumed[name] = special
+            return special
         if plain in names.CAUSAL and not self.causal:
             return MISSING
-        size = names.size_of(name, among) if parameter.can_be_a_number else None
+        free = parameter.default is MISSING
+        size = names.size_of(name, among, required=free) if parameter.can_be_a_number else None
         if size is not None and not (
             size == "dropout"
             and isinstance(parameter.default, int)
@@ -154,6 +167,15 @@ class Filling:
             value = next(iter(list(dict.fromkeys(self.choices.get(plain, ())))[self.choice :]), MISSING)
         if value is not MISSING and value is not parameter.default:
             self.assumed[name] = value
+        return value
+
+    def from_project(self, parameter: Parameter, kinds: tuple[type, ...] = (bool, int, float)) -> Any:
+        """What the project writes down for it, if it is of the kind that is asked for; MISSING otherwise."""
+        value = self.elsewhere(parameter.name)
+        asked = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(parameter.kind, kinds)
+        if not isinstance(value, asked):
+            return MISSING
+        self.assumed[parameter.name] = value
         return value
 
     def arguments(self, signature: Signature) -> dict[str, Any]:
@@ -190,6 +212,10 @@ class Settings(dict):
     def __missing__(self, name: str) -> Any:
         filling = self._filling
         value = filling.value(Parameter(name), self._asked)
+        if value is MISSING and name in filling.nested:
+            value = Settings(filling)
+        elif value is MISSING and name not in filling.optional:
+            value = filling.from_project(Parameter(name), (bool, int, float, str, type(None)))
         if value is MISSING:
             if name not in filling.missing:
                 filling.missing.append(name)

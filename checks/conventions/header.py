@@ -51,7 +51,7 @@ def _generates(met: Met) -> bool:
 
 def ignored_index(home: Home) -> int | None:
     """The `ignore_index=` that the subject's code passes to a loss."""
-    for source in home.sources.values():
+    for source in (source for name, source in home.sources.items() if name not in home.looked_into):
         for node in source.nodes:
             if isinstance(node, ast.keyword) and node.arg == "ignore_index":
                 with contextlib.suppress(ValueError):

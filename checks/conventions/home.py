@@ -7,10 +7,12 @@ bounded; printing is bounded. Afterwards modules, paths and global settings are 
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import importlib.abc
 import importlib.machinery
 import os
+import pdb
 import random
 import signal
 import site
@@ -53,6 +55,10 @@ class SubjectHang(RuntimeError):
     """The subject's code ran longer than it may."""
 
 
+class SubjectWaits(RuntimeError):
+    """The subject's code waits for a person: at a debugger's prompt or for input."""
+
+
 class _TimeIsUp(BaseException):
     """Raised by the alarm; not an Exception, so that a subject's `except Exception` does not swallow it."""
 
@@ -73,6 +79,8 @@ class Home:
     """
 
     def __init__(self, file: Path | None = None, package_root: Path | None = None) -> None:
+        from checks.conventions.project import Project  # now: no import of ours works while a subject runs
+
         self.file = file
         self.near = list(dict.fromkeys(p for p in (package_root, file.parent) if p)) if file else []
         self.far = _folders_above(file.parent, self.near) if file else []
@@ -81,7 +89,9 @@ class Home:
         self.changed: list[str] = []  # global settings that its code left changed, put back by us
         self.main = ""  # dotted name of the module of its file
         self.sources: dict[str, Source] = {}  # the code of its modules
+        self.looked_into: set[str] = set()  # those of them that the subject itself does not use
         self.remarks: list[str] = []  # what was skipped or stood in for while its files were loaded
+        self.project = Project(self)
         self.printed = 0
         self.argv = [str(file)] if file else list(sys.argv[:1])
         self._finders = (_Neighbours(self, self.near), _Beyond(self, self.far))
@@ -211,11 +221,20 @@ class Home:
                 real(status)
             raise SubjectExit(f"the subject's code called os._exit({status!r})")
 
+        def wait(*args: Any, **kwargs: Any) -> Any:
+            raise SubjectWaits("the subject's code stops for a debugger or for input: nobody is there to answer")
+
+        prompts = (sys, "breakpointhook"), (pdb, "set_trace"), (builtins, "input")
+        before = [getattr(place, name) for place, name in prompts]
         os._exit = refuse  # type: ignore[assignment]
+        for place, name in prompts:
+            setattr(place, name, wait)
         try:
             yield
         finally:
             os._exit = real
+            for (place, name), function in zip(prompts, before, strict=True):
+                setattr(place, name, function)
 
     @contextlib.contextmanager
     def _output(self) -> Iterator[None]:

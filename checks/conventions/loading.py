@@ -4,6 +4,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.machinery
@@ -20,7 +21,7 @@ from typing import Any
 from checks.conventions import names
 from checks.conventions.home import Home, installed, random_state_kept
 from checks.conventions.stubs import Stub, stub_for
-from checks.conventions.taking import STUB, SoftImports, definitions, dropped, is_script
+from checks.conventions.taking import STUB, SoftImports, definitions, dropped, is_main_guard, is_script
 from checks.conventions.usage import UsageError, own_frames, place, shown, what_happened
 
 LOADING_SECONDS = 30.0
@@ -52,6 +53,22 @@ class Source:
     @functools.cached_property
     def nodes(self) -> list[ast.AST]:
         return [node for tree in self.trees for node in ast.walk(tree)]
+
+    @functools.cached_property
+    def guarded(self) -> dict[str, Any]:
+        """Literals that are assigned under `if __name__ == "__main__":`, which a module does not run."""
+        found = {}
+        for statement in self.body:
+            for node in statement.body if isinstance(statement, ast.If) and is_main_guard(statement) else ():
+                if isinstance(node, ast.Assign):
+                    with contextlib.suppress(ValueError):
+                        value = ast.literal_eval(node.value)
+                        found.update({t.id: value for t in node.targets if isinstance(t, ast.Name)})
+        return found
+
+    def assigns(self, name: str) -> bool:
+        """Whether the module's own code gives the name a value."""
+        return any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store) for n in self.nodes)
 
     @functools.cached_property
     def free_names(self) -> tuple[str, ...]:
@@ -174,12 +191,18 @@ class _Stands:
         self.home, self.filename = home, filename
 
     def __call__(self, asked: tuple[tuple[str, str, str], ...], error: Exception) -> tuple[Any, ...]:
-        if self._own_fault(error):
+        if self._own_fault(error) and not self._left_out(asked, error):
             raise error
         found = tuple(self._one(module, name, error) for module, name, _ in asked)
         if any(isinstance(value, Stub) for value in found):
             self.home.remark(f"{asked[0][0]} could not be imported: a stand-in is used")
         return found
+
+    def _left_out(self, asked: tuple[tuple[str, str, str], ...], error: Exception) -> bool:
+        """Whether it is a value of a module of which only the definitions were taken."""
+        source = self.home.sources.get(getattr(error, "name", None) or "")
+        missing = [name for module, name, _ in asked if name and not hasattr(sys.modules.get(module), name)]
+        return source is not None and bool(missing) and all(source.assigns(name) for name in missing)
 
     def _own_fault(self, error: Exception) -> bool:
         if isinstance(error, ModuleNotFoundError):
@@ -263,6 +286,8 @@ def _by_name(home: Home, file: Path, wanted: tuple[str, ...]) -> ModuleType:
     home.names.add(name)
     sys.modules[name] = module
     loader.exec_module(module)
+    if package and package in sys.modules:  # as an import would: code of the package may read it there
+        setattr(sys.modules[package], name.rpartition(".")[2], sys.modules.get(name, module))
     return sys.modules.get(name, module)
 
 

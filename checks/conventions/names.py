@@ -43,11 +43,15 @@ WIDTH = _spelled(
     "dim dims width channels nchannels ninp dwordvec nfeatures nunits units nstate modeldim modelsize residualdim "
     "dresid nattn dimmodel dimension"
 )  # fmt: skip
-HIDDEN = _spelled("n d num dim", "hidden", "size dim dims units dimension width") | {"hdim"}
+HIDDEN = (
+    _spelled("n d num dim", "hidden", "size dim dims units dimension width")
+    | _spelled("d n", "hid", "dim size")
+    | {"hdim"}
+)
 FEED_FORWARD = _spelled(
     "n d num dim", "ff ffn mlp feedforward intermediate inner dimfeedforward ffnhidden ffhidden mlphidden "
     "feedforwardhidden hiddenff", "dim dims size dimension width hiddensize hiddendim hidden"
-) | {"nhid", "nffn"}  # fmt: skip
+) | {"nhid", "nffn", "pfdim", "filtersize"}  # fmt: skip
 VOCABULARY = _spelled(
     "n num number numberof d src tgt trg source target enc dec encoder decoder nsrc ntrg ntgt input output padded "
     "total in out",
@@ -64,7 +68,7 @@ CONTEXT = _spelled(
 CONTEXT |= words(
     "maxlen maxlength npositions numpositions maxpositions maxposition npos nctx maxt maxpositionembeddings "
     "maxpositionalembeddings positions maxtokens maxtextlen maxpos maxseqlens trainctx trainseqlen windowlen "
-    "maxcontextlen"
+    "maxcontextlen tmax"
 )
 LAYERS = _spelled(
     COUNT,
@@ -92,8 +96,18 @@ CAUSAL = {"causal": True, "iscausal": True, "autoregressive": True, "isdecoder":
           "isbidirectional": False}  # fmt: skip
 
 
-def size_of(name: str, among: Iterable[str] = ()) -> str | None:
-    """The size that a parameter name stands for. `hidden_dim` is the width only where no other name `among` is."""
+# What a parameter must mean that has no default and is in no table: the letters of the field, and words in a name.
+LETTERS = {"V": "vocab_size", "T": "block_size", "L": "n_layer", "H": "n_head", "D": "n_embd", "C": "n_embd"}
+ENDS = dict.fromkeys(
+    ("inputdim", "outputdim", "inputsize", "indim", "outdim"), "vocab_size"
+)  # where it has a width too
+
+
+def size_of(name: str, among: Iterable[str] = (), *, required: bool = False) -> str | None:
+    """The size that a parameter name stands for. `hidden_dim` is the width only where no other name `among` is.
+
+    A `required` parameter, which has no default to keep, is understood more freely.
+    """
     plain = squash(name)
     if name == "n":  # N is the number of layers in the paper; n is anything
         return None
@@ -103,6 +117,28 @@ def size_of(name: str, among: Iterable[str] = ()) -> str | None:
         return "n_embd"
     if ("drop" in plain and not plain.startswith(("use", "is", "drop_last", "droplast"))) or plain in ("pdrop",):
         return "dropout"
+    if not required or plain in DERIVED or plain in PADDING:
+        return None
+    if plain in ENDS:
+        wide = any(squash(other) in WIDTH | HIDDEN for other in among)
+        return ENDS[plain] if wide and not any(squash(other) in VOCABULARY for other in among) else None
+    return LETTERS.get(name) or _by_words(plain)
+
+
+def _by_words(plain: str) -> str | None:
+    """`i_vocab_size`, `max_decoding_length`, `dim_vector`."""
+    counts = plain.startswith(("n", "num")) or plain.endswith(("s", "num", "count"))
+    measured = any(word in plain for word in ("dim", "size", "width"))
+    if "voc" in plain and (measured or plain.endswith(("len", "length", "count", "num"))):
+        return "vocab_size"
+    if "max" in plain and any(word in plain for word in ("len", "position", "token", "step")) and "new" not in plain:
+        return "block_size"
+    if measured and any(word in plain for word in ("model", "emb", "vector")) and "head" not in plain:
+        return "n_embd"
+    if counts and not measured and any(word in plain for word in ("layer", "block")) and "norm" not in plain:
+        return "n_layer"
+    if counts and not measured and "head" in plain and not any(w in plain for w in ("kv", "key", "value", "group")):
+        return "n_head"
     return None
 
 
@@ -114,7 +150,7 @@ SOURCES = words(
 )
 DECODED = words(
     "tgt trg target targets trgseq tgtseq trgtokenids trgtokens tgttokens decinput decoderinput decoderinputs "
-    "decinputs targetseq outputseq y decoderinputids tgtids"
+    "decinputs targetseq outputseq y decoderinputids tgtids inputs input"
 )
 STARTS = words("startpos startposition pos position offset curpos pastlength startidx tokenoffset")
 POSITIONS = words("positions positionids inputpos tokenpositions posids inputpositions")
@@ -167,7 +203,7 @@ DERIVED: dict[str, Rule] = {
     **dict.fromkeys(("device", "dev"), _device),
     **dict.fromkeys(("dtype", "torchdtype", "paramdtype", "modeldtype"), _dtype),
     **{name: _always(value) for name, value in CAUSAL.items()},
-    **dict.fromkeys(("maxbatchsize", "maxbatch", "maxbs"), _whole(lambda s: 128)),
+    **dict.fromkeys(("maxbatchsize", "maxbatch", "maxbs", "maxgenbatchsize"), _whole(lambda s: 512)),
     **dict.fromkeys(
         ("ffmult", "mlpratio", "ffnmult", "rate", "expansion", "feedforwardscaling", "mlpmult", "expansionfactor",
          "ffnexpansion", "forwardexpansion", "dffmult", "feedforwardmult", "ffratio", "mlpfactor", "ffscale"),

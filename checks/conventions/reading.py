@@ -126,7 +126,7 @@ def _unreadable(output: Any, found: list[tuple[str, Tensor]], B: int, T: int, V:
     says = f"{wanted}, got {described(output)}"
     if any(_one_position(shape, B, V) for shape in shapes):
         return Unreadable(f"{says}: the last position only", last_only=True)
-    if any(len(s) == 3 and s[:2] == (B, T - 1) for s in shapes):
+    if any(s[:-1] in ((B, T - 1), (B * (T - 1),)) and (len(s) == 3 or s[-1] == V) for s in shapes):
         return Unreadable(f"{says}: one position short", short=True)
     if any(len(s) == 3 and s[:2] == (B, T) for s in shapes):
         return Unreadable(says, hidden=True)

@@ -11,7 +11,7 @@ from checks.conventions.calling import Uncallable
 from checks.conventions.choosing import KINDS, Named
 from checks.conventions.constructing import Recipe, Unfillable
 from checks.conventions.filling import signature_of
-from checks.conventions.home import Home
+from checks.conventions.home import Home, SubjectWaits
 from checks.conventions.reading import Unreadable
 from checks.conventions.stubs import MissingLibrary
 from checks.conventions.usage import own_frames, shown, what_happened
@@ -81,7 +81,8 @@ def explain(trials: list[Trial], home: Home, label: str) -> str:
     """Why nothing could be built and called: the attempt that got farthest, and what would settle it."""
     if not trials:
         return f"{label}: nothing to try\n{factory('…')}"
-    trial = min(trials, key=lambda t: t.rank)
+    likeliest = next((t.target for t in trials if not inspect.isfunction(t.target)), None)
+    trial = min((t for t in trials if inspect.isfunction(t.target) or t.target is likeliest), key=lambda t: t.rank)
     name, where, hint = label_of(trial.target), _defined(trial.target, home), _other_framework(home)
     if isinstance(trial.error, Unfillable):
         wanted = [p.name for p in signature_of(trial.target).parameters]
@@ -91,7 +92,7 @@ def explain(trials: list[Trial], home: Home, label: str) -> str:
     if isinstance(trial.error, Uncallable):
         first = trial.error.attempts[0][1] if trial.error.attempts else trial.error
         settles = _remedy(first, home) or _wrapper(first)
-        return f"{where}{name} gave no logits [B, T, V]\n{_attempts(trial.error, home)}\n{settles}"
+        return f"{where}{name} gave no logits [B, T, V]\n{_attempts(trial.error, home)}\n{hint}{settles}"
     could = "" if trial.built else " could not be built from sizes\n "
     settles = _remedy(trial.error, home) or factory(f"{name}(…)")
     return f"{where}{name}{could or ':'} {what_happened(trial.error, home)}\n{hint}{settles}"
@@ -101,6 +102,8 @@ def _remedy(error: Exception, home: Home) -> str:
     """What settles an error that no other way of building or calling would avoid; "" for any other."""
     if isinstance(error, MissingLibrary):
         return "  what settles it: that library, or a model that does without"
+    if isinstance(error, SubjectWaits):
+        return "  what settles it: that line taken out"
     if any(word in str(error).lower() for word in ("cuda", "nvidia")):
         return (
             "  what settles it: --gpu where there is one, or that line on the device of its input "
@@ -115,7 +118,7 @@ def _remedy(error: Exception, home: Home) -> str:
 
 
 def _attempts(error: Uncallable, home: Home) -> str:
-    lines = []
+    lines = [] if error.attempts else ["  it has no forward of its own"]
     for way, problem in error.attempts[:4]:
         lines.append(f"  {way.says}: {problem if isinstance(problem, Unreadable) else what_happened(problem, home)}")
     return "\n".join(dict.fromkeys(lines))

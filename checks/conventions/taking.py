@@ -43,7 +43,7 @@ def is_script(tree: ast.Module) -> bool:
     return any(
         _last(call.func) in WORK or (isinstance(call.func, ast.Name) and call.func.id in works)
         for statement in tree.body
-        if id(statement) not in left and not _is_main_guard(statement)
+        if id(statement) not in left and not is_main_guard(statement)
         for call in _calls(statement)
     )
 
@@ -59,7 +59,7 @@ def definitions(tree: ast.Module, wanted: Iterable[str] = ()) -> ast.Module:
 def dropped(tree: ast.Module, kept: ast.Module) -> list[int]:
     """Lines of statements that were not taken."""
     left = {id(node) for node in kept.body}
-    said = (s for s in tree.body if not isinstance(s, ast.If | ast.Pass) and not _is_main_guard(s))
+    said = (s for s in tree.body if not isinstance(s, ast.If | ast.Pass) and not is_main_guard(s))
     return [statement.lineno for statement in said if id(statement) not in left]
 
 
@@ -81,7 +81,7 @@ class _Keep:
             return node if mine or node.value is None or self.pure(node.value) else None
         if isinstance(node, ast.Expr):
             return node if isinstance(node.value, ast.Constant) or self.configures(node.value) else None
-        if isinstance(node, ast.If) and not _is_main_guard(node) and self.pure(node.test):
+        if isinstance(node, ast.If) and not is_main_guard(node) and self.pure(node.test):
             body, other = self.all(node.body, names), self.all(node.orelse, names)
             return ast.copy_location(ast.If(node.test, body or [_pass(node)], other), node) if body or other else None
         if isinstance(node, ast.Try):
@@ -187,7 +187,7 @@ def _pass(node: ast.AST) -> ast.stmt:
     return ast.copy_location(ast.Pass(), node)  # type: ignore[arg-type]
 
 
-def _is_main_guard(node: ast.stmt) -> bool:
+def is_main_guard(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and "__name__" in {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
 
 

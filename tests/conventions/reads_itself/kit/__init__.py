@@ -1,0 +1,1 @@
+"""A package whose code reads its own modules by name."""
