@@ -8,20 +8,32 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
 from benchmarks import peers
 from benchmarks.peers import Peer
 from checks.probes.matrix_products import decoding_products, training_products
-from checks.probes.timing import Runs, in_turn, ratio
+from checks.probes.timing import Ratio, Runs, in_turn, ratio
 from checks.subject import Sizes
 
 SIZES = Sizes(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384)  # 10.7 million parameters
 B, T = 8, 256
 NEW_TOKENS = 255
+PATIENCE = 80.0  # seconds, for each of the three parts
 Clock = Callable[[], float]
+
+
+@dataclass
+class Figures:
+    """What the README states, with what it should be."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, what: str, found: Ratio, budget: str) -> None:
+        self.lines.append(f"{what:52} {found!s:24} budget {budget}")
 
 
 def main() -> None:
@@ -30,12 +42,13 @@ def main() -> None:
     torch.manual_seed(0)
     clock = time.process_time if options.cpu_time else time.perf_counter
     print(f"torch {torch.__version__}, threads: {options.threads}, clock: {clock.__name__}, rounds: {options.rounds}")
-    if options.nanogpt is None:
-        print("nanoGPT skipped: no folder given (make bench NANOGPT=folder)")
+    others = available(options.nanogpt)
+    figures = Figures()
     if options.what != "decoding":
-        training(options, clock)
+        training(others, options.rounds, clock, figures)
     if options.what != "training":
-        decoding(options, clock)
+        decoding(others, options.rounds, clock, figures)
+    print("\nours, in short: the median of paired rounds and its 95 % interval", *figures.lines, sep="\n")
 
 
 def parse() -> argparse.Namespace:
@@ -43,63 +56,93 @@ def parse() -> argparse.Namespace:
     parser.add_argument("what", nargs="?", choices=("training", "decoding"), help="by default both")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT; without it that peer is skipped")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="at most; three at least, however long they take")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine that others load too")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name in ("threads", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    return options
 
 
-def training(options: argparse.Namespace, clock: Clock) -> None:
+def available(nanogpt: str | None) -> dict[str, Callable[[Sizes], Peer]]:
+    """The other implementations that are here, by name; what is not is said."""
+    builders: dict[str, Callable[[Sizes], Peer]] = {
+        "HF GPT-2": peers.hf_gpt2,
+        "x-transformers": peers.x_transformers,
+    }
+    if nanogpt is None:
+        print("nanoGPT skipped: no folder given (make bench NANOGPT=folder)")
+    else:
+        builders = {"nanoGPT": lambda sizes: peers.nanogpt(nanogpt, sizes), **builders}
+    found = {}
+    for name, build in builders.items():
+        try:
+            build(Sizes())
+            found[name] = build
+        except (ImportError, FileNotFoundError) as error:
+            print(f"{name} skipped: {error}")
+    return found
+
+
+def training(others: dict[str, Callable[[Sizes], Peer]], rounds: int, clock: Clock, figures: Figures) -> None:
     tokens, targets = torch.randint(SIZES.vocab_size, (2, B, T))
 
     def step(peer: Peer, **how: bool) -> Callable[[], object]:
         return lambda: peer.step(tokens, targets, **how)
 
-    others = dict(
-        with_nanogpt(options, {"HF GPT-2": peers.hf_gpt2(SIZES), "x-transformers": peers.x_transformers(SIZES)})
-    )
     ours = peers.ours(SIZES)
-    runs = {"ours": step(ours)} | {name: step(peer) for name, peer in others.items()}
+    runs = {"ours": step(ours), **{name: step(build(SIZES)) for name, build in others.items()}}
     runs["matrix products"] = training_products(SIZES, B, T)
     runs["ours, bfloat16"] = step(ours, bfloat16=True)
     if "nanoGPT" in others:
-        runs["nanoGPT, bfloat16"] = step(others["nanoGPT"], bfloat16=True)
-    report("training step", "token/s", runs, B * T, options.rounds, clock)
+        runs["nanoGPT, bfloat16"] = step(others["nanoGPT"](SIZES), bfloat16=True)
+    seconds = report("training step", runs, B * T, rounds, clock)
+    figures.add("step, float32 / matrix products", ratio(seconds["ours"], seconds["matrix products"]), "≤ 1.05")
+    if "nanoGPT" in seconds:
+        figures.add("step, float32 / nanoGPT", ratio(seconds["ours"], seconds["nanoGPT"]), "≤ 1.00")
+        bfloat16 = ratio(seconds["ours, bfloat16"], seconds["nanoGPT"])
+        figures.add("step, bfloat16 / nanoGPT in float32", bfloat16, "≤ 0.55 where the CPU has bfloat16")
 
 
-def decoding(options: argparse.Namespace, clock: Clock) -> None:
+def decoding(others: dict[str, Callable[[Sizes], Peer]], rounds: int, clock: Clock, figures: Figures) -> None:
     prompt = torch.zeros(1, 1, dtype=torch.long)
 
     def decode(peer: Peer) -> Callable[[], object]:
         return lambda: peer.decode(prompt, NEW_TOKENS)
 
     products = decoding_products(SIZES)
-    runs = {
-        "ours": decode(peers.ours(SIZES)),
-        "HF GPT-2": decode(peers.hf_gpt2(SIZES)),
-        "x-transformers": decode(peers.x_transformers(SIZES)),
-        "matrix-vector products": lambda: [products() for _ in range(NEW_TOKENS)],
-    }
-    report("decoding, cached", "token/s", runs, NEW_TOKENS, options.rounds, clock)
-    slow = {"ours": runs["ours"], "ours, no cache": decode(peers.ours_without_cache(SIZES))}
-    for name, peer in with_nanogpt(options, {}):
-        slow[f"{name}, no cache"] = decode(peer)
-    report("decoding, without a cache", "token/s", slow, NEW_TOKENS, max(3, options.rounds // 5), clock)
+    runs = {"ours": decode(peers.ours(SIZES))}
+    runs |= {name: decode(build(SIZES)) for name, build in others.items() if name != "nanoGPT"}
+    runs["matrix-vector products"] = lambda: [products() for _ in range(NEW_TOKENS)]
+    seconds = report("decoding, cached", runs, NEW_TOKENS, rounds, clock)
+    share = ratio(seconds["matrix-vector products"], seconds["ours"])
+    figures.add("decoding, share of the matrix-vector bound", share, "≥ 0.5")
+    if "HF GPT-2" in seconds:
+        figures.add("decoding, times as fast as HF with its cache", ratio(seconds["HF GPT-2"], seconds["ours"]), "≥ 3")
+        bound = ratio(seconds["HF GPT-2"], seconds["matrix-vector products"])
+        figures.add("  and no float32 decoding could be faster than", bound, "none: the bound / HF")
+    uncached = {"ours": runs["ours"], "ours, no cache": decode(peers.ours_without_cache(SIZES))}
+    if "nanoGPT" in others:
+        uncached["nanoGPT, no cache"] = decode(others["nanoGPT"](SIZES))
+    uncached["matrix-vector products"] = runs["matrix-vector products"]
+    seconds = report("decoding, without a cache", uncached, NEW_TOKENS, rounds, clock)
+    if "nanoGPT, no cache" in seconds:
+        figures.add("decoding, times as fast as nanoGPT", ratio(seconds["nanoGPT, no cache"], seconds["ours"]), "≥ 20")
+        bound = ratio(seconds["nanoGPT, no cache"], seconds["matrix-vector products"])
+        figures.add("  and no float32 decoding could be faster than", bound, "none: the bound / nanoGPT")
 
 
-def with_nanogpt(options: argparse.Namespace, others: dict[str, Peer]) -> Iterator[tuple[str, Peer]]:
-    if options.nanogpt is not None:
-        yield "nanoGPT", peers.nanogpt(options.nanogpt, SIZES)
-    yield from others.items()
-
-
-def report(title: str, unit: str, runs: Runs, amount: int, rounds: int, clock: Clock) -> None:
+def report(title: str, runs: Runs, tokens: int, rounds: int, clock: Clock) -> dict[str, list[float]]:
     """Of each run the median time and speed, and its time as a multiple of ours with the 95 % interval."""
-    seconds = in_turn(runs, rounds, clock=clock)
-    print(f"\n{title}\n{'':24} {'ms':>9} {unit:>9}   its time / ours [95 %]     ours / its time")
+    seconds = in_turn(runs, rounds, clock=clock, patience=PATIENCE)
+    made = len(seconds["ours"])
+    print(f"\n{title}, {made} rounds\n{'':24} {'ms':>9} {'token/s':>9}   its time / ours [95 %]     ours / its time")
     for name, times in seconds.items():
         median = statistics.median(times)
         theirs, inverse = ratio(times, seconds["ours"]), ratio(seconds["ours"], times)
-        print(f"{name:24} {median * 1e3:9.1f} {amount / median:9.1f}   {theirs!s:24}  {inverse}")
+        print(f"{name:24} {median * 1e3:9.1f} {tokens / median:9.1f}   {theirs!s:24}  {inverse}", flush=True)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Only ratios of times from the same rounds mean anything on a machine that is sha
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,10 +37,17 @@ def in_turn(
     warmup: int = 1,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
+    patience: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round, after `warmup` rounds that are not counted; every other round is reversed."""
+    """Seconds of each run in each round, after `warmup` rounds that are not counted; every other round is reversed.
+
+    After `patience` seconds in all no further round is begun, but three are made.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    until = time.monotonic() + patience
     for turn in range(-warmup, rounds):
+        if turn >= 3 and time.monotonic() > until:
+            break
         for name in list(runs)[:: 1 if turn % 2 else -1]:
             spent = timed(runs[name], device, clock)
             if turn >= 0:
