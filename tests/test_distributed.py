@@ -143,7 +143,7 @@ from transformer.distributed import ProcessLost, joined
 from transformer.trainer import next_token_objective
 
 def objective(model, batch):
-    if trainer.steps_done == 5 and trainer.processes.rank == 1:
+    if trainer.steps_done == 5 and trainer.processes.rank == int(sys.argv[2]):
         os._exit(9)
     return next_token_objective(model, batch)
 
@@ -156,13 +156,14 @@ except ProcessLost as error:
 """
 
 
-def test_when_one_process_dies_the_other_says_so_and_the_last_checkpoint_loads(tmp_path):
+@pytest.mark.parametrize("dying", [0, 1])  # the first writes the files
+def test_when_one_process_dies_the_other_says_so_and_the_last_checkpoint_loads(dying, tmp_path):
     (tmp_path / "dying.py").write_text(DYING)
-    done = torchrun("dying.py", "out", cwd=tmp_path)
+    done = torchrun("dying.py", "out", dying, cwd=tmp_path)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
-    for words in ("process 0 of 2", "step 6", "another has ended", "checkpoint.pt holds step 4"):
+    for words in (f"process {1 - dying} of 2", "step 6", "another has ended", "checkpoint.pt holds step 4"):
         assert words in said[0]
     again = recorded(tmp_path / "out")
     again.resume(tmp_path / "out" / "checkpoint.pt")
