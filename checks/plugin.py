@@ -169,7 +169,8 @@ class Run:
         try:
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise pytest.UsageError(f"--device {device}: {str(error).splitlines()[0]}") from None
+            says = str(error).splitlines()[0].split(". ")[0]
+            raise pytest.UsageError(f"--device {device}: torch {torch.__version__} says: {says}") from None
         return device
 
     # -- collection

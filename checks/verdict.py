@@ -78,6 +78,9 @@ def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verd
         except Exception as error:
             verdict.outcome, verdict.says = "error", f"{type(error).__name__}: {error}"
             verdict.where = _last_own_line(error, subject)
+    if subject.device.type == "meta" and verdict.outcome in ("failed", "error"):
+        verdict.outcome = "not_applicable"
+        verdict.says = f"nothing is computed on the meta device, so nothing can be said of it: {verdict.says}"
     verdict.seconds = round(time.perf_counter() - start, 4)
     verdict.evidence = {**mine.evidence, **verdict.evidence}
     verdict.remarks, verdict.kept = mine.advice, mine.kept

@@ -155,6 +155,7 @@ def test_a_run_that_executed_nothing_is_not_green(student):
     [
         (("--with", "loss"), "PART=FILE:NAME"),
         (("--device", "cudda"), "cudda"),
+        (("--device", "hpu"), "--device hpu: torch"),
         (("--seed", "x"), "--seed"),
         (("--verdicts", "no/such/folder/v.jsonl"), "no/such/folder"),
         (("--spec", "gpt9"), "gpt9"),

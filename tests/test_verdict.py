@@ -132,3 +132,13 @@ def test_where_to_start_is_the_crash_else_the_first_failure():
     assert terminal.where_to_start([v("a", "passed")]) == ""
     assert "b" in terminal.where_to_start([v("a", "passed"), v("b", "failed"), v("c", "failed")])
     assert terminal.where_to_start([v("b", "failed"), v("c", "error")]) == "start with c"
+
+
+def test_on_the_meta_device_no_failure_is_stated():
+    """There are no numbers there: whatever a check makes of them is no verdict."""
+
+    def check_it(subject):
+        fail("the logits differ")
+
+    verdict = judge(check_it, reference(device="meta"), {})
+    assert verdict.outcome == "not_applicable" and "meta" in verdict.says and "the logits differ" in verdict.says
