@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+import tests.variants  # noqa: F401
 from checks import all_checks
 from checks.verdict import Verdict, check_id, judge
 from tests.controls import CONTROLS, FAULTY
 
 SEED = 3
-# Diverse in positions, norms, masks, caches and experts. The others of CONTROLS take too long for every run.
-QUICK = ("gpt2", "llama", "mistral-sliding", "bloom", "opt", "mixtral", "gpt-neox", "phi", "torch-encoder-pre-norm")
+# Diverse in positions, norms, masks, caches, experts and chance. The others of CONTROLS are for `make power`.
+QUICK = (
+    "gpt2", "llama", "mistral-sliding", "bloom", "opt", "mixtral", "gpt-neox", "phi", "torch-encoder-pre-norm",
+    "x-alibi", "reference-llama", "sliding-window", "stochastic-depth", "experts-of-one", "embedding-of-limited-norm",
+    "post-norm-with-scaled-embeddings", "ternary-weights",
+)  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries' own
