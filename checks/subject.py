@@ -267,16 +267,16 @@ def reference(**declared: Any) -> Subject:
 
 def _own(what: str, parts: dict[str, Any] | None, checkpoint: str | None, declared: dict[str, Any]) -> Subject:
     """The reference, or one of its known bugs, with other parts if such are given."""
-    from checks.conventions import UsageError
-    from checks.conventions.meeting import given_parts
-
     if checkpoint is not None:
+        from checks.conventions import UsageError
+
         raise UsageError(f"--checkpoint goes with a model of yours, not with {what}")
     subject = reference(**declared) if what == "transformer" else _bug(what.removeprefix("bug:")).subject(**declared)
-    others = given_parts(parts or {})
-    if others:
+    if parts:
+        from checks.conventions.meeting import given_parts  # which is all that meets foreign code: a tenth of a second
+
         subject.parts.declares = {}  # what the reference says of its own parts holds for no others
-    vars(subject.parts).update(others)
+        vars(subject.parts).update(given_parts(parts))
     return subject
 
 

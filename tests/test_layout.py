@@ -89,3 +89,13 @@ def test_the_plugin_costs_a_stranger_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_reference_is_met_without_what_meets_foreign_code():
+    code = (
+        "import sys; from checks.subject import Subject; Subject.meet().build(); "
+        "print(sorted({'checks.conventions.meeting', 'hypothesis', 'matplotlib', 'torch._dynamo', 'sympy', 'rich'} "
+        "& set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
