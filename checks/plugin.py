@@ -168,7 +168,7 @@ class Run:
             raise pytest.UsageError(f"no CUDA device here: the installed torch is {torch.__version__}")
         try:
             torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             says = str(error).splitlines()[0].split(". ")[0]
             raise pytest.UsageError(f"--device {device}: torch {torch.__version__} says: {says}") from None
         return device
