@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CHECKS = Path(__file__).parent
 BENCHMARKS = CHECKS / "bench_training.py"
 DEFAULT_MODEL = "transformer"
+EXECUTED = ("passed", "failed", "error")
 
 OURS = pytest.StashKey[set[str]]()  # the options that are ours in this run
 PATH = pytest.StashKey[list[str]]()  # sys.path before conftests put their folders first
@@ -98,6 +99,8 @@ class Run:
         self.verdicts: dict[str, dict[str, Verdict]] = {}
         self.reported: dict[str, list[dict[str, Any]]] = {}
         self.totals: dict[str, int] = {}
+        self.chosen: dict[str, set[str]] = {}  # by subject, node ids of checks that are to run and have no verdict yet
+        self.passed_over: set[str] = set()  # those that a mark skips
         self.complaints: list[str] = []  # what went wrong beside the checks
         self.written: list[Path] = []  # pictures and reports
         self.measured: list[str] = []  # by benchmarks, a line each
@@ -199,6 +202,11 @@ class Run:
         others = [item for item in items if not isinstance(item, CheckItem)]
         items[:] = [*others, *sorted(mine, key=lambda item: (item.subject_index, THEMES.index(item.theme)))]
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            if isinstance(item, CheckItem):
+                self.chosen.setdefault(self.subjects[item.subject_index].name, set()).add(item.nodeid)
+
     # -- header and summary
 
     def pytest_report_header(self) -> list[str]:
@@ -212,7 +220,10 @@ class Run:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         verdict = getattr(report, "verdict", None)
+        if report.skipped and verdict is None:
+            self.passed_over.add(report.nodeid)
         if verdict is not None:
+            self.chosen.get(verdict["subject"], set()).discard(report.nodeid)
             self.reported.setdefault(verdict["subject"], []).append(verdict)
         for name, line in report.user_properties if report.when == "teardown" else ():
             kept = {"benchmark": self.measured, "no benchmark": self.unmeasured}.get(name, [])
@@ -234,10 +245,20 @@ class Run:
             self._write(lines.summary(name, verdicts, self.totals.get(name, len(verdicts))))
         if self._subjects:
             self._draw()
-        ran = any(v["outcome"] in ("passed", "failed", "error") for vs in self.reported.values() for v in vs)
-        ran = ran or bool(self.measured)
-        if self.asked and not ran and session.exitstatus == pytest.ExitCode.OK and not self.config.option.collectonly:
-            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+        if self.asked and session.exitstatus == pytest.ExitCode.OK and not self.config.option.collectonly:
+            session.exitstatus = self._exit_code()
+
+    def _exit_code(self) -> pytest.ExitCode:
+        """Of a run in which nothing failed: it is green if every subject had checks and each of them a verdict."""
+        unjudged = {name: sorted(chosen - self.passed_over) for name, chosen in self.chosen.items()}
+        for name, left in unjudged.items():
+            if left:
+                some = ", ".join(nodeid.rpartition("::")[2] for nodeid in left[:3]) + ", …" * (len(left) > 3)
+                self.complaints.append(f"not green: {len(left)} checks of {name} were to run and did not: {some}")
+        if any(unjudged.values()):
+            return pytest.ExitCode.TESTS_FAILED
+        ran = [any(v["outcome"] in EXECUTED for v in verdicts) for verdicts in self.reported.values()]
+        return pytest.ExitCode.OK if self.measured or (ran and all(ran)) else pytest.ExitCode.NO_TESTS_COLLECTED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for name, verdicts in self.reported.items():

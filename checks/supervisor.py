@@ -111,7 +111,11 @@ def _supervise(given: list[str], patience: float, folder: Path) -> int:
     if watched.ended is not None and not hung:
         sys.stderr.write(said)
         green = watched.ended == 0
-        return (0 if watched.passed else 1) if green and "--collect-only" not in given else watched.ended
+        return (
+            (0 if watched.passed and not watched.running else 1)
+            if green and "--collect-only" not in given
+            else watched.ended
+        )
     print(_obituary(child.returncode, watched, said, hung, patience, given[0]), file=sys.stderr)
     return 1
 

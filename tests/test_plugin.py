@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -148,6 +149,30 @@ def test_a_crash_shows_the_subjects_own_line(student):
 
 def test_a_run_that_executed_nothing_is_not_green(student):
     assert student(CAUSAL, "-k", "no_check_is_called_this").ret != 0
+
+
+def test_a_run_that_left_out_a_check_is_not_green(student, pytester):
+    """Nobody deselected it, and another plugin took it for its own."""
+    pytester.makeconftest("""
+        def pytest_runtest_protocol(item):
+            return True if "check_logits_have_shape" in item.name else None
+    """)
+    result = student(CAUSAL, "-k", "check_logits_have_shape or check_inputs_are_left_alone")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["not green: 1 checks of student.py were to run and did not: check_logits_have_shape*"])
+
+
+def test_a_run_that_says_nothing_of_one_of_its_models_is_not_green(student):
+    """The reference has a cache, the student's model has none."""
+    result = student(CAUSAL, "--model", "transformer", "-k", "check_cached_decoding_equals_full")
+    assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    result.stdout.fnmatch_lines(["no check ran: this says nothing about the model", "1 passed; 1 of * checks ran"])
+
+
+def test_a_run_stopped_at_its_first_failure_says_how_many_ran(student):
+    result = student(LEAKING, "-x", "-k", "check_contract or check_causality")
+    assert result.ret != 0
+    assert re.search(r"1 failed.*; \d+ of \d+ checks ran", result.stdout.str())
 
 
 @pytest.mark.parametrize(

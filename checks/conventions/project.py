@@ -84,7 +84,7 @@ def _of_option(rest: str) -> Any:
     if "store_false" in rest:
         return True
     default = re.search(rf"default\s*=\s*{VALUE}", rest)
-    return _literal(default[1]) if default else names.MISSING
+    return _literal(default[1]) if default else None if "default" not in rest else names.MISSING
 
 
 def _literal(text: str) -> Any:
