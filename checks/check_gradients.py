@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from checks.check_causality import watched_embeddings
 from checks.expect import NotApplicable, Where, advise, fail, needs, note
+from checks.probes.ablation import siblings
 from checks.probes.holdings import renormalized
 from checks.probes.precision import precision
 from checks.probes.randomness import seeded
@@ -115,16 +116,35 @@ def _owner(model: nn.Module, parameter: str) -> Where:
     return locate(model, parameter.rpartition(".")[0] or type(model).__name__)
 
 
+def _likely_missing(model: nn.Module, missing: dict[str, str]) -> tuple[str, ...]:
+    """By what the silent parameters are: all of a block, or of every block, norms, tables, or single projections."""
+    if any(why != "none" for why in missing.values()):
+        return "residual-doubled", "v-detached"
+    blocks = next(iter(siblings(model)), [])
+    silent = [block for block in blocks if any(name.startswith(f"{block}.") for name in missing)]
+    whole = [
+        block
+        for block in silent
+        if all(f"{block}.{name}" in missing for name, _ in model.get_submodule(block).named_parameters())
+    ]
+    if whole:
+        return ("residual-doubled", "last-block-skipped") if whole == blocks else ("last-block-skipped",)
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in missing]
+    if all(isinstance(owner, nn.Embedding) for owner in owners):
+        return "untied-embedding-no-grad", "position-table-detached"
+    if all(next(owner.parameters()).dim() < 2 for owner in owners):
+        return ("norm-reused",)
+    return "no-output-projection", "v-detached", "last-block-skipped"
+
+
 def _blame_missing(model: nn.Module, missing: dict[str, str]) -> None:
     first = next(iter(missing))
     others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-    nothing = all(why == "none" for why in missing.values())
     fail(
         f"{first}{others} {'get' if others else 'gets'} no gradient ({missing[first]}): "
         f"{'they stay' if others else 'it stays'} as drawn, however long the model trains",
         where=_owner(model, first),
-        likely=("last-block-skipped", "norm-reused", "no-output-projection", "embedding-no-grad") if nothing else
-        ("residual-doubled", "v-detached"),
+        likely=_likely_missing(model, missing),
         advice="it is not used in the forward, or only under no_grad, or what it computes is thrown away",
         parameters=missing,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.check_causality import CONTRACT, expect_causal
+from checks.check_causality import CONTRACT, expect_causal, telling_places
 from checks.expect import NotApplicable, advise, fail, needs, note
 from checks.probes.ablation import one_block
 from checks.probes.attention_products import key_products, mentions_rotary
@@ -19,6 +19,7 @@ from checks.subject import EXISTENCE
 
 SMALLEST = 1e-6  # standard deviations of the logits: what an exchange of tokens moves at least (clean models: 2e-3)
 LONG = 40  # tokens: past the powers of two at which positions may start again
+LONGER = 131  # of these only pairs with the first token and some neighbours are tried
 TURNED = 1e-4  # of a cosine: angles are commonly computed in float32; in bfloat16 they drift by 1e-2
 SETTLED = 4  # tokens after which a short convolution of equal tokens is constant
 
@@ -42,6 +43,9 @@ def check_order_of_tokens_matters(subject: Any) -> None:
         if bool((best > SMALLEST).all()):
             break
     note(least=float(best.min()), bound=SMALLEST, length=T)
+    if sizes and bool((best > SMALLEST).all()):
+        expect_far_places_differ(subject, positions_held(model))
+        return
     alike = [pair for pair, move in zip(pairs, best.tolist(), strict=True) if not move > SMALLEST]
     mechanism = positions_held(model)
     if len(alike) == len(pairs) and mechanism is None:
@@ -54,6 +58,15 @@ def pairs_to_exchange(T: int) -> list[tuple[int, int]]:
     """Neighbours, and two tokens each with every later one; a token is left to look at them."""
     neighbours = {(a, a + 1) for a in range(T - 2)}
     return sorted(neighbours | {(a, b) for a in (0, min(3, T - 3)) for b in range(a + 1, T - 1)})
+
+
+def expect_far_places_differ(subject: Any, mechanism: str | None) -> None:
+    pairs = [(0, b) for b in range(LONG, LONGER - 1, 3)]
+    pairs += [(place - 1, place) for place in telling_places(LONGER) if LONG < place < LONGER - 1]
+    moves = exchanges(subject, one_block(subject, EXISTENCE[1], block_size=LONGER), LONGER, pairs)
+    alike = [pair for pair, move in zip(pairs, moves.tolist(), strict=True) if not move > SMALLEST]
+    if alike:
+        fail_alike(alike, pairs, LONGER, mechanism)
 
 
 def exchanges(subject: Any, model: nn.Module, T: int, pairs: list[tuple[int, int]]) -> Tensor:
@@ -83,7 +96,7 @@ def positions_held(model: nn.Module) -> str | None:
 
 def fail_alike(alike: list[tuple[int, int]], pairs: list[tuple[int, int]], T: int, mechanism: str | None) -> None:
     (a, b), all_of_them = alike[0], len(alike) == len(pairs)
-    likely: tuple[str, ...] = ("positions-start-again", "rope-half-precision")
+    likely: tuple[str, ...] = ("positions-start-again", "positions-clamped", "rope-half-precision")
     if all_of_them:
         likely = ("position-constant", "rope-on-the-wrong-axis", "rope-only-on-q", "prefill-all-same-position")
     fail(

@@ -1,0 +1,177 @@
+"""What the contract checks say: shapes, lengths, ids, what is remembered, what is thrown away."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from checks import checks_in
+from checks.bugs import all_bugs
+from checks.bugs.variants import changed
+from checks.subject import Subject, reference
+from checks.verdict import Verdict, judge
+from transformer.model import Transformer
+
+CHECKS = {check.__name__.removeprefix("check_"): check for check in checks_in("contract")}
+BUGS = all_bugs()
+
+# bug → the check that finds it, the module it names, what it says, the first likely bug
+FOUND = {
+    "logits-time-first": ("logits_have_shape", None, ("[13, 3, 17]", "[3, 13, 17]"), "logits-time-first"),
+    "length-one-squeezed": ("every_length_is_read", None, ("2 rows of 1 tokens", "[2, 17]"), "length-one-squeezed"),
+    "block-size-off-by-one": (
+        "every_length_is_read",
+        None,
+        ("a sequence of 13 tokens", "block size is 13"),
+        "block-size-off-by-one",
+    ),
+    "mask-positive-inf": (
+        "logits_are_finite",
+        "blocks.0.attention",
+        ("position 0 is nan", "3757 of 3757"),
+        "mask-positive-inf",
+    ),
+    "state-leaks-between-calls": (
+        "earlier_calls_leave_no_trace",
+        "Remembers",
+        ("after the same call",),
+        "state-leaks-between-calls",
+    ),
+    "mask-kept-from-the-first-call": (
+        "earlier_calls_leave_no_trace",
+        "blocks.0.attention",
+        ("after a call with a mask",),
+        "mask-kept-from-the-first-call",
+    ),
+    "decoding-state-left-behind": (
+        "earlier_calls_leave_no_trace",
+        "Decodes",
+        ("after a single token",),
+        "decoding-state-left-behind",
+    ),
+    "backward-leaves-a-mark": (
+        "earlier_calls_leave_no_trace",
+        "Marked",
+        ("after a backward pass in train mode",),
+        "backward-leaves-a-mark",
+    ),
+    "tokens-changed-in-place": (
+        "inputs_are_left_alone",
+        None,
+        ("caller's own tokens", "was 1 and is now 0"),
+        "tokens-changed-in-place",
+    ),
+    "mask-changed-in-place": (
+        "inputs_are_left_alone",
+        None,
+        ("caller's own mask", "was False and is now True"),
+        "mask-changed-in-place",
+    ),
+    "too-long-cut-silently": (
+        "too_long_a_sequence_is_no_silent_error",
+        None,
+        ("15 tokens", "[2, 13, 17]"),
+        "too-long-cut-silently",
+    ),
+    "token-ids-wrapped": ("unknown_token_ids_are_refused", None, ("token id 17", "0 to 16"), "token-ids-wrapped"),
+    "parameter-outside-module": (
+        "every_tensor_is_registered",
+        None,
+        ("head.layer", "no optimizer sees"),
+        "parameter-outside-module",
+    ),
+    "buffer-not-registered": (
+        "every_tensor_is_registered",
+        None,
+        ("positions.scale", "leaves it behind"),
+        "buffer-not-registered",
+    ),
+    "init-reruns-after-load": (
+        "state_dict_restores_the_model",
+        "embedding",
+        ("not in its state_dict",),
+        "init-reruns-after-load",
+    ),
+    "copy-calls-the-original": ("copies_are_independent", None, ("a deep copy",), "copy-calls-the-original"),
+    "tied-weights-broken": (
+        "ties_survive",
+        None,
+        ("embedding.weight and head.weight", "config.tied"),
+        "tied-weights-broken",
+    ),
+    "tie-lost-by-wrapping": ("ties_survive", None, ("after .double() they are two",), "tie-lost-by-wrapping"),
+    "block-output-discarded": (
+        "every_block_matters",
+        "blocks.1",
+        ("leaving out blocks.1", "by 0 standard deviations"),
+        "block-output-discarded",
+    ),
+    "block-never-runs": (
+        "every_block_matters",
+        "blocks.1",
+        ("blocks.1 never runs, although blocks.0 does",),
+        "block-never-runs",
+    ),
+    "last-head-dropped": (
+        "every_head_matters",
+        "blocks.0.attention.output",
+        ("head 3 of 4 silenced",),
+        "last-head-dropped",
+    ),
+    "gqa-heads-collapse-to-one": (
+        "nothing_projected_is_thrown_away",
+        "blocks.0.attention.qkv",
+        ("outputs 40 to 47 of 64",),
+        "gqa-heads-collapse-to-one",
+    ),
+}
+
+
+def verdict(check: str, bug: str) -> Verdict:
+    return judge(CHECKS[check], BUGS[bug].subject(seed=3), {})
+
+
+@pytest.mark.parametrize("bug", FOUND)
+def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
+    check, module, facts, likely = FOUND[bug]
+    found = verdict(check, bug)
+    assert found.outcome == "failed", found.says
+    assert (found.where.module if found.where else None) == module
+    for fact in facts:
+        assert fact in found.says
+    assert likely in found.likely[:2]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_reference_is_not_accused(check):
+    found = judge(CHECKS[check], reference(seed=5), {})
+    assert found.outcome in ("passed", "not_applicable"), found.says
+
+
+def test_statistics_kept_in_training_are_no_memory():
+    """A running mean in a registered buffer, as a router's balance is: training moves it, evaluation only reads it."""
+
+    def change(model):
+        class Centred(Transformer):
+            def embed(self, tokens):
+                x = super().embed(tokens)
+                y = x - self.mean
+                if self.training:
+                    self.mean.lerp_(x.detach().mean(dim=(0, 1)), 0.1)
+                return y
+
+        model.register_buffer("mean", torch.zeros(model.config.n_embd))
+        model.__class__ = Centred
+
+    subject = Subject("centred", changed(change), seed=2)
+    found = judge(CHECKS["earlier_calls_leave_no_trace"], subject, {})
+    assert found.outcome == "passed", found.says
+
+
+def test_one_mistake_is_one_finding():
+    """A model that remembers is no random one too: the check of repetition waits for that of memory."""
+    from checks.check_modes import check_eval_repeats_itself
+
+    subject = BUGS["state-leaks-between-calls"].subject(seed=3)
+    memory = judge(CHECKS["earlier_calls_leave_no_trace"], subject, {})
+    assert judge(check_eval_repeats_itself, subject, {memory.check: memory}).outcome == "blocked"

@@ -1,0 +1,111 @@
+"""What the masking checks say: which padding is read, by which row and position, and in which module."""
+
+from __future__ import annotations
+
+import pytest
+
+from checks import checks_in
+from checks.bugs import all_bugs
+from checks.subject import Subject, reference
+from checks.verdict import Verdict, judge
+
+CHECKS = {check.__name__.removeprefix("check_"): check for check in checks_in("masking")}
+BUGS = all_bugs()
+
+# bug → the check that finds it, the module it names, what it says, the first likely bug
+FOUND = {
+    "pad-mask-ignored": (
+        "pad_contents_change_nothing",
+        "blocks.0.attention",
+        ("padding on the left", "in row 1 at position 6", "in eval mode"),
+        "pad-mask-ignored",
+    ),
+    "pad-mask-on-queries": (
+        "pad_contents_change_nothing",
+        "blocks.0.attention",
+        ("padding on the left", "in row 1 at position 6"),
+        "pad-mask-on-queries",
+    ),
+    "mask-repeated-in-wrong-head-batch-order": (
+        "pad_contents_change_nothing",
+        "blocks.0.attention",
+        ("in row 1",),
+        "mask-repeated-in-wrong-head-batch-order",
+    ),
+    "bool-mask-semantics-inverted": (
+        "mask_of_ones_changes_nothing",
+        None,
+        ("marks all 2 tokens as real", "position 1"),
+        "bool-mask-semantics-inverted",
+    ),
+    "fully-masked-row-nan": (
+        "rows_of_padding_do_no_harm",
+        "blocks.0.attention",
+        ("nothing but padding", "in row 1 at position 0"),
+        "fully-masked-row-nan",
+    ),
+    "float-mask-added": ("mask_types_agree", None, ("as float32", "padding: left"), "float-mask-added"),
+    "packing-cross-contamination": (
+        "packed_documents_stay_apart",
+        None,
+        ("document 1, tokens 6 to 12",),
+        "packing-cross-contamination",
+    ),
+    "left-pad-positions-not-from-mask": (
+        "left_padding_changes_nothing",
+        None,
+        ("as padding on the left", "than by itself"),
+        "left-pad-positions-not-from-mask",
+    ),
+    "position-reversed": (
+        "right_padding_changes_nothing",
+        None,
+        ("as padding on the right", "than by itself"),
+        "pad-mask-on-queries",
+    ),
+    "batch-statistics": (
+        "rows_do_not_touch",
+        "Centred",
+        ("change the logits of row 0 of 2", "in eval mode"),
+        "batch-statistics",
+    ),
+    "head-batch-axes-confused": (
+        "rows_do_not_touch",
+        "blocks.0.attention",
+        ("row 0 of 2",),
+        "head-batch-axes-confused",
+    ),
+}
+
+
+def verdict(check: str, bug: str) -> Verdict:
+    return judge(CHECKS[check], BUGS[bug].subject(seed=3), {})
+
+
+@pytest.mark.parametrize("bug", FOUND)
+def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
+    check, module, facts, likely = FOUND[bug]
+    found = verdict(check, bug)
+    assert found.outcome == "failed", found.says
+    assert (found.where.module if found.where else None) == module
+    for fact in facts:
+        assert fact in found.says
+    assert likely in found.likely[:2]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_reference_is_not_accused(check):
+    found = judge(CHECKS[check], reference(seed=5), {})
+    assert found.outcome in ("passed", "not_applicable"), found.says
+
+
+def test_the_smallest_padded_batch_is_shown():
+    found = verdict("left_padding_changes_nothing", "left-pad-positions-not-from-mask")
+    assert found.example["case"]["real"] == [1] and found.example["case"]["length"] == 2
+
+
+def test_a_model_without_a_mask_is_not_judged():
+    subject = reference()
+    subject.__class__ = type("Maskless", (Subject,), {"mask_forms": ()})
+    for name in ("pad_contents_change_nothing", "left_padding_changes_nothing", "mask_types_agree"):
+        assert judge(CHECKS[name], subject, {}).outcome == "not_applicable"
