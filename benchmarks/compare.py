@@ -22,7 +22,7 @@ from checks.subject import Sizes
 SIZES = Sizes(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384)  # 10.7 million parameters
 B, T = 8, 256
 NEW_TOKENS = 255
-PATIENCE = 80.0  # seconds, for each of the three parts
+PATIENCE = 70.0  # seconds, for each of the three parts
 Clock = Callable[[], float]
 
 
