@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: sanity test lint bench power clean
+.PHONY: mutants sanity test lint bench power clean
 
 sanity: $(VENV)/installed
 	$(BIN)/python -m pytest -m sanity
@@ -27,6 +27,10 @@ bench: $(VENV)/installed-for-tests
 power: $(VENV)/installed-for-tests
 	$(ONE_THREAD) $(BIN)/python -m tests.power $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS)) \
 		$(if $(ONLY),--only '$(ONLY)')
+
+# one-place mistakes made mechanically in FILE=model.py[:NAME]: how many are caught, which survive; goes on where it was
+mutants: $(VENV)/installed-for-tests
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.mutants $(FILE)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'

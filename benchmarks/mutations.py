@@ -1,0 +1,177 @@
+"""One-place mutants of a source file, made mechanically: the text around the place stays as it is."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+OTHER: dict[type, type] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Pow: ast.Mult, ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+NOT_COMMUTATIVE = (ast.Sub, ast.Div, ast.FloorDiv, ast.MatMult, ast.Pow)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` at `line` and `column` becomes `new`."""
+
+    kind: str
+    line: int
+    column: int
+    old: str
+    new: str
+    source: str  # the whole file with the change
+
+    @property
+    def id(self) -> str:
+        return f"{self.line}:{self.column}:{self.kind}:{hashlib.sha1(self.new.encode()).hexdigest()[:8]}"
+
+    def __str__(self) -> str:
+        return f"line {self.line}, {self.kind}: {_short(self.old)} → {_short(self.new)}"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def mutants(source: str) -> list[Mutant]:
+    """Every mutant that still compiles, in the order of the text."""
+    tree = ast.parse(source)
+    found: dict[str, Mutant] = {}
+    for node in _code(tree):
+        for kind, new in _changes(node):
+            mutant = _made(source, node, kind, new)
+            if mutant is not None:
+                found.setdefault(mutant.id, mutant)
+    return sorted(found.values(), key=lambda m: (m.line, m.column))
+
+
+def _code(tree: ast.Module) -> Iterator[ast.AST]:
+    """What is in functions and classes, without annotations, docstrings, messages and assertions."""
+    for top in tree.body:
+        if isinstance(top, ast.FunctionDef | ast.ClassDef):
+            yield from _inside(top)
+
+
+def _inside(node: ast.AST) -> Iterator[ast.AST]:
+    yield node
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and not isinstance(child, ast.Assert | ast.Raise | ast.JoinedStr):
+                yield from _inside(child)
+
+
+def _made(source: str, node: ast.AST, kind: str, new: str) -> Mutant | None:
+    lines = source.splitlines(keepends=True)
+    first, last = node.lineno - 1, node.end_lineno - 1  # type: ignore[attr-defined]
+    start = len("".join(lines[:first])) + _characters(lines[first], node.col_offset)  # type: ignore[attr-defined]
+    end = len("".join(lines[:last])) + _characters(lines[last], node.end_col_offset)  # type: ignore[attr-defined]
+    changed = source[:start] + new + source[end:]
+    try:
+        compile(changed, "mutant", "exec")
+    except SyntaxError:
+        return None
+    same = ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source))
+    return None if same else Mutant(kind, first + 1, node.col_offset, source[start:end], new, changed)  # type: ignore[attr-defined]
+
+
+def _characters(line: str, column: int) -> int:
+    """ast counts bytes."""
+    return len(line.encode()[:column].decode())
+
+
+def _changes(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """(kind, new text) for a node."""
+    if isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in OTHER:
+        yield "operator", _with(node, op=OTHER[type(node.op)]())
+    if isinstance(node, ast.BinOp) and isinstance(node.op, NOT_COMMUTATIVE):
+        yield "operands swapped", f"({_with(node, left=node.right, right=node.left)})"
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in OTHER:
+        yield "comparison", _with(node, ops=[OTHER[type(node.ops[0])](), *node.ops[1:]])
+    if isinstance(node, ast.BoolOp):
+        yield "and, or", f"({_with(node, op=OTHER[type(node.op)]())})"
+    if isinstance(node, ast.Constant):
+        yield from _constants(node.value)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub | ast.Invert):
+        yield f"{type(node.op).__name__.lower()} removed", f"({ast.unparse(node.operand)})"
+    if isinstance(node, ast.If | ast.IfExp | ast.While) and isinstance(node.test, ast.expr):
+        yield from _branches(node)
+    if isinstance(node, ast.Call):
+        yield from _calls(node)
+    if isinstance(node, ast.Slice):
+        yield from _slices(node)
+    if isinstance(node, ast.Assign | ast.AugAssign) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    ):
+        yield "statement dropped", "pass"
+    if isinstance(node, ast.AugAssign):
+        yield "assigned, not added", f"{ast.unparse(node.target)} = {ast.unparse(node.value)}"
+
+
+def _with(node: ast.AST, **fields: object) -> str:
+    changed = deepcopy(node)
+    for name, value in fields.items():
+        setattr(changed, name, value)
+    return ast.unparse(ast.fix_missing_locations(changed))
+
+
+def _constants(value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, bool):
+        yield "truth", str(not value)
+    elif isinstance(value, int):
+        yield "constant + 1", f"({value + 1})"
+        yield "constant - 1", f"({value - 1})"
+    elif isinstance(value, float):
+        yield "constant × 2", repr(value * 2)
+        yield "constant + 1", repr(value + 1)
+
+
+def _branches(node: ast.If | ast.IfExp | ast.While) -> Iterator[tuple[str, str]]:
+    if isinstance(node, ast.IfExp):
+        yield "branches swapped", f"({_with(node, body=node.orelse, orelse=node.body)})"
+
+
+def _calls(call: ast.Call) -> Iterator[tuple[str, str]]:
+    plain = [a for a in call.args if not isinstance(a, ast.Starred)]
+    for index in range(len(plain) - 1):
+        args = list(call.args)
+        args[index], args[index + 1] = args[index + 1], args[index]
+        yield "arguments swapped", _with(call, args=args)
+    for index, keyword in enumerate(call.keywords):
+        if keyword.arg is not None:
+            yield f"{keyword.arg} left out", _with(call, keywords=call.keywords[:index] + call.keywords[index + 1 :])
+    if plain and not isinstance(plain[0], ast.Constant | ast.GeneratorExp):
+        yield "call dropped", f"({ast.unparse(plain[0])})"
+    if isinstance(call.func, ast.Attribute) and not isinstance(call.func.value, ast.Name):
+        yield "method dropped", f"({ast.unparse(call.func.value)})"
+    elif (
+        isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) and call.func.value.id != "self"
+    ):
+        yield "method dropped", f"({call.func.value.id})"
+
+
+def _slices(node: ast.Slice) -> Iterator[tuple[str, str]]:
+    for side in ("lower", "upper"):
+        bound = getattr(node, side)
+        if bound is not None:
+            for sign in "+-":
+                shifted = ast.parse(f"({ast.unparse(bound)}) {sign} 1", mode="eval").body
+                yield f"slice {sign} 1", _with(node, **{side: shifted})
+
+
+def negated(source: str) -> Iterator[Mutant]:
+    """Every condition of an `if`, `while` or conditional expression turned around."""
+    for node in _code(ast.parse(source)):
+        if isinstance(node, ast.If | ast.IfExp | ast.While):
+            mutant = _made(source, node.test, "condition negated", f"(not ({ast.unparse(node.test)}))")
+            if mutant is not None:
+                yield mutant
