@@ -14,6 +14,7 @@ from checks.loss.cases import named
 from checks.loss.explained import misread_mask, spans
 from checks.probes.randomness import seeded
 from checks.training.runs import TrainerRun, examples, flat, model_of, needs_trainer
+from checks.training.steps import step_leaves_random_states
 
 SEQUENCES = [[3, 7, 11, 2, 9, 14, 5, 8], [6, 1, 13, 4], [12, 10, 15, 16, 3, 1]]  # lengths 8, 4, 6; no neighbours alike
 END = 2  # a token id that ends a text, and pads in the check that says so
@@ -184,6 +185,9 @@ def check_the_order_changes_with_the_epoch(subject: Any) -> None:
 
 def check_a_seed_decides_a_training(subject: Any) -> None:
     """The same seed gives the same bits, whatever was drawn before; another seed gives another training."""
+    if subject.brings("train_step") and not subject.brings("trainer"):
+        step_leaves_random_states(subject)
+        return
     needs_trainer(subject)
     ends = [trained(subject, seed=seed, before=before) for seed, before in ((1, 1), (1, 2), (2, 1))]
     if not torch.equal(ends[0], ends[1]):

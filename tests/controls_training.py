@@ -316,3 +316,131 @@ def with_a_penalty(model, optimizer, batch):
     loss.backward()
     optimizer.step()
     return loss
+
+
+@step
+def accumulates(model, optimizer, batch, accumulation=2):
+    """Micro-batches by the share of their targets."""
+    x, y = batch
+    optimizer.zero_grad()
+    total = 0.0
+    for tokens, targets in zip(x.chunk(accumulation), y.chunk(accumulation), strict=True):
+        loss = next_token(model(tokens), targets, reduction="sum") / (y != -100).sum()
+        loss.backward()
+        total += loss.item()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+    optimizer.step()
+    return total
+
+
+@step
+def accumulates_over_calls(model, optimizer, batch, step, accumulation_steps=4):
+    """The optimizer is stepped at every fourth call."""
+    loss = next_token(model(batch[0]), batch[1])
+    (loss / accumulation_steps).backward()
+    if (step + 1) % accumulation_steps == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+@step
+def insists_on_even_micro_batches(model, optimizer, batch):
+    x, y = batch
+    x, y = x.view(4, len(x) // 4, -1), y.view(4, len(y) // 4, -1)
+    optimizer.zero_grad()
+    losses = []
+    for tokens, targets in zip(x, y, strict=True):
+        losses.append(next_token(model(tokens), targets) / 4)
+        losses[-1].backward()
+    optimizer.step()
+    return sum(losses).item()
+
+
+@step
+def scales_by_itself(model, optimizer, batch, scaler=None, max_norm=None, scheduler=None):
+    model.train()
+    optimizer.zero_grad()
+    loss = next_token(model(batch[0]), batch[1])
+    if scaler is not None:
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+    else:
+        loss.backward()
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    if scheduler is not None:
+        scheduler.step()
+    return loss.item()
+
+
+@step
+def sets_its_own_rate(model, optimizer, x, y, it):
+    for group in optimizer.param_groups:
+        group["lr"] = 3e-3 * min(1.0, (it + 1) / 100)
+    loss = next_token(model(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+@step
+def decays_by_hand(model, optimizer, batch):
+    loss = next_token(model(batch[0]), batch[1])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(0.999)
+    return loss.item()
+
+
+@step
+def mean_of_each_row(model, optimizer, batch):
+    x, y = batch
+    losses = F.cross_entropy(model(x).transpose(1, 2), y, reduction="none")
+    loss = (losses.sum(1) / (y != -100).sum(1)).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@step
+def every_micro_batch_a_step(model, optimizer, batch):
+    total = 0.0
+    for x, y in zip(batch[0].split(2), batch[1].split(2), strict=True):
+        loss = next_token(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(x)
+    return total / len(batch[0])
+
+
+@step
+def by_the_sum_reports_the_mean(model, optimizer, batch):
+    loss = next_token(model(batch[0]), batch[1], reduction="sum")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item() / batch[1].numel()
+
+
+@step
+def with_a_closure(model, optimizer, batch):
+    def closure():
+        optimizer.zero_grad()
+        loss = next_token(model(batch[0]), batch[1])
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure)

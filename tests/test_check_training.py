@@ -18,6 +18,7 @@ from tests.controls_training import STEPS, next_token, step_subject
 THEMES = ("training", "optimizer", "evaluation", "data")
 CHECKS = {check_id(check).partition(".")[2]: check for theme in THEMES for check in checks_in(theme)}
 FOLLOWS, MICRO = "check_a_step_follows_the_gradient", "check_micro_batches_add_up_to_the_whole"
+SCALE = "check_the_loss_scale_cancels"
 CLIP, REPORTED = "check_clipping_scales_the_whole_gradient", "check_the_reported_loss_is_that_of_the_step"
 RATE, WEIGHS = "check_the_learning_rate_follows_its_schedule", "check_evaluation_weighs_every_target_alike"
 EPOCH, LOSS_MASK = "check_an_epoch_has_every_example_once", "check_the_loss_mask_drops_what_was_asked"
@@ -76,6 +77,15 @@ SAID = [
     ("data-last-window-dropped", EPOCH, ["windows of [3, 3, 3]"]),
     ("data-validation-leak", EPOCH, ["validation split"]),
     ("data-same-shuffle-every-epoch", "check_the_order_changes_with_the_epoch", ["same order"]),
+    ("step-means-of-micro-batches", FOLLOWS, ["the average of the means of micro-batches of [2, 2, 1] rows"]),
+    ("step-means-by-rows-of-targets", MICRO, ["a target counts", "with few targets weighs as much"]),
+    ("step-clips-too-late", CLIP, ["max_norm=", "only after the step"]),
+    ("step-clips-scaled", SCALE, ["loss scale of 1024", "clipped while it is scaled"]),
+    ("optimizer-steps-twice", FOLLOWS, ["called 2 times", "on the same gradient", "optimizer.step → optimizer.step"]),
+    ("step-by-another-optimizer", FOLLOWS, ["never stepped", "the averages"]),
+    ("step-pairs-other-rows", FOLLOWS, ["trained on the targets of row"]),
+    ("step-ticks-per-micro-batch", RATE, ["ticks 6 times in 2 optimizer steps", "3 times too soon"]),
+    ("step-reseeds", "check_a_seed_decides_a_training", ["train_step seeds it", "the same units at every step"]),
     ("dataloader-workers-same-seed", "check_processes_draw_from_streams_of_their_own", ["rank 0", "rank 1"]),
 ]
 
@@ -86,7 +96,8 @@ def test_a_finding_names_the_mistake(bug, check, facts):
     verdict = judge(CHECKS[check], all_bugs()[bug].subject(), {})
     assert verdict.outcome == "failed"
     assert not [fact for fact in facts if fact not in verdict.says], verdict.says
-    assert bug in verdict.likely or bug in ("objective-target-is-input", "optimizer-misses-embeddings")
+    others = ("objective-target-is-input", "optimizer-misses-embeddings")
+    assert bug in verdict.likely or bug.startswith("step-") or bug in others
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -125,6 +136,16 @@ def flattened_then_shifted(logits, x, y):
         (wrong_step(lambda logits, x, y: next_token(logits.transpose(0, 1), y)), "reshaped in different orders"),
         (wrong_step(lambda logits, x, y: -next_token(logits, y)), "uphill"),
         (wrong_step(flattened_then_shifted), "flattened before it is shifted"),
+        (wrong_step(lambda logits, x, y: next_token(logits[:-1], y[:-1])), "rows [4] of 5 are never trained"),
+        (
+            wrong_step(lambda logits, x, y: next_token(logits, y) / len(y)),
+            "divided by the 5 rows of the batch once more",
+        ),
+        (wrong_step(lambda logits, x, y: 2 * next_token(logits, y)), "2 times the gradient of the mean loss"),
+        (
+            wrong_step(lambda logits, x, y: next_token(logits[:3], y[:3]) + next_token(logits[3:], y[3:])),
+            "the sum, not divided, of the means of micro-batches of [3, 2] rows",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -133,6 +154,39 @@ def test_a_wrong_train_step_is_named(subject, fact):
     verdict = judge(CHECKS[FOLLOWS], subject, {})
     assert verdict.outcome == "failed"
     assert fact in verdict.says
+
+
+def test_gradients_that_some_parameters_keep_are_told_by_their_names():
+    def train_step(model, optimizer, batch):
+        model.blocks.zero_grad()
+        loss = next_token(model(batch[0]), batch[1])
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    parts = SimpleNamespace(build_model=reference_parts().build_model, train_step=train_step)
+    says = judge(CHECKS[FOLLOWS], Subject("wrong", parts), {}).says
+    assert "step 2" in says and "right for 12 of 16" in says and "embedding.weight" in says, says
+
+
+def test_a_step_that_reports_something_else_is_not_said_to_see_its_targets():
+    """A reported loss divided by the rows falls below ln V at once, and means nothing."""
+
+    def train_step(model, optimizer, batch):
+        loss = next_token(model(batch[0]), batch[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item() / len(batch[0])
+
+    parts = SimpleNamespace(build_model=reference_parts().build_model, train_step=train_step)
+    verdict = judge(CHECKS["check_a_uniform_stream_is_never_learned"], Subject("odd", parts), {})
+    assert verdict.outcome == "not_applicable" and "not the mean" in verdict.says
+
+
+def test_a_step_that_accumulates_over_calls_is_followed_to_its_update():
+    assert met_step(step_subject("accumulates_over_calls")).calls == 4
+    assert met_step(step_subject("two_lines")).calls == 1
 
 
 def test_a_step_that_switches_to_eval_mode_is_told():

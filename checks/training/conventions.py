@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,11 @@ NAMES = {
 ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
 ALWAYS = ("model", "optimizer", "batch", "tokens", "targets")  # given even where they have a default
 FORMS = ("(tokens, targets)", "{input_ids, labels}, both alike", "{tokens, targets, …}", "tokens alone")
+IGNORED = -100  # the target of padding, as PyTorch's own cross entropy has it
 SURE = 1 - 1e-6  # cosine of two updates that are the same but for their length
 RATE = 0.05
+ROWS = (5, 8)  # in a batch; micro-batches of five are uneven, and some steps insist on even ones
+CALLS = 16  # after which a step that accumulates over calls has moved the weights
 
 
 class Criterion(nn.Module):
@@ -75,15 +79,22 @@ class MetStep:
     factor: float  # length of that update against the gradient's
     dtype: torch.dtype
     first: Step  # what it did there
+    calls: int = 1  # until the weights moved: more than one where gradients are accumulated over calls
 
     @property
     def says(self) -> str:
         return f"train_step({', '.join(self.roles)}), batch as {self.form}"
 
-    def run(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Example]) -> Step:
-        before = flat(model)
-        result = call(self.function, self.roles, self.form, model, optimizer, batch)
-        return Step(list(batch), reported(result), before, flat(model))
+    def run(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Example], **given: Any) -> Step:
+        """One optimizer step. `given` are roles that the function takes, in place of neutral values."""
+        return one_step(self.function, self.roles_with(given), self.form, model, optimizer, batch, given)[0]
+
+    def takes(self, role: str) -> str | None:
+        """The parameter for a role, also one that has a default."""
+        return next((name for name, found in every_role(self.function).items() if found == role), None)
+
+    def roles_with(self, given: dict[str, Any]) -> dict[str, str]:
+        return {**self.roles, **{name: role for role in given if (name := self.takes(role))}}
 
 
 def met_step(subject: Any) -> MetStep:
@@ -111,31 +122,49 @@ def _meet(subject: Any) -> MetStep | NotApplicable:
 
 def trials(subject: Any, function: Callable, roles: dict[str, str], errors: list[str]) -> Iterator[MetStep]:
     """One step in every form that the function takes; the first that follows the gradient is the last tried."""
-    batch = equal_examples(subject, 3, seed=1)
     forms = FORMS if "batch" in roles.values() else FORMS[:2] if "targets" in roles.values() else FORMS[3:]
     ran = False
-    for dtype in (torch.float64, torch.float32):
+    for rows, dtype in itertools.product(ROWS, (torch.float64, torch.float32)):
         if ran:
             return  # float32 is for what float64 cannot be handed to, not for a second look
+        batch = equal_examples(subject, rows, seed=1)
         for form in forms:
             model = model_of(subject).to(dtype)
             optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
             gradient = Losses(subject, model).mean(batch)[0]
-            before = flat(model)
             try:
                 with warnings.catch_warnings():  # of trying what the function does not take
                     warnings.simplefilter("ignore")
-                    result = call(function, roles, form, model, optimizer, batch)
+                    step, calls = one_step(function, roles, form, model, optimizer, batch)
             except Exception as error:
                 errors.append(f"{form}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
                 continue
-            ran, step = True, Step(batch, reported(result), before, flat(model))
-            towards = -step.update / RATE
+            ran = True
+            towards = -step.update / optimizer.param_groups[0]["lr"]
             right = parallel(towards, gradient) > (SURE if dtype == torch.float64 else 1 - 1e-4)
             factor = float(towards.norm() / gradient.norm())
-            yield MetStep(function, roles, form, right, factor, dtype, step)
+            yield MetStep(function, roles, form, right, factor, dtype, step, calls)
             if right:
                 return
+
+
+def one_step(
+    function: Callable,
+    roles: dict[str, str],
+    form: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Example],
+    given: dict[str, Any] | None = None,
+) -> tuple[Step, int]:
+    """Calls until the weights move, or for nothing: no gradient is left for a later call. What it did, and how many."""
+    before, n = flat(model), 0
+    while True:
+        result = call(function, roles, form, model, optimizer, batch, {"count": n, **(given or {})})
+        n += 1
+        waits = any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+        if n == CALLS or not waits or not torch.equal(before, flat(model)):
+            return Step(list(batch), reported(result), before, flat(model)), n
 
 
 def equal_examples(subject: Any, count: int, *, seed: int = 0) -> list[Example]:
@@ -162,6 +191,12 @@ def parameter_roles(function: Callable) -> dict[str, str] | str:
     return f"train_step takes no {' and no '.join(sorted(missing))}" if missing else roles
 
 
+def every_role(function: Callable) -> dict[str, str]:
+    """What each parameter of a known name is for, those with a default included."""
+    named = inspect.signature(function).parameters
+    return {name: ROLES[name.lower()] for name in named if name.lower() in ROLES}
+
+
 def call(
     function: Callable,
     roles: dict[str, str],
@@ -169,18 +204,22 @@ def call(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Sequence[Example],
+    given: dict[str, Any],
 ) -> Any:
-    whole = torch.tensor(batch, device=next(model.parameters()).device)
-    tokens, targets = whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
+    device = next(model.parameters()).device
+    longest = max(map(len, batch))
+    whole = torch.tensor([[*example, *[0] * (longest - len(example))] for example in batch], device=device)
+    labels = torch.tensor([[*example, *[IGNORED] * (longest - len(example))] for example in batch], device=device)
+    tokens, targets = whole[:, :-1].contiguous(), labels[:, 1:].contiguous()
     if form == FORMS[1]:
-        tokens, targets = whole, whole.clone()
+        tokens, targets = whole, labels
     values = {
         "model": model,
         "optimizer": optimizer,
         "batch": in_form(form, whole, tokens, targets),
         "tokens": whole if form == FORMS[3] else tokens,
         "targets": targets,
-        "mask": torch.ones_like(tokens),
+        "mask": (targets != IGNORED).long(),
         "loss": Criterion(),
         "scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
         "scaler": torch.amp.GradScaler(enabled=False),
@@ -189,6 +228,7 @@ def call(
         "count": 0,
         "vocabulary": getattr(model, "vocab_size", 0),
     }
+    values |= given
     return function(**{name: values[role] for name, role in roles.items()})
 
 
@@ -198,10 +238,10 @@ def in_form(form: str, whole: Tensor, tokens: Tensor, targets: Tensor) -> Any:
     if form == FORMS[3]:
         return whole
     if form == FORMS[1]:  # as the transformers library has it, which takes these names and no others
-        return Fields(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=targets)
+        return Fields(input_ids=tokens, attention_mask=(targets != IGNORED).long(), labels=targets)
     names = dict.fromkeys(("input_ids", "tokens", "inputs", "x"), tokens)
     names |= dict.fromkeys(("labels", "targets", "target", "y"), targets)
-    return Fields(names | dict.fromkeys(("attention_mask", "mask", "loss_mask"), torch.ones_like(tokens)))
+    return Fields(names | dict.fromkeys(("attention_mask", "mask", "loss_mask"), (targets != IGNORED).long()))
 
 
 def reported(result: Any) -> float | None:

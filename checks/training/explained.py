@@ -171,3 +171,60 @@ def cause(got: Tensor, causes: Sequence[Cause]) -> tuple[str, tuple[str, ...]]:
         if near(got, update) or (not bool(update.any()) and not bool(got.any())):
             return says, likely
     return "", ()
+
+
+EVEN = 1e-4  # relative, of what rows count
+
+
+def row_weights(got: Tensor, rows: Sequence[Tensor]) -> list[float] | None:
+    """What each row's gradient counts in an update, where that is all there is in it; else None."""
+    basis = torch.stack(list(rows), 1)
+    found = torch.linalg.lstsq(basis, got[:, None]).solution
+    near_enough = (basis @ found - got[:, None]).norm() <= NEAR * got.norm()
+    return found.flatten().tolist() if near_enough and bool(got.any()) else None
+
+
+def uneven_rows(counts: Sequence[float]) -> tuple[str, tuple[str, ...]]:
+    """Why rows count so, each of which should count 1: dropped, or put together from micro-batches otherwise."""
+    B, largest = len(counts), max(map(abs, counts))
+    dropped = [i for i, c in enumerate(counts) if abs(c) < EVEN * largest]
+    if dropped:
+        return f"rows {dropped} of {B} are never trained", ("accum-partial-window-dropped", "accum-only-last-backward")
+    for size in range(1, B):
+        sizes = [min(size, B - start) for start in range(0, B, size)]
+        means = [B / n for n in sizes for _ in range(n)]
+        k = len(sizes)
+        for divided, likely in ((k, "accum-mean-of-means"), (1, "accum-no-division")):
+            if all(math.isclose(c, mean / divided, rel_tol=EVEN) for c, mean in zip(counts, means, strict=True)):
+                what = "the average" if divided > 1 else "the sum, not divided,"
+                return f"{what} of the means of micro-batches of {sizes} rows", (likely,)
+    each = ", ".join(f"{c:.3g}" for c in counts)
+    return f"rows count {each} times: micro-batches are clipped or divided one by one", (
+        "clip-per-microbatch", "accum-divides-by-last-count",
+    )  # fmt: skip
+
+
+def exchanged_rows(got: Tensor, crossed: Sequence[Sequence[Tensor]]) -> str:
+    """Which row's targets each row is trained on, where they are others' than its own."""
+    B = len(crossed)
+    found = row_weights(got, [g for row in crossed for g in row])
+    if found is None:
+        return ""
+    largest = torch.tensor(found).view(B, B).abs().argmax(1).tolist()
+    swapped = [(r, s) for r, s in enumerate(largest) if r != s]
+    return f"that of row {swapped[0][0]} trained on the targets of row {swapped[0][1]}" if swapped else ""
+
+
+def decays(got: dict[str, Tensor], wanted: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, float] | None:
+    """By parameter, how much of the weight is taken off beside one multiple of the gradient; None if there is more."""
+    factors, found = [], {}
+    for name, g in wanted.items():
+        if not bool(g.any()):
+            continue
+        solution = torch.linalg.lstsq(torch.stack((g, weights[name]), 1), got[name][:, None]).solution.flatten()
+        if (torch.stack((g, weights[name]), 1) @ solution - got[name]).norm() > 1e-3 * got[name].norm():
+            return None
+        factors.append(float(solution[0]))
+        found[name] = float(solution[1])
+    alike = max(factors) - min(factors) < 1e-2 * abs(max(factors))
+    return {n: d for n, d in found.items() if abs(d) > 1e-9} if alike and min(factors) > 0 else None

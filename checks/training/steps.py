@@ -1,0 +1,403 @@
+"""What a foreign train_step did, and which mistake did it: by the direction, the length and the calls of its step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from checks.expect import NotApplicable, advise, fail, note
+from checks.loss.formula import cross_entropy
+from checks.training.conventions import RATE, SURE, MetStep, equal_examples, met_step
+from checks.training.events import Ticks, watched_events
+from checks.training.explained import (
+    angle,
+    cause,
+    clipped,
+    clipping_mistakes,
+    decays,
+    exchanged_rows,
+    near,
+    pairings,
+    parallel,
+    row_weights,
+    shares,
+    step_mistakes,
+    uneven_rows,
+)
+from checks.training.runs import Losses, Step, examples, model_of, pieces, write
+
+EXACT = 1e-6  # relative, of updates in float64; clipping adds 1e-6 to the norm it divides by
+UNDECIDED = 0.7  # cosine above which an unknown update may be an auxiliary loss
+
+
+def refuse_update(
+    got: Tensor, want: Tensor, when: str, says: str, likely: tuple[str, ...], model: nn.Module | None = None
+) -> NoReturn:
+    off = float((got - want).norm() / want.norm())
+    if not says and model is not None:
+        says = where_off(model, got, want)
+    fail(
+        f"{when}: the update is not the gradient of the mean loss over the targets ({off:.2g} of its length off, at an "
+        f"angle of {angle(got, want)}°)" + (f"; it is {says}" if says else ""),
+        likely=likely,
+        advice="The order is: zero_grad, forward, backward (divided once by all targets of the window), clip, step.",
+        off=off,
+        bound=EXACT,
+    )
+
+
+def where_off(model: nn.Module, got: Tensor, want: Tensor) -> str:
+    """The parameters whose updates are wrong, if those of others are right."""
+    wanted = pieces(model, want)
+    wrong = [n for n, piece in pieces(model, got).items() if wanted[n].any() and parallel(piece, wanted[n]) < SURE]
+    if not wrong or len(wrong) > 0.7 * len(wanted):
+        return ""
+    named = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    return f"right for {len(wanted) - len(wrong)} of {len(wanted)} parameters, not for {named}"
+
+
+def at(model: nn.Module, step: Step, what: Any) -> Any:
+    """`what(examples)` at the weights before a step; the weights are as they were afterwards."""
+    write(model, step.before)
+    try:
+        return what(step.examples)
+    finally:
+        write(model, step.after)
+
+
+def follow_with_train_step(subject: Any) -> None:
+    """Two steps on batches of rows of equal length, by plain SGD."""
+    met = met_step(subject)
+    note(called=met.says, update_per_gradient=met.factor, calls_per_step=met.calls)
+    model, rows = model_of(subject).to(met.dtype), len(met.first.examples)
+    batches = [met.first.examples, equal_examples(subject, rows, seed=2)]
+    write(model, met.first.before)
+    losses = Losses(subject, model)
+    gradient = losses.mean(batches[0])[0]
+    if not met.right:
+        other_direction(subject, model, met, gradient, batches[0])
+        return
+    judge_calls(subject, met)
+    judge_length(met, sum(len(e) - 1 for e in batches[0]), rows)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    steps = [met.run(model, optimizer, batch) for batch in batches]
+    second = at(model, steps[1], losses.mean)[0]
+    got = -steps[1].update / RATE
+    if parallel(got, second) < SURE - 1e-3:
+        found = cause(got / met.factor, step_mistakes(got / met.factor, second, [gradient], 1, 3))
+        refuse_update(got, second, "step 2", *found, model=model)
+
+
+def judge_calls(subject: Any, met: MetStep) -> None:
+    """The optimizer handed over is stepped, and once on a gradient."""
+    model = model_of(subject).to(met.dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    with watched_events(model, optimizer) as events:
+        step = met.run(model, optimizer, met.first.examples)
+    found = events.gradients
+    note(order=str(events))
+    if not found and step.update.any():
+        fail(
+            "the weights move, and the optimizer that was handed over is never stepped: another one does it, made anew "
+            "or kept elsewhere, without the rate, the averages and the groups of this one",
+            likely=("step-by-another-optimizer",),
+            advice="Call step() of the optimizer that train_step is given.",
+            order=events.names,
+        )
+    again = [i for i in range(1, len(found)) if torch.equal(found[i], found[i - 1])]
+    if again:
+        fail(
+            f"optimizer.step() is called {len(found)} times, {len(again) + 1} of them on the same gradient ({events})",
+            likely=("optimizer-steps-twice",),
+            advice="One optimizer.step() after the last backward of a window.",
+            order=events.names,
+        )
+
+
+def judge_length(met: MetStep, targets: int, rows: int) -> None:
+    """How long an update is, whose direction is right: a sum is a choice, twice the gradient hardly."""
+    factor = met.factor
+    if math.isclose(factor, 1.0, rel_tol=1e-4):
+        return
+    whole = next((n for n in range(2, rows) if math.isclose(factor, n, rel_tol=1e-6)), None)
+    mean = met.first.loss is not None and met.first.loss > 0
+    if met.dtype == torch.float64 and whole and mean:
+        fail(
+            f"the update is {whole} times the gradient of the mean loss (of {rows} rows, {targets} targets), "
+            f"as when the losses of {whole} micro-batches are added up and not divided, or backward is called so often",
+            likely=("accum-no-division",),
+            advice="Divide once: by all targets of the window.",
+            factor=factor,
+        )
+    if met.dtype == torch.float64 and math.isclose(factor, 1 / rows, rel_tol=1e-6):
+        fail(
+            f"the update is the gradient of the mean loss divided by the {rows} rows of the batch once more",
+            likely=("accum-double-normalised",),
+            advice="The mean is divided already.",
+            factor=factor,
+        )
+    size = "the sum over its targets" if math.isclose(factor, targets, rel_tol=1e-4) else "clipped or scaled"
+    advise(f"an update is {factor:.4g} times the gradient of the mean loss: {size}")
+
+
+def other_direction(subject: Any, model: nn.Module, met: MetStep, gradient: Tensor, batch: list) -> None:
+    """What an update that is not along the gradient is along."""
+    got, when = -met.first.update / RATE, f"the first step ({met.says})"
+    if not got.any():
+        refuse_update(got, gradient, "the first step", *cause(got, step_mistakes(got, gradient, [], 1, 1)))
+    refuse_pairing(subject, model, met, got, gradient, batch)
+    refuse_rows(subject, model, got, gradient, batch, when)
+    advise_of_several_steps(subject, met)
+    split = [p for p in pieces(model, got).items() if p[1].any()]
+    wanted = pieces(model, gradient)
+    if all(parallel(piece, wanted[name]) > SURE for name, piece in split):
+        advise("each parameter's gradient is scaled by itself (clipped one by one), which turns the whole")
+        return
+    limit = float(got.abs().max())
+    if near(got, gradient.clamp(-limit, limit)):
+        advise(f"gradients are clipped value by value, at {limit:.3g}, which turns them")
+        return
+    if near(got, gradient.clamp(max=float(got.max()))) or near(got, gradient.clamp(min=float(got.min()))):
+        says = "clipped value by value on one side only: entries of the other sign are left as large as they are"
+        refuse_update(got, gradient, when, says, ("clip-by-value",))
+    shrunk = decays(pieces(model, got), wanted, pieces(model, met.first.before))
+    if shrunk:
+        advise(f"the step takes something off the weights beside the gradient (decay) in {len(shrunk)} parameters")
+        return
+    says, likely = cause(got, step_mistakes(got, gradient, [], sum(len(e) - 1 for e in batch), len(batch)))
+    if not says and parallel(got, gradient) > UNDECIDED:
+        advise(f"an update is {angle(got, gradient)}° from the gradient of the mean next-token loss")
+        raise NotApplicable("the step adds something to the next-token loss that is not known here", called=met.says)
+    refuse_update(got, gradient, when, says, likely, model)
+
+
+def advise_of_several_steps(subject: Any, met: MetStep) -> None:
+    model, optimizer = fresh(subject, met)
+    with watched_events(model, optimizer) as events:
+        met.run(model, optimizer, met.first.examples)
+    if len(events.gradients) > met.calls:
+        advise(
+            f"optimizer.step() is called {len(events.gradients)} times in a train_step ({events}): every micro-batch "
+            "is a step of its own, so that nothing is accumulated"
+        )
+
+
+def refuse_rows(subject: Any, model: nn.Module, got: Tensor, gradient: Tensor, batch: list, when: str) -> None:
+    """Fails if rows count unequally, or are trained on each other's targets."""
+    whole = torch.tensor(batch, device=subject.device)
+    losses, logits = Losses(subject, model), subject.logits(model, whole[:, :-1])
+    counts = row_weights(got, [losses.gradient(row.mean() / len(batch)) for row in cross_entropy(logits, whole[:, 1:])])
+    if counts is not None and (max(counts) - min(counts)) > 1e-3 * max(map(abs, counts)):
+        refuse_update(got, gradient, when, *uneven_rows(counts))
+    crossed = [[losses.gradient(cross_entropy(x, y).mean()) for y in whole[:, 1:]] for x in logits]
+    says = exchanged_rows(got, crossed)
+    if says:
+        refuse_update(got, gradient, when, says, ("step-pairs-other-rows",))
+
+
+def refuse_pairing(subject: Any, model: nn.Module, met: MetStep, got: Tensor, gradient: Tensor, batch: list) -> None:
+    """Fails if the update is along the gradient of other targets."""
+    whole = torch.tensor(batch, device=subject.device)
+    tokens, targets = whole[:, :-1], whole[:, 1:]
+    losses = Losses(subject, model)
+    for says, likely, logits, labels in pairings(subject.logits(model, tokens), tokens, targets):
+        wrong = losses.gradient(cross_entropy(logits, labels).mean())
+        if parallel(got, wrong) > SURE - 1e-4:
+            refuse_update(got, gradient, f"the first step ({met.says})", says, likely)
+    chosen = policy(losses, got, subject.logits(model, tokens), targets)
+    if chosen:
+        advise(f"the loss of this step {chosen}")
+        raise NotApplicable(f"the loss of this step {chosen}", called=met.says)
+
+
+def policy(losses: Losses, got: Tensor, logits: Tensor, targets: Tensor) -> str:
+    """The legitimate choice that explains an update: targets left out on purpose, or smoothed."""
+    values = cross_entropy(logits, targets)
+    for n in (1, 2, 3):
+        if n < targets.shape[1] - 1 and parallel(got, losses.gradient(values[:, n:].mean())) > SURE - 1e-4:
+            return f"leaves out the first {n} targets of every row"
+    for symbol in targets.unique().tolist():
+        if parallel(got, losses.gradient(values[targets != symbol].mean())) > SURE - 1e-4:
+            return f"leaves out targets of id {symbol}: right if that is padding and nothing else"
+    plain, even = losses.gradient(values.mean()), losses.gradient(-logits.log_softmax(-1).mean())
+    a, b = shares(got, plain, even)
+    if a > 0 and 0 < b < a and parallel(got, a * plain + b * even) > SURE - 1e-4:
+        return f"smooths its targets, by {b / (a + b):.3g}"
+    return ""
+
+
+# What a step does with padding, a limit, a scale and a schedule
+
+
+def understood(subject: Any, role: str = "") -> MetStep:
+    """A step that is along the gradient, with a parameter for the role. Raises NotApplicable for others."""
+    met = met_step(subject)
+    if role and met.takes(role) is None:
+        raise NotApplicable(f"train_step takes nothing for its {role}", parameters=list(met.roles))
+    if not met.right:
+        raise NotApplicable("the step is not along the gradient of the next-token loss", called=met.says)
+    return met
+
+
+def fresh(subject: Any, met: MetStep) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = model_of(subject).to(met.dtype)
+    return model, torch.optim.SGD(model.parameters(), lr=RATE)
+
+
+def padded_rows_count_by_their_targets(subject: Any) -> None:
+    """Rows of several lengths, padded with targets of -100: every real target counts alike, padding nothing."""
+    met = understood(subject)
+    model, optimizer = fresh(subject, met)
+    batch = examples(subject, len(met.first.examples), seed=2, longest=subject.sizes.block_size - 1)
+    losses = Losses(subject, model)
+    parts = [losses.of(example) for example in batch]
+    total, counts = torch.stack([g for g, _, _ in parts]).sum(0), [n for _, _, n in parts]
+    try:
+        step = met.run(model, optimizer, batch)
+    except Exception as error:
+        raise NotApplicable("the step takes no padded batch with targets of -100", error=str(error)[:100]) from None
+    got = -step.update / RATE
+    if parallel(got, total) > SURE - 1e-4:
+        return
+    found = row_weights(got, [g for g, _, _ in parts])
+    if found is None:
+        note(padding="counts, or is not told by -100")
+        raise NotApplicable("the step does not leave out targets of -100, so its padding is not known here")
+    per_row = [c * n for c, n in zip(found, counts, strict=True)]
+    if max(per_row) - min(per_row) < 1e-3 * max(map(abs, per_row)):
+        advise("the step takes the mean of each row first: a target in a short row counts more")
+        return
+    each = ", ".join(f"{c / max(found):.3g}" for c in found)
+    if not knows_padding(met):
+        advise(
+            "the step averages the means of its micro-batches: right as long as none of them has padding (a target "
+            f"counts {each} times by row where rows have {counts})"
+        )
+        return
+    fail(
+        f"of a padded batch with {counts} targets in its rows, a target counts {each} times by row: micro-batches are "
+        "divided by their own counts, and one with few targets weighs as much as one with many",
+        likely=("accum-mean-of-means",),
+        advice="Add up sums over micro-batches and divide once by all targets of the window.",
+        targets=counts,
+        weights=found,
+    )
+
+
+def knows_padding(met: MetStep) -> bool:
+    """Whether a step is written for padded batches: it is handed a mask, or speaks of one."""
+    try:
+        source = inspect.getsource(met.function)
+    except (OSError, TypeError):
+        source = ""
+    return bool(met.takes("mask")) or any(word in source for word in ("mask", "ignore_index", "-100", "pad"))
+
+
+def limit_cuts_the_gradient(subject: Any) -> None:
+    """A limit handed to the step is the length of what it moves the weights by, per rate."""
+    met = understood(subject, "clip")
+    parameter = met.takes("clip")
+    for share in (0.01, 0.5):
+        model, optimizer = fresh(subject, met)
+        gradient = met.factor * Losses(subject, model).mean(met.first.examples)[0]
+        limit = share * float(gradient.norm())
+        with watched_events(model, optimizer) as events:
+            step = met.run(model, optimizer, met.first.examples, clip=limit)
+        got, want = -step.update / RATE, clipped(gradient, limit)
+        if near(got, want, 1e-4):
+            continue
+        targets = sum(len(example) - 1 for example in met.first.examples)
+        says, likely = cause(got, clipping_mistakes(gradient, list(pieces(model, gradient).values()), limit, targets))
+        if likely in (("clip-by-value",), ("clip-per-parameter",)) or not says:
+            advise(f"with {parameter}={limit:.3g} the gradient is {says or 'changed in a way not known here'}")
+            return
+        left = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        if left and "clip-after-step" in likely and near(torch.cat(left).double(), want, 1e-3):
+            says, likely = "not clipped, for it is clipped only after the step", ("clip-after-step",)
+        fail(
+            f"with {parameter}={limit:.3g} a gradient of length {float(gradient.norm()):.4g} moves the weights by "
+            f"{float(got.norm()):.4g} × the learning rate instead of {limit:.3g}: it is {says}",
+            likely=likely,
+            advice="clip_grad_norm_(all parameters, c) after the last backward and before optimizer.step().",
+            limit=limit,
+            order=events.names,
+        )
+
+
+def scaler_cancels(subject: Any) -> None:
+    """With a scaler that scales, a clipped step goes where it goes with one that does not."""
+    met = understood(subject, "scaler")
+    updates = []
+    for enabled in (False, True):
+        model = model_of(subject).float()
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        gradient = Losses(subject, model).mean(met.first.examples)[0]
+        given = {"scaler": scaler} | ({"clip": 0.5 * float(gradient.norm())} if met.takes("clip") else {})
+        try:
+            updates.append(met.run(model, optimizer, met.first.examples, **given).update)
+        except Exception as error:
+            raise NotApplicable("the step takes no scaler that scales", error=str(error)[:100]) from None
+    if near(updates[1], updates[0], 1e-3):
+        return
+    share = float(updates[1].norm() / updates[0].norm())
+    fail(
+        f"with a loss scale of 1024 the weights move {share:.4g} times as far as without: "
+        + ("the gradient is clipped while it is scaled" if share < 1 else "the scale is never taken off"),
+        likely=("clip-before-unscale",),
+        advice="scaler.scale(loss).backward(), scaler.unscale_(optimizer), clip, scaler.step(optimizer), update().",
+        share=share,
+    )
+
+
+def schedule_ticks_once(subject: Any) -> None:
+    """A scheduler handed to the step ticks once for a step of the optimizer, after it."""
+    met = understood(subject, "scheduler")
+    model, optimizer = fresh(subject, met)
+    with watched_events(model, optimizer) as events:
+        for _ in range(2):
+            met.run(model, optimizer, met.first.examples, scheduler=Ticks(optimizer, events))
+    order = [name for name in events.names if name != "backward"]
+    ticks, steps = order.count("scheduler.step"), order.count("optimizer.step")
+    note(order=str(events))
+    if ticks > steps:
+        fail(
+            f"the scheduler ticks {ticks} times in {steps} optimizer steps ({events}): the schedule is over "
+            f"{ticks / max(steps, 1):.3g} times too soon",
+            likely=("scheduler-per-microbatch",),
+            advice="scheduler.step() once, right after optimizer.step().",
+            order=events.names,
+        )
+    if ticks == 0:
+        advise("train_step is given a scheduler and never ticks it: right only if its caller does")
+        return
+    if order[0] == "scheduler.step":
+        fail(
+            f"the scheduler ticks before the optimizer steps ({events}): the first rate of the schedule is skipped",
+            likely=("scheduler-off-by-one",),
+            advice="optimizer.step() first, then scheduler.step().",
+            order=events.names,
+        )
+
+
+def step_leaves_random_states(subject: Any) -> None:
+    """A step may draw from the global random state, and never sets it."""
+    met = met_step(subject)
+    after = []
+    for seed in (3, 4):
+        model, optimizer = fresh(subject, met)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            met.run(model, optimizer, met.first.examples)
+            after.append(torch.get_rng_state())
+    if torch.equal(*after):
+        fail(
+            "the random state after a step does not depend on what it was before: train_step seeds it, so that dropout "
+            "drops the same units at every step",
+            likely=("step-reseeds",),
+            advice="Seed once, before the training.",
+        )
