@@ -6,6 +6,7 @@ How foreign code is met (files, constructors, return forms) is in conventions/; 
 from __future__ import annotations
 
 import difflib
+import functools
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -201,6 +202,11 @@ class Subject:
     def can_vary(self, name: str) -> bool:
         """Whether `build` can be asked for another size of this name (`n_layer`, …)."""
         return self.met is None or name in self.met.varies
+
+    @functools.cached_property
+    def learns(self) -> bool:
+        """Whether the model has parameters to train: one in NumPy has none."""
+        return any(parameter.requires_grad for parameter in self.build().parameters())
 
     @property
     def builds_afresh(self) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 PATIENCE = 300.0  # seconds without a new verdict
-USAGE = """usage: python -m checks FILE[:NAME] [options]
+USAGE = """usage: transformer-checks FILE[:NAME] [options], or python -m checks FILE[:NAME] [options]
 
 FILE.py[:NAME], NOTEBOOK.ipynb[:NAME] or package.module:NAME is the model to check; `transformer` is this project's own.
 Options are those of `pytest --model`: --seed N, --checkpoint FILE, --with PART=FILE:NAME, -k WORDS, -m sanity, …
@@ -62,9 +62,9 @@ class Watched:
             self.ended = record["ended"]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The exit code: pytest's own, or 1 where the process did not come to its end."""
-    given = list(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: pytest's own, or 1 where the process did not come to its end. By default of the command line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if given else 4

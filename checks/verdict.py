@@ -14,6 +14,8 @@ import torch
 from checks.expect import CheckFailed, NotApplicable, Where, remarks
 
 Outcome = Literal["passed", "failed", "error", "not_applicable", "skipped", "blocked"]
+LEARNING = ("gradients", "optimizer")  # themes that are about parameters
+NOTHING_TO_LEARN = "the model has no parameters to train: there is nothing to differentiate"
 STOPS_OTHERS = ("failed", "error", "blocked")
 
 
@@ -63,6 +65,9 @@ def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verd
         if name in earlier and earlier[name].outcome in STOPS_OTHERS:
             verdict.outcome, verdict.says = "blocked", f"needs {name}, which {earlier[name].outcome}"
             return verdict
+    if verdict.theme in LEARNING and not getattr(subject, "learns", True):
+        verdict.outcome, verdict.says = "not_applicable", NOTHING_TO_LEARN
+        return verdict
     start = time.perf_counter()
     with remarks() as mine, one_thread():
         try:
@@ -76,6 +81,9 @@ def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verd
         except NotApplicable as reason:
             verdict.outcome, verdict.says, verdict.evidence = "not_applicable", reason.reason, dict(reason.evidence)
         except Exception as error:
+            if _wants_gradients(error) and not getattr(subject, "learns", True):
+                verdict.outcome, verdict.says = "not_applicable", NOTHING_TO_LEARN
+                return verdict
             verdict.outcome, verdict.says = "error", f"{type(error).__name__}: {error}"
             verdict.where = _last_own_line(error, subject)
     if subject.device.type == "meta" and verdict.outcome in ("failed", "error"):
@@ -85,6 +93,12 @@ def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verd
     verdict.evidence = {**mine.evidence, **verdict.evidence}
     verdict.remarks, verdict.kept = mine.advice, mine.kept
     return verdict
+
+
+def _wants_gradients(error: Exception) -> bool:
+    """Whether torch says that there is nothing to differentiate, to train or to save."""
+    says = ("does not require grad", "empty parameter list", "non-empty list of Tensors", "no parameter to train")
+    return any(words in str(error) for words in says)
 
 
 @contextmanager

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import checks
 import transformer
+from checks.conventions import UsageError
 from checks.subject import Subject
 
 MODEL = """
@@ -90,6 +92,32 @@ def test_a_timeit_of_their_own_does_not_meet_python_m_checks(tmp_path):
     (folder / "model.py").write_text(source)
     result = run(sys.executable, "-m", "checks", "model.py", *CAUSALITY, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_by_a_command_of_its_own_from_inside(tmp_path):
+    """What an installer makes of the project's script: it needs no -P, for Python looks beside the script first."""
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["transformer-checks"].partition(":")
+    command = tmp_path / "bin" / "transformer-checks"
+    command.parent.mkdir()
+    command.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    folder = folder_of(tmp_path / "student", "student")
+    result = run(sys.executable, str(command), "model.py", *CAUSALITY, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "checks ran" in result.stdout
+
+
+def test_a_file_called_like_a_standard_module_is_said_to(tmp_path):
+    (tmp_path / "random.py").write_text("def noise(x):\n    return x\n")
+    (tmp_path / "model.py").write_text("import torch\nfrom random import noise\n")
+    (tmp_path / "other.py").write_text(
+        "import random\nfrom torch import nn\n\n\nclass GPT(nn.Module):\n    def __init__(self, vocab_size):\n"
+        "        super().__init__()\n        self.noise = random.noise(1)\n"
+    )
+    for name in ("model.py", "other.py"):
+        with pytest.raises(UsageError, match=r"give random\.py beside it another name") as refusal:
+            Subject.meet(str(tmp_path / name))
+        assert name in str(refusal.value)
 
 
 NOTEBOOK = """

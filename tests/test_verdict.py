@@ -61,6 +61,23 @@ def test_a_crash_is_an_error_and_never_an_exception():
     assert verdict.says.startswith("RuntimeError")
 
 
+def test_what_is_about_gradients_does_not_apply_to_a_model_without_parameters():
+    """A model in NumPy: nothing is wrong with it, and nothing of it can be differentiated."""
+    subject = reference()
+    subject.parts.build_model = lambda **sizes: torch.nn.Identity()
+
+    def check_it(subject):
+        torch.zeros(2).sum().backward()
+
+    def check_something_else(subject):
+        raise RuntimeError("of its own")
+
+    verdict = judge(check_it, subject, {})
+    assert (verdict.outcome, "no parameters to train" in verdict.says) == ("not_applicable", True)
+    assert run(check_it).outcome == "error"
+    assert judge(check_something_else, subject, {}).outcome == "error"
+
+
 def test_ctrl_c_passes_through():
     def check_it(subject):
         raise KeyboardInterrupt

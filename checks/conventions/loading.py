@@ -22,7 +22,7 @@ from checks.conventions import names
 from checks.conventions.home import Home, installed, random_state_kept
 from checks.conventions.stubs import Stub, stub_for
 from checks.conventions.taking import STUB, SoftImports, definitions, dropped, is_main_guard, is_script
-from checks.conventions.usage import UsageError, own_frames, place, shown, what_happened
+from checks.conventions.usage import UsageError, namesake, own_frames, place, shown, what_happened
 
 LOADING_SECONDS = 30.0
 # What the machine lacks is excused, what the code gets wrong is not.
@@ -105,6 +105,7 @@ class SubjectLoader(importlib.machinery.SourceFileLoader):
                 why = f"{place(error, self.home)} raised {type(error).__name__} at import"
                 vars(module).clear()
                 vars(module).update(fresh)
+                source = self.home.sources[module.__name__] = Source((ast.parse(text, self.path),), (self.path,))
         else:
             why = f"{shown(self.path)} works at import"
         take(source, module, self.home, self.wanted, why)
@@ -115,6 +116,8 @@ def excused(error: BaseException, home: Home) -> bool:
     if isinstance(error, SystemExit):
         return any(frame.filename.endswith("argparse.py") for frame in traceback.extract_tb(error.__traceback__))
     if isinstance(error, ImportError) and error.path is not None and home.owns(error.path):
+        return False
+    if namesake(str(error), home):
         return False
     return isinstance(error, LACKS) or any(word in str(error).lower() for word in LACKING)
 
@@ -208,7 +211,8 @@ class _Stands:
         if isinstance(error, ModuleNotFoundError):
             return False
         if isinstance(error, ImportError):
-            return error.path is not None and not installed(error.path)
+            mine = error.path is not None and not installed(error.path)
+            return mine or bool(namesake(str(error), self.home))
         deeper = [frame for frame in own_frames(error, self.home) if frame.filename != self.filename]
         broken = isinstance(error, SyntaxError) and self.home.owns(error.filename or "<frozen")
         return broken or bool(deeper)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
@@ -52,7 +54,23 @@ def what_happened(error: BaseException, home: Home) -> str:
     if isinstance(error, SyntaxError):
         return f"{where}: {type(error).__name__}: {error.msg}" + (f"\n    {error.text.strip()}" if error.text else "")
     line = f"\n    {frames[-1].line}" if frames and frames[-1].line else ""
-    return f"{where}: {said}{line}" if where else said
+    return (f"{where}: {said}{line}" if where else said) + _taken_name(str(error), home)
+
+
+def _taken_name(said: str, home: Home) -> str:
+    """Of a file that is called like a module of the standard library and was meant in its place."""
+    name = namesake(said, home)
+    if not name:
+        return ""
+    return f"\n  import {name} gives the standard library's {name}: give {name}.py beside it another name"
+
+
+def namesake(said: str, home: Home) -> str:
+    """The module of the standard library in which a name was sought and that lies beside the subject as well."""
+    found = re.search(r"cannot import name '\w+' from '(\w+)'|module '(\w+)' has no attribute", said)
+    name = found and (found[1] or found[2])
+    beside = [folder for folder in home.near if name and (folder / f"{name}.py").is_file()]
+    return name if name and beside and name in sys.stdlib_module_names else ""
 
 
 def without_us(trace: TracebackType | None) -> TracebackType | None:
