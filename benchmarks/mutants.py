@@ -1,8 +1,8 @@
 """`make mutants FILE=model.py[:NAME]`: how many one-place mistakes in a public model's file the checks catch.
 
-Each mutant is judged in a process of its own, with a time limit. Those that crash or change nothing that is looked at
-are set aside; the rest are live: caught by the laws, by the laws and a declared spec, or survivors. Every result is a
-line of a file, and a run that was stopped goes on where it was.
+Each mutant is judged in a process of its own, with a time limit. Those that are not reached, crash or change nothing
+that is looked at are set aside; the rest are live: caught by the laws, by the laws and a declared spec, or survivors.
+Every result is a line of a file, and a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from checks.verdict import check_id, judge
 LAWS = ("contract", "modes", "causality", "positions", "masking", "initialization", "loss", "gradients", "cache",
         "generation", "sampling", "numerics")  # fmt: skip
 BROKEN = ("failed", "error")
+RESULTS = ("not reached", "crashes", "too slow", "nothing changes", "laws", "spec", "survives")
 SAME = 1e-6  # relative: numbers closer than this are the same behaviour
 SEED = 11
 
@@ -123,13 +125,30 @@ def baseline(what: str, spec: str, laws: tuple[str, ...]) -> dict[str, Any]:
     """How the file behaves as it is, what each check says of it, and its family."""
     subject = Subject.meet(what, seed=SEED)
     family = _family(subject) if spec == "auto" else spec
-    seen = behaviour(Subject.meet(what, seed=SEED))
+    with _called() as functions:
+        seen = behaviour(Subject.meet(what, seed=SEED))
     subject = Subject.meet(what, seed=SEED)
     verdicts = {check: outcome for check, outcome, _ in outcomes(subject, laws)}
     if family:
         declare(subject, family)
         verdicts |= {check: outcome for check, outcome, _ in outcomes(subject, ("spec",))}
-    return {"behaviour": seen, "outcomes": verdicts, "family": family}
+    return {"behaviour": seen, "outcomes": verdicts, "family": family, "functions": functions}
+
+
+@contextmanager
+def _called() -> Iterator[set[tuple[str, int]]]:
+    """The functions that ran inside, by file and first line."""
+    found: set[tuple[str, int]] = set()
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            found.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+
+    sys.setprofile(note)
+    try:
+        yield found
+    finally:
+        sys.setprofile(None)
 
 
 def _family(subject: Subject) -> str:
@@ -230,16 +249,20 @@ def run(what: str, *, spec: str, laws: tuple[str, ...], sample: int, seconds: fl
 
 
 def _one(mutant: Mutant, file: Path, name: str, before: dict[str, Any], laws: tuple[str, ...], seconds: float):
+    about = {"id": mutant.id, "mutant": str(mutant), "line": mutant.line}
+    if mutant.function and not any(
+        line == mutant.function and Path(path).name == file.name for path, line in before["functions"]
+    ):
+        return {**about, "result": "not reached"}
     with tempfile.TemporaryDirectory() as folder:
         changed = beside(file, mutant.source, Path(folder))
         result = bounded(judged, f"{changed}:{name}" if name else str(changed), before, laws, seconds=seconds)
-    return {"id": mutant.id, "mutant": str(mutant), "line": mutant.line, **result}
+    return {**about, **result}
 
 
 def report(results: list[dict[str, Any]]) -> str:
     """Counts, shares, and the survivors by line."""
-    counts = {kind: sum(r["result"] == kind for r in results)
-              for kind in ("crashes", "too slow", "nothing changes", "laws", "spec", "survives")}  # fmt: skip
+    counts = {kind: sum(r["result"] == kind for r in results) for kind in RESULTS}
     live = counts["laws"] + counts["spec"] + counts["survives"]
     lines = [", ".join(f"{count} {kind}" for kind, count in counts.items())]
     if live:

@@ -26,6 +26,7 @@ class Mutant:
     column: int
     old: str
     new: str
+    function: int  # the line at which the innermost function around it begins; 0 outside of all
     source: str  # the whole file with the change
 
     @property
@@ -45,32 +46,35 @@ def mutants(source: str) -> list[Mutant]:
     """Every mutant that still compiles, in the order of the text."""
     tree = ast.parse(source)
     found: dict[str, Mutant] = {}
-    for node in _code(tree):
+    for node, function in _code(tree):
         for kind, new in _changes(node):
-            mutant = _made(source, node, kind, new)
+            mutant = _made(source, node, function, (kind, new))
             if mutant is not None:
                 found.setdefault(mutant.id, mutant)
     return sorted(found.values(), key=lambda m: (m.line, m.column))
 
 
-def _code(tree: ast.Module) -> Iterator[ast.AST]:
-    """What is in functions and classes, without annotations, docstrings, messages and assertions."""
+def _code(tree: ast.Module) -> Iterator[tuple[ast.AST, int]]:
+    """What is in functions and classes, without annotations, docstrings, messages and assertions; in which function."""
     for top in tree.body:
         if isinstance(top, ast.FunctionDef | ast.ClassDef):
-            yield from _inside(top)
+            yield from _inside(top, 0)
 
 
-def _inside(node: ast.AST) -> Iterator[ast.AST]:
-    yield node
+def _inside(node: ast.AST, function: int) -> Iterator[tuple[ast.AST, int]]:
+    yield node, function
+    if isinstance(node, ast.FunctionDef):
+        function = min(n.lineno for n in (node, *node.decorator_list))
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list"):
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST) and not isinstance(child, ast.Assert | ast.Raise | ast.JoinedStr):
-                yield from _inside(child)
+                yield from _inside(child, function)
 
 
-def _made(source: str, node: ast.AST, kind: str, new: str) -> Mutant | None:
+def _made(source: str, node: ast.AST, function: int, change: tuple[str, str]) -> Mutant | None:
+    kind, new = change
     lines = source.splitlines(keepends=True)
     first, last = node.lineno - 1, node.end_lineno - 1  # type: ignore[attr-defined]
     start = len("".join(lines[:first])) + _characters(lines[first], node.col_offset)  # type: ignore[attr-defined]
@@ -81,7 +85,8 @@ def _made(source: str, node: ast.AST, kind: str, new: str) -> Mutant | None:
     except SyntaxError:
         return None
     same = ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source))
-    return None if same else Mutant(kind, first + 1, node.col_offset, source[start:end], new, changed)  # type: ignore[attr-defined]
+    column: int = node.col_offset  # type: ignore[attr-defined]
+    return None if same else Mutant(kind, first + 1, column, source[start:end], new, function, changed)
 
 
 def _characters(line: str, column: int) -> int:
@@ -170,8 +175,9 @@ def _slices(node: ast.Slice) -> Iterator[tuple[str, str]]:
 
 def negated(source: str) -> Iterator[Mutant]:
     """Every condition of an `if`, `while` or conditional expression turned around."""
-    for node in _code(ast.parse(source)):
+    for node, function in _code(ast.parse(source)):
         if isinstance(node, ast.If | ast.IfExp | ast.While):
-            mutant = _made(source, node.test, "condition negated", f"(not ({ast.unparse(node.test)}))")
+            change = ("condition negated", f"(not ({ast.unparse(node.test)}))")
+            mutant = _made(source, node.test, function, change)
             if mutant is not None:
                 yield mutant
