@@ -153,6 +153,12 @@ def test_an_instance_has_no_way_to_another_process():
     assert judge(CHECKS["check_two_processes_train_as_one"], fixed, {}).outcome == "not_applicable"
 
 
+def test_a_model_that_no_name_leads_to_has_no_way_to_another_process():
+    unnamed = Subject("made here", reference_parts(), seed=3)
+    found = judge(CHECKS["check_two_processes_train_as_one"], unnamed, {})
+    assert found.outcome == "not_applicable" and "no way" in found.says
+
+
 STUDENT = """
 import torch
 from torch import nn

@@ -68,7 +68,8 @@ def gradients(network: nn.Module, model: nn.Module, given: list[Tensor]) -> list
 
 
 def train_in_two(subject: Any, weights: dict[str, Tensor], folder: Path, *, unused: bool) -> list[Any]:
-    """Of each process the gradients and the buffers at the end. Raises Refused with what a process said.
+    """Of each process the gradients and the buffers at the end. Raises Refused with what a process said, and
+    NotApplicable where it has no way to the subject.
 
     `unused` lets DDP look for parameters that have no part in a batch.
     """
@@ -86,6 +87,8 @@ def train_in_two(subject: Any, weights: dict[str, Tensor], folder: Path, *, unus
         for process in running:
             process.kill()
             process.wait()
+    if (unmet := folder / "unmet.txt").exists():
+        raise NotApplicable("a new process has no way to this subject", error=unmet.read_text())
     said = [path.read_text() for rank in range(COUNT) if (path := folder / f"{rank}.txt").exists()]
     if said:
         raise Refused(said[0])
@@ -114,7 +117,8 @@ def main(folder: Path, rank: int) -> None:
         subject = Subject.meet(task["name"], seed=task["seed"])
         model = model_of(subject, task["weights"])
     except Exception as error:  # another model is behind this name, or none
-        sys.exit(f"{type(error).__name__}: {error}")
+        (folder / "unmet.txt").write_text(f"{type(error).__name__}: {error}")
+        os._exit(1)
     meeting = f"file://{folder / 'meeting'}"
     wait = timedelta(seconds=SECONDS)
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=COUNT, timeout=wait)
