@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from checks.conventions.calling import Forward
+from checks.conventions.constructing import Recipe
 from checks.subject import Subject
 
 HERE = Path(__file__).parent / "conventions"
@@ -153,6 +155,18 @@ def test_it_is_built_in_other_sizes_where_it_can_vary(met, name):
 def test_a_file_that_was_only_looked_into_says_nothing_of_the_loss(met):
     """A configuration was sought in a file beside it, which has an ignore_index."""
     assert "ignore_index" not in meet(met, "nested_keys.py").header
+
+
+@pytest.mark.parametrize("name", ["keywords.py", "dataclass_config.py", "key_padding_mask.py", "cache_object.py"])
+def test_plugging_in_is_a_few_models_and_a_few_forwards(name, monkeypatch):
+    """What bounds its time on any machine; a mask and a cache are told by trying, and take some more."""
+    built, called = [], []
+    build, run = Recipe.build, Forward.raw
+    monkeypatch.setattr(Recipe, "build", lambda self, sizes: built.append(sizes) or build(self, sizes))
+    monkeypatch.setattr(Forward, "raw", lambda self, *args, **more: called.append(more) or run(self, *args, **more))
+    assert "forward" in Subject.meet(str(HERE / name)).header
+    assert 1 <= len(built) <= 4
+    assert 1 <= len(called) <= (60 if "mask" in name or "cache" in name else 8)
 
 
 def test_seeds_give_models_and_the_same_seed_the_same():
