@@ -68,6 +68,7 @@ class Recipe:
     choice: int = 0
     varies: dict[str, str] = field(default_factory=dict)  # parameter -> size
     assumed: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)  # settings that the project gives -> the file that does
     _sizes: dict[int, tuple[ref, dict[str, Any]]] = field(default_factory=dict)  # of the models built, by their id
     _settled: dict[str, Any] = field(default_factory=dict)
     _reads_globals: bool = False
@@ -99,7 +100,7 @@ class Recipe:
         given = self.home.project.given(name)
         if given is None:
             return names.MISSING
-        self.home.remark(f"{name} is as in {given[1]}")
+        self.places[name] = given[1]
         return given[0]
 
     def sizes_of(self, model: nn.Module) -> Mapping[str, Any] | None:

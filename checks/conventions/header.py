@@ -42,7 +42,9 @@ def _values(met: Met) -> list[str]:
     told = [f"{name}={value!r}" for name, value in given.items() if isinstance(value, ASSIGNABLE)]
     padding = [n for n in given if names.squash(n) in names.PADDING]
     unused = [f"{padding[0]} is an id that no check uses"] if padding else []
-    return ([", ".join(told[:8]) + ", …" * (len(told) > 8)] if told else []) + unused
+    places = met.recipe.places if met.recipe is not None else {}
+    as_there = [f"{name} is as in {places[name]}" for name in given if name in places]
+    return ([", ".join(told[:8]) + ", …" * (len(told) > 8)] if told else []) + unused + as_there
 
 
 def _generates(met: Met) -> bool:
