@@ -230,8 +230,8 @@ def run(what: str, *, spec: str, laws: tuple[str, ...], sample: int, seconds: fl
     path, _, name = what.partition(":")
     file = Path(path)
     found = list({m.id: m for m in (*mutants(file.read_text()), *negated(file.read_text()))}.values())
-    if sample and sample < len(found):
-        found = sorted(random.Random(SEED).sample(found, sample), key=lambda m: m.line)
+    random.Random(SEED).shuffle(found)  # a run that is stopped has seen all of the file; a larger one goes on from it
+    found = found[: sample or None]
     done = {r["id"]: r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}
     left = [m for m in found if m.id not in done]
     print(f"{len(found)} mutants of {file}, {len(left)} left to judge; results in {out}", flush=True)
@@ -245,7 +245,7 @@ def run(what: str, *, spec: str, laws: tuple[str, ...], sample: int, seconds: fl
             lines.write(json.dumps(done[mutant.id]) + "\n")
         says = {k: v for k, v in done[mutant.id].items() if k in ("result", "check")}
         print(f"{number}/{len(left)} {time.monotonic() - start:4.1f} s  {mutant}: {says}", flush=True)
-    return [done[m.id] for m in found]
+    return sorted((done[m.id] for m in found), key=lambda r: r["line"])
 
 
 def _one(mutant: Mutant, file: Path, name: str, before: dict[str, Any], laws: tuple[str, ...], seconds: float):

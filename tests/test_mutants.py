@@ -91,7 +91,7 @@ def test_mutants_are_judged_and_a_run_goes_on(few, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "of 2 live ones the laws alone catch 1 (50%), with a declared spec 2 (100.0%)" in said
     assert "as it is: gpt2; failed: check_spec.check_initialization_is_the_familys" in said  # no GPT-2 starts so
-    assert results(tmp_path, "--laws", "causality") == list(first.values())
+    assert {r["id"]: r for r in results(tmp_path, "--laws", "causality")} == first
     assert "0 left to judge" in capsys.readouterr().out
 
 
