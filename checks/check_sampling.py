@@ -201,14 +201,18 @@ def renormalized(whole: Tensor, size: Tensor) -> Tensor:
     return cut / cut.sum(dim=-1, keepdim=True)
 
 
-def judge_kept(made: Sampler, kept: Tensor, size: Tensor, asked: str, likely: tuple[str, ...]) -> None:
+def judge_kept(
+    made: Sampler, kept: Tensor, size: Tensor, asked: str, likely: tuple[str, ...], temperature: float = 1.0
+) -> None:
     """Fails with the first row that is drawn from other tokens than its `size` likeliest."""
-    want = renormalized(made.likeliest(), size)
+    want = renormalized(made.likeliest(temperature), size)
     row = int(((kept - want).abs().nan_to_num(nan=torch.inf).amax(dim=-1) > EXACT).int().argmax())
     got, right = int((kept[row] > 0).sum()), int(size[row])
     if got == right and even(kept[row]):
         what = f"keeps the right {got} tokens, but in other proportions: the first has probability "
         what += f"{float(kept[row, 0]):.4f}, should have {float(want[row, 0]):.4f}"
+    elif farthest(kept[row], made.likeliest(temperature)[row]) < EXACT:
+        what = f"keeps all {got} tokens, should keep {right}: it is not applied to the first new token at all"
     elif got == kept.shape[1] > right:
         what = f"keeps all {got} tokens, should keep {right}: what is cut can still be drawn (set it to -∞, not to 0)"
     elif got == right:
@@ -321,6 +325,9 @@ def expect_cut_and_divided(made: Sampler, k: int, temperature: float) -> None:
         return judge_counts(made, {"sample": True, "top_k": k, "temperature": temperature}, k, temperature)
     want = renormalized(made.likeliest(temperature), torch.full((len(kept),), k))
     if farthest(kept, want) > EXACT:
+        if len(set((kept > 0).sum(dim=-1).tolist())) > 1:
+            asked = f"top_k={k} at temperature {temperature:g}"
+            judge_kept(made, kept, torch.full((len(kept),), k), asked, top_k_bugs(kept, k), temperature)
         fail(
             f"top_k={k} at temperature {temperature:g} draws the likeliest token with probability "
             f"{float(kept[0, 0]):.4f}, should be {float(want[0, 0]):.4f}: one of the two is lost",

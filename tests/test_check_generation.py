@@ -227,6 +227,8 @@ def changed(line: str, by: str):
          GREEDY, ["Every row is given the token of row 16"]),
         (changed('-float("inf")', "0.0"), "check_top_k_keeps_k",
          ["keeps all 17 tokens", "to -∞, not to 0"]),
+        (changed("if top_k is not None", "if top_k is not None and idx.shape[1] > 2"), "check_top_k_keeps_k",
+         ["keeps all 17 tokens, should keep 3", "not applied to the first new token"]),
         (changed("values[:, [-1]]]", "values[:1, [-1]]]"), "check_top_k_keeps_k", ["should keep 3", "row"]),
         (changed("F.softmax(logits, dim=-1)", "F.softmax(logits, dim=0)"), "check_temperature_divides_the_logits",
          ["a softmax over rows"]),
