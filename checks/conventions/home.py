@@ -65,7 +65,7 @@ class _TimeIsUp(BaseException):
 
 def installed(filename: str) -> bool:
     """Whether a source file belongs to the standard library or an installed distribution, or is no file at all."""
-    return filename.startswith("<frozen") or os.path.realpath(filename).startswith(INSTALLED)
+    return filename.startswith(("<frozen", "<string>")) or os.path.realpath(filename).startswith(INSTALLED)
 
 
 OUR_ROOT = Path(__file__).resolve().parents[2]

@@ -24,7 +24,7 @@ from checks.conventions.stubs import Stub, stub_for
 from checks.conventions.taking import STUB, SoftImports, definitions, dropped, is_main_guard, is_script
 from checks.conventions.usage import UsageError, namesake, own_frames, place, shown, what_happened
 
-LOADING_SECONDS = 30.0
+LOADING_SECONDS = 60.0
 # What the machine lacks is excused, what the code gets wrong is not.
 LACKS = (OSError, ImportError, EOFError)
 LACKING = (
