@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from checks.expect import Bound, NotApplicable, advise, drawn, expect_close, fail, farthest, needs, note
+from checks.expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, farthest, needs, note
 from checks.probes.ablation import one_block, replaced
 from checks.probes.influence import (
     EVAL,
@@ -36,6 +38,7 @@ from checks.probes.padding import SIDES, ragged
 from checks.probes.precision import precise, precision, shared, spread
 from checks.probes.windows import declared_windows, holds, in_reach, window
 from checks.subject import EXISTENCE
+from checks.where import first_breaking
 
 CONTRACT = (
     "check_contract.check_logits_have_shape",
@@ -46,6 +49,7 @@ CONTRACT = (
 )
 CAUSAL = "check_causality.check_future_cannot_change_past"
 
+NAMED_TARGETS = re.compile(r"(target|label)s?|y")
 DROPOUT = 0.2
 EXTREME = 20  # times every weight
 LONG = 131  # tokens: past the powers of two at which tables, masks and caches are cut
@@ -294,6 +298,47 @@ def rewritten(subject: Any, tokens: Tensor, case: dict[str, Any]) -> Tensor:
     others = subject.tokens(*future.shape, seed=case["seed"] + 1)
     new = {"other tokens": others, "one token repeated": others[:, :1].expand_as(future), "reversed": future.flip(1)}
     return torch.cat((past, new[case["future"]]), dim=1)
+
+
+@needs(*CONTRACT)
+def check_targets_change_no_logits(subject: Any) -> None:
+    """Where the forward takes targets for a loss, other targets leave every logit bit for bit as it was."""
+    name = targets_taken(subject)
+    if name is None:
+        raise NotApplicable("forward takes no targets")
+    model, T = precise(subject), length(subject)
+    tokens = subject.tokens(3, T, seed=subject.seed)
+    one, other = (Way(f"with {name}", more={name: subject.tokens(3, T, seed=subject.seed + n)}) for n in (1, 2))
+    try:
+        before, after = call(subject, model, tokens, way=one), call(subject, model, tokens, way=other)
+    except Exception as error:  # only a loss may come back, or a decoder's input be missing
+        raise NotApplicable(f"{name} cannot be handed over: {type(error).__name__}: {error}") from None
+    expect_same(
+        after,
+        before,
+        says=f"other {name} give other logits for the same tokens: the model is shown what it is to predict",
+        where=lambda: first_breaking(
+            model,
+            lambda: call(subject, model, tokens, way=one),
+            lambda: call(subject, model, tokens, way=other),
+            lambda a, b: farthest(a, b) > 0,
+        ),
+        likely=("targets-in-the-logits",),
+        advice=f"Use {name} in the loss alone.",
+    )
+
+
+def targets_taken(subject: Any) -> str | None:
+    """The parameter of the model's forward that takes the tokens to be predicted, and may be left out.
+
+    One that must be given may be a decoder's input.
+    """
+    try:
+        parameters = inspect.signature(subject.build(seed=subject.seed).forward).parameters
+    except (TypeError, ValueError):
+        return None
+    named = (p for name, p in parameters.items() if NAMED_TARGETS.fullmatch(name))
+    return next((p.name for p in named if p.default is None), None)
 
 
 @needs(CAUSAL)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checks.bugs import bug
-from checks.bugs.variants import PackedTransformer, WindowAttention, packed, sliding_window
+from checks.bugs.variants import TaughtTransformer, taught
 from transformer.model import Attention, Block, ExplicitAttention, KeyValueCache, Rotation, Transformer, causal_mask
 
 CAUSAL = "check_causality.check_future_cannot_change_past"
@@ -331,6 +331,23 @@ def gradient_leak(model: Transformer) -> None:
         block.__class__ = Smoothed
 
 
+@bug("targets-in-the-logits", "the targets' embeddings are added to the last hidden state, as if to help",
+     caught_by=("check_causality.check_targets_change_no_logits",), model=True, of=taught)  # fmt: skip
+def targets_in_the_logits(model: Transformer) -> None:
+    class Shown(TaughtTransformer):
+        def forward(
+            self,
+            tokens: Tensor,
+            mask: Tensor | None = None,
+            cache: KeyValueCache | None = None,
+            targets: Tensor | None = None,
+        ) -> Tensor:
+            logits = super().forward(tokens, mask, cache)
+            return logits if targets is None else logits + self.head(self.embedding(targets))
+
+    model.__class__ = Shown
+
+
 @bug("two-changes-leak", "only where the last two tokens are the same are they shown to all positions",
      caught_by=(REWRITTEN,), model=True)  # fmt: skip
 def two_changes_leak(model: Transformer) -> None:
@@ -473,159 +490,3 @@ def cache_shows_one_more(model: Transformer) -> None:
             return super().visible(mask, T, S, device)
 
     model.__class__ = OneMore
-
-
-# -- what is out of reach
-
-
-@bug("attention-sees-itself-only", "the mask is the diagonal: no token reads what came before it",
-     caught_by=(PAST,), model=True, attention="explicit")  # fmt: skip
-def sees_itself_only(model: Transformer) -> None:
-    class Itself(ExplicitAttention):
-        def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
-            return super().mask(scores, visible & visible.new_ones(scores.shape[-2:]).triu())
-
-    attend_with(model, Itself)
-
-
-@bug("first-token-never-seen", "the first key is masked out for every later query",
-     caught_by=(PAST,), model=True, attention="explicit")  # fmt: skip
-def first_never_seen(model: Transformer) -> None:
-    class Skips(ExplicitAttention):
-        def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
-            visible = visible.clone()
-            visible[..., 1:, 0] = False
-            return super().mask(scores, visible)
-
-    attend_with(model, Skips)
-
-
-@bug("late-tokens-never-seen", "the mask is a table of 64 tokens: those behind see themselves and no one else",
-     caught_by=(PAST,), model=True, attention="explicit")  # fmt: skip
-def late_never_seen(model: Transformer) -> None:
-    class Short(ExplicitAttention):
-        def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
-            itself = torch.eye(*scores.shape[-2:], dtype=torch.bool, device=scores.device)
-            early = torch.arange(scores.shape[-1], device=scores.device) < 64
-            return super().mask(scores, visible & (early | itself))
-
-    attend_with(model, Short)
-
-
-def look_through(model: nn.Module, near: Callable[[int, int, int, torch.device], Tensor]) -> None:
-    """Gives every layer a window of another shape: near(window, T, S, device) is [T, S]."""
-
-    class Other(WindowAttention):
-        def near(self, T: int, S: int, device: torch.device) -> Tensor:
-            return near(self.window, T, S, device)
-
-    attend_with(model, Other)
-
-
-@bug(
-    "window-off-by-one",
-    "a window of w tokens shows w - 1 of them, the token itself among them",
-    source="https://github.com/huggingface/transformers/issues/39408 ; https://github.com/ml-explore/mlx-lm/pull/390",
-    caught_by=(WINDOW,),
-    model=True,
-    of=sliding_window,
-)
-def window_off_by_one(model: Transformer) -> None:
-    look_through(model, lambda window, T, S, device: ~causal_mask(T, S, device).tril(S - T - window + 1))
-
-
-@bug("window-doubled", "the window reaches twice as far back as it says, as a window to both sides would",
-     caught_by=(WINDOW,), model=True, of=sliding_window)  # fmt: skip
-def window_doubled(model: Transformer) -> None:
-    look_through(model, lambda window, T, S, device: ~causal_mask(T, S, device).tril(S - T - 2 * window))
-
-
-@bug(
-    "window-ignored",
-    "a window is configured, and all of the past is seen",
-    source="https://github.com/unslothai/unsloth/pull/8253",
-    caught_by=(WINDOW,),
-    model=True,
-    of=sliding_window,
-)
-def window_ignored(model: Transformer) -> None:
-    look_through(model, lambda window, T, S, device: torch.ones(T, S, dtype=torch.bool, device=device))
-
-
-@bug(
-    "window-sign-error",
-    "the window is laid after the token: with the causal mask only the token itself is left",
-    source="https://github.com/huggingface/transformers/pull/41228",
-    caught_by=(PAST, WINDOW),
-    model=True,
-    of=sliding_window,
-)
-def window_ahead(model: Transformer) -> None:
-    look_through(model, lambda window, T, S, device: torch.ones(T, S, dtype=torch.bool, device=device).triu(S - T))
-
-
-@bug("window-only-when-long", "a sequence of more than 64 tokens is read through a window that nothing declares",
-     caught_by=("check_causality.check_prefix_gives_the_same_logits",), model=True, attention="explicit")  # fmt: skip
-def window_when_long(model: Transformer) -> None:
-    class Switches(ExplicitAttention):
-        def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
-            near = visible.new_ones(scores.shape[-2:]).triu(-31)
-            return super().mask(scores, visible & near if scores.shape[-1] > 64 else visible)
-
-    attend_with(model, Switches)
-
-
-class LooksAhead(WindowAttention):
-    """The window is the only mask, and it reaches to both sides."""
-
-    def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
-        T, S = scores.shape[-2:]
-        near = scores.new_ones(T, S).tril(S - T + self.window - 1).triu(S - T - self.window + 1)
-        return scores.masked_fill(near == 0, -torch.inf)
-
-
-@bug(
-    "window-to-both-sides",
-    "the sliding layers mask by distance alone: the window shows as much of the future as of the past",
-    source="https://github.com/huggingface/transformers/issues/31673",
-    caught_by=(CAUSAL,),
-    model=True,
-    of=sliding_window,
-)
-def window_to_both_sides(model: Transformer) -> None:
-    attend_with(model, LooksAhead)
-
-
-# -- packed documents
-
-
-@bug(
-    "packing-cross-contamination",
-    "documents packed into one row attend to each other",
-    source="https://github.com/huggingface/transformers/pull/46634 ; https://github.com/huggingface/trl/issues/784",
-    caught_by=(PACKED,),
-    model=True,
-    of=packed,
-)
-def documents_attend_to_each_other(model: Transformer) -> None:
-    class Contaminated(PackedTransformer):
-        def visible(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
-            return Transformer.visible(self, mask, T, S, device)
-
-    model.__class__ = Contaminated
-
-
-@bug(
-    "packing-positions-not-reset",
-    "positions run on from one packed document to the next",
-    source="https://github.com/huggingface/nanoVLM/pull/204",
-    caught_by=(PACKED,),
-    model=True,
-    of=packed,
-)
-def positions_run_on(model: Transformer) -> None:
-    class RunOn(PackedTransformer):
-        def token_positions(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
-            return Transformer.token_positions(self, mask, T, S, device)
-
-    model.__class__ = RunOn

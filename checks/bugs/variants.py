@@ -173,3 +173,26 @@ def packed(**config: Any) -> SimpleNamespace:
         model.__class__ = PackedTransformer
 
     return changed(change, **config)
+
+
+# -- targets handed to the forward
+
+
+class TaughtTransformer(Transformer):
+    """Takes the tokens to be predicted, as many do for a loss of their own; here they are not looked at."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        return super().forward(tokens, mask, cache)
+
+
+def taught(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.__class__ = TaughtTransformer
+
+    return changed(change, **config)
