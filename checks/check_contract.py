@@ -512,12 +512,16 @@ def head_projections(subject: Any, model: nn.Module, H: int) -> list[str]:
 
 
 def silenced(x: Tensor, *, H: int, h: int) -> Tensor:
+    if not x.is_floating_point():
+        return x  # ids: a tied table looks them up first, and projects later
     heads = x.unflatten(-1, (H, -1)).clone()
     heads[..., h, :] = 0
     return heads.flatten(-2)
 
 
 def exchanged(x: Tensor, *, H: int, h: int) -> Tensor:
+    if not x.is_floating_point():
+        return x
     order = [*range(h), h + 1, h, *range(h + 2, H)]
     return x.unflatten(-1, (H, -1))[..., order, :].flatten(-2)
 
