@@ -47,6 +47,7 @@ FACTS = {
     "config_class_attributes.py": ("Config(",),
     "config_class_with_kwargs.py": ("GPTConfig(", "n_layer", "n_head", "n_embd"),
     "course_contract.py": ("brings tokenizer", "load_model_and_tokenizer(its folder)"),
+    "data_is_missing.py": ("FileNotFoundError at import", "logs_of_nowhere could not be imported: a stand-in is used"),
     "dataclass_config.py": ("GPTConfig(", "forward(idx, targets) → (logits, loss)", "ignore_index -1", "generate ✗"),
     "default_config_method.py": ("get_default_config()(", "vocab_size"),
     "dict_constant.py": ("CONFIG(vocab_size, seq_len, d_model, num_heads, num_layers)",),
