@@ -132,7 +132,12 @@ def baseline(what: str, spec: str, laws: tuple[str, ...]) -> dict[str, Any]:
     if family:
         declare(subject, family)
         verdicts |= {check: outcome for check, outcome, _ in outcomes(subject, ("spec",))}
-    return {"behaviour": seen, "outcomes": verdicts, "family": family, "functions": functions}
+    return {"behaviour": seen, "outcomes": verdicts, "family": family, "functions": functions, "built": built(subject)}
+
+
+def built(subject: Subject) -> str:
+    """How its constructor was called: a mutant that can only be built in another way crashes for its users."""
+    return subject.header.split(" · ")[1]
 
 
 @contextmanager
@@ -161,6 +166,8 @@ def judged(what: str, before: dict[str, Any], laws: tuple[str, ...]) -> dict[str
     """Whether a mutant is live, and which check catches it first: a law, else one of the spec."""
     try:
         subject = Subject.meet(what, seed=SEED)
+        if built(subject) != before["built"]:
+            return {"result": "crashes", "says": f"is built otherwise: {subject.header}"}
         seen = behaviour(subject)
     except Exception as error:
         return {"result": "crashes", "says": f"{type(error).__name__}: {error}"[:200]}
