@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from itertools import product
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checks.spec.agreement import apart
 from checks.spec.oracle import Variant, build, family_config, load, vary
 from checks.spec.roles import Plan
 from checks.spec.settling import Settled, disagreement, one_thread
 from checks.spec.simulation import Catalogue, Simulated, damaged, explanations, fill, logits
-from checks.spec.trace import Parting, checkpoints, parting, steps
+from checks.spec.trace import Parting, Step, checkpoints, depth, parting, steps
 from transformer.model import ModelConfig, Transformer
 
 # What speaks in a stage, and which output projections are silent. Products of parts become sums, and bugs separate.
@@ -108,12 +108,29 @@ def _over(errors: dict[str, float], bound: float) -> list[str]:
 
 
 def promising(found: Settled) -> list[tuple[Plan, Variant, dict[str, float]]]:
-    """Plans and variants by how many stages agree; of one plan only those that no other beats in every stage."""
+    """Plans and variants of which the most stages agree; first those whose numbers it has longest."""
     bound = found.specimen.bound.size
     seen = [(plan, variant, differing(found, plan, variant)) for plan, variant in _few(found)]
-    seen.sort(key=lambda each: sum(error > bound for error in each[2].values()))
-    best = sum(error > bound for error in seen[0][2].values()) if seen else 0
-    return [each for each in seen if sum(error > bound for error in each[2].values()) == best]
+    fewest = min((len(_over(errors, bound)) for _, _, errors in seen), default=0)
+    best = [each for each in seen if len(_over(each[2], bound)) == fewest]
+    if len(best) < 2:
+        return best
+    tokens, theirs = _traced(found)
+    logits = found.specimen.logits(tokens)
+    return sorted(best, key=lambda each: -depth(theirs, checkpoints(_explicit(*each[:2]), tokens), logits))
+
+
+def _traced(found: Settled) -> tuple[Tensor, list[Step]]:
+    """Two rows of tokens, and every number that the subject computes of them."""
+    tokens = found.specimen.tokens[:2].contiguous()
+    return tokens, steps(found.specimen.model, lambda: found.specimen.logits(tokens), tokens.numel())
+
+
+def _explicit(plan: Plan, variant: Variant) -> Transformer:
+    """The reference with attention step by step."""
+    with torch.random.fork_rng(devices=[]):
+        model = Transformer(ModelConfig(**family_config(plan, variant), attention="explicit"))
+    return vary(load(model, plan), variant)
 
 
 def _few(found: Settled) -> list[tuple[Plan, Variant]]:
@@ -165,14 +182,9 @@ def _by_part(
 
 def part_from(found: Settled, plan: Plan, variant: Variant) -> Parting | None:
     """The first part that differs, with the line of the subject."""
-    seen = found.specimen
-    tokens = seen.tokens[:2].contiguous()
-    with torch.random.fork_rng(devices=[]):
-        model = Transformer(ModelConfig(**family_config(plan, variant), attention="explicit"))
-    ours = vary(load(model, plan), variant)
     with one_thread():
-        theirs = steps(seen.model, lambda: seen.logits(tokens), tokens.numel())
-        return parting(theirs, checkpoints(ours, tokens), seen.logits(tokens))
+        tokens, theirs = _traced(found)
+        return parting(theirs, checkpoints(_explicit(plan, variant), tokens), found.specimen.logits(tokens))
 
 
 def _same(model: nn.Module, found: Settled, bound: float) -> bool:

@@ -105,7 +105,8 @@ class Steps(TorchFunctionMode):
             if not file.startswith((TORCH, "<")) and (file.startswith(bugs) or not file.startswith(OURS)):
                 owner = frame.f_locals.get("self")
                 name = self.names.get(id(owner)) or frame.f_code.co_name
-                return Where(name, type(owner).__name__ if owner is not None else "", shown(file), frame.f_lineno)
+                kind = type(owner).__name__ if owner is not None else "function"
+                return Where(name, kind, shown(file), frame.f_lineno)
             frame = frame.f_back
         return Where("")
 
@@ -165,24 +166,39 @@ def _watched(model: Transformer, found: list[Checkpoint]) -> Iterator[None]:
             del owner.__dict__[method]
 
 
+def matched(seen: list[Step], wanted: list[Checkpoint], logits: Tensor) -> dict[int, int]:
+    """By the place of a number of the reference, the first step that gave it. The logits must be those returned."""
+    a, b = torch.stack([step.sums for step in seen]), torch.stack([c.sums for c in wanted])
+    size = torch.stack([b[:, 0], b[:, 2], b[:, 2], b[:, 3], b[:, 3].clamp(min=1e-300) ** 1.5, b[:, 5]], dim=1)
+    near = ((a[:, None] - b).abs() <= SAME * size.clamp(min=1e-300)).all(dim=-1) & (a[:, None, 0] == b[:, 0])
+    found = {index: int(steps.nonzero()[0]) for index, steps in enumerate(near.T) if bool(steps.any())}
+    if not alike(sums(logits), wanted[-1].sums):
+        found.pop(len(wanted) - 1, None)
+    return found
+
+
+def required(wanted: list[Checkpoint]) -> list[int]:
+    return [index for index, c in enumerate(wanted) if c.part not in OPTIONAL]
+
+
+def depth(seen: list[Step], wanted: list[Checkpoint], logits: Tensor) -> int:
+    """How many numbers of the reference the model has before the first that it lacks and must have."""
+    found = matched(seen, wanted, logits)
+    lacking = next((index for index in required(wanted) if index not in found), len(wanted))
+    return sum(index < lacking for index in found)
+
+
 def parting(seen: list[Step], wanted: list[Checkpoint], logits: Tensor) -> Parting | None:
     """Where the steps leave the reference; None where every part that must be there is, and the logits are the last."""
-    last_seen: dict[int, int] = {}
-    for index, checkpoint in enumerate(wanted):
-        matches = [n for n, step in enumerate(seen) if alike(step.sums, checkpoint.sums)]
-        if matches:
-            last_seen[index] = matches[-1]
-    if not alike(sums(logits), wanted[-1].sums):
-        last_seen.pop(len(wanted) - 1, None)
-    musts = [index for index, c in enumerate(wanted) if c.part not in OPTIONAL]
-    agreed = max((index for index in musts if index in last_seen), default=-1)
+    first_seen, musts = matched(seen, wanted, logits), required(wanted)
+    agreed = max((index for index in musts if index in first_seen), default=-1)
     missing = [index for index in musts if index > agreed]
     if not missing:
         return None
     between = range(agreed + 1, missing[0] + 1)
-    last = max((index for index in (agreed, *between) if index in last_seen), default=None)
-    first = next(index for index in between if index not in last_seen and (last is None or index > last))
-    step = _next(seen, wanted, -1 if last is None else last_seen[last], wanted[first])
+    last = max((index for index in (agreed, *between) if index in first_seen), default=None)
+    first = next(index for index in between if index not in first_seen and (last is None or index > last))
+    step = _next(seen, wanted, -1 if last is None else first_seen[last], wanted[first])
     if step is not None and step.function == "scaled_dot_product_attention":
         first = missing[0]
     named = str(wanted[first])
