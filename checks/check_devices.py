@@ -23,6 +23,7 @@ from checks.probes.memory import Held, peak_bytes
 from checks.probes.precision import precision
 from checks.probes.randomness import seeded, set_rates
 from checks.probes.rounding import Promoted, naively
+from checks.probes.steps import backward
 from checks.probes.waits import Waits
 from checks.subject import EXISTENCE, cast
 from checks.where import locate
@@ -97,7 +98,7 @@ class Computed:
         model.zero_grad(set_to_none=True)
         with sdpa_kernel(kernel):
             logits = subject.logits(model, tokens[:, :-1])
-            cross_entropy(logits.float(), tokens[:, 1:]).mean().backward()
+            backward(cross_entropy(logits.float(), tokens[:, 1:]).mean())
         return cls(logits.detach().double(), gradient_of(model))
 
 
@@ -174,7 +175,7 @@ def check_mixed_precision_keeps_the_gradient(subject: Any) -> None:
     """Under autocast, in bfloat16 and in float16 with a gradient scaler, each gradient points as in float32."""
     needs_numbers(subject)
     model, tokens = plain(subject), tokens_of(subject)
-    loss_of(subject, model, tokens).backward()
+    backward(loss_of(subject, model, tokens))
     want, worst = gradient_of(model), {}
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
@@ -223,7 +224,7 @@ def scaled_gradient(subject: Any, model: nn.Module, tokens: Tensor, dtype: torch
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(kind, dtype):
             loss = loss_of(subject, model, tokens)
-        scaler.scale(loss).backward()
+        backward(scaler.scale(loss))
         scaler.unscale_(optimizer)
         gradient = gradient_of(model)
         if bool(gradient.isfinite().all()):
@@ -243,7 +244,7 @@ def check_precision_switches_are_left_alone(subject: Any) -> None:
         if (chosen := torch.get_float32_matmul_precision()) != "highest":
             advise(f"building the model sets torch's float32 matmul precision to {chosen!r} for the whole process")
         torch.set_float32_matmul_precision("highest")
-        loss_of(subject, model, tokens_of(subject)).backward()
+        backward(loss_of(subject, model, tokens_of(subject)))
         after = torch.get_float32_matmul_precision()
     finally:
         torch.set_float32_matmul_precision(before)
@@ -318,12 +319,12 @@ def check_step_does_not_wait_at_each_token(subject: Any) -> None:
     if longest < 8 or len(lengths) < 3:
         raise NotApplicable(f"lengths up to {longest} are too few to see growth")
     model = plain(subject)
-    loss_of(subject, model, tokens_of(subject, ROWS, lengths[0])).backward()  # what is read once is read here
+    backward(loss_of(subject, model, tokens_of(subject, ROWS, lengths[0])))  # what is read once is read here
     counts: list[Any] = []
     said: list[int] = []
     for T in lengths:
         with Waits(subject.device) as waits:
-            loss_of(subject, model, tokens_of(subject, ROWS, T)).backward()
+            backward(loss_of(subject, model, tokens_of(subject, ROWS, T)))
         counts.append(waits.by_line)
         said.append(waits.said)
     note(lengths=lengths, waits=[sum(found.values()) for found in counts], cuda_says=said)
@@ -353,7 +354,7 @@ def check_memory_does_not_grow(subject: Any) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
 
     def step() -> None:
-        loss_of(subject, model, tokens).backward()
+        backward(loss_of(subject, model, tokens))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -394,9 +395,9 @@ def check_memory_grows_no_faster_than_the_batch(subject: Any) -> None:
     for times in (1, 2, 4):
         tokens = one.repeat(times, 1)
         try:
-            loss_of(subject, model, tokens).backward()  # what is made once is made here
+            backward(loss_of(subject, model, tokens))  # what is made once is made here
             model.zero_grad(set_to_none=True)
-            peaks.append(peak_bytes(lambda: loss_of(subject, model, tokens).backward(), subject.device))  # noqa: B023
+            peaks.append(peak_bytes(lambda: backward(loss_of(subject, model, tokens)), subject.device))  # noqa: B023
         except (RuntimeError, ValueError) as error:
             raise NotApplicable(f"{2 * times} rows are refused", error=str(error).splitlines()[0]) from None
         model.zero_grad(set_to_none=True)
@@ -404,7 +405,7 @@ def check_memory_grows_no_faster_than_the_batch(subject: Any) -> None:
     first, second = peaks[1] - peaks[0], peaks[2] - peaks[1]
     if not second <= 3 * max(first, 1):
         with Held() as held:
-            loss_of(subject, model, tokens).backward()
+            backward(loss_of(subject, model, tokens))
         size, shape, line = held.largest
         fail(
             f"a step holds {peaks[0]:,} bytes at its peak for 2 rows, {peaks[1]:,} for 4 and {peaks[2]:,} for 8: from "
@@ -428,7 +429,7 @@ def check_deterministic_algorithms_repeat_the_step(subject: Any) -> None:
             for _ in range(2):
                 model.zero_grad(set_to_none=True)
                 with seeded(subject.seed):
-                    loss_of(subject, model, tokens).backward()
+                    backward(loss_of(subject, model, tokens))
                 found.append(gradient_of(model))
     except RuntimeError as error:
         if "deterministic" not in str(error):

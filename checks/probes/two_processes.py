@@ -20,6 +20,7 @@ from checks.expect import NotApplicable
 from checks.loss.formula import cross_entropy
 from checks.probes.precision import precision
 from checks.probes.randomness import set_rates
+from checks.probes.steps import backward
 from checks.subject import Subject, cast
 
 COUNT = 2
@@ -62,7 +63,7 @@ def gradients(network: nn.Module, model: nn.Module, given: list[Tensor]) -> list
     found = []
     for tokens in given:
         model.zero_grad(set_to_none=True)
-        cross_entropy(network(tokens[:, :-1]), tokens[:, 1:]).mean().backward()
+        backward(cross_entropy(network(tokens[:, :-1]), tokens[:, 1:]).mean())
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     return found
 
