@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from checks import checks_in
 from checks.bugs import all_bugs
-from checks.bugs.variants import changed
-from checks.subject import Subject, reference
+from checks.subject import reference
 from checks.verdict import Verdict, judge
-from transformer.model import RotaryPositions
 
 CHECKS = {check.__name__.removeprefix("check_"): check for check in checks_in("numerics")}
 BUGS = all_bugs()
@@ -71,22 +68,3 @@ def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
 def test_the_reference_is_not_accused(check):
     found = judge(CHECKS[check], reference(seed=5), {})
     assert found.outcome in ("passed", "not_applicable"), found.says
-
-
-def test_frequencies_rounded_with_the_model_are_advice():
-    """`model.bfloat16()` rounds the buffers too; libraries keep them in float32, so the model's code is no mistake."""
-
-    class Buffered(RotaryPositions):
-        def angles(self, positions, dtype):
-            return positions[..., None].to(torch.promote_types(dtype, torch.float32)) * self.frequencies
-
-    def change(model):
-        width = model.config.n_embd // model.config.n_head
-        frequencies = 10_000.0 ** (-torch.arange(0, width, 2) / width)
-        model.positions.__class__ = Buffered
-        model.positions.register_buffer("frequencies", frequencies, persistent=False)
-
-    subject = Subject("buffered", changed(change, positions="rotary"), seed=3)
-    found = judge(CHECKS["long_sequences_stay_close"], subject, {})
-    assert found.outcome == "passed", found.says
-    assert any("rounds its buffers" in remark for remark in found.remarks)
