@@ -136,8 +136,11 @@ def test_a_mistake_of_no_known_bug_is_named_too(check, loss, facts):
         lambda logits, targets: (lambda x: ((1 - (-x).exp()) * x).mean())(losses_of(logits, targets)),
         lambda logits, targets: (logits.softmax(-1) - nn.functional.one_hot(targets, 17)).square().sum(-1).mean(),
         lambda logits, targets: (losses_of(logits, targets) + (1 - (-losses_of(logits, targets)).exp())).mean(),
+        lambda logits, targets: (
+            losses_of(logits, targets) + 0.01 * (logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+        ).mean(),
     ],
-    ids=["focal", "Brier score", "poly"],
+    ids=["focal", "Brier score", "poly", "with a bonus for entropy"],
 )
 def test_a_loss_that_is_no_cross_entropy_is_not_judged_as_one(loss):
     """Whether it is meant cannot be told; that it is none is said."""

@@ -13,7 +13,7 @@ from checks.expect import Bound, NotApplicable, advise, fail
 from checks.loss.conventions import MetLoss, met_loss
 from checks.loss.explained import explained, spans
 from checks.loss.formula import REDUCTIONS, USUAL, cross_entropy
-from checks.loss.reading import EXACT, read
+from checks.loss.reading import EXACT, gradient, read
 
 FLOAT64 = Bound(1e-9, "float64, relative to the largest")
 FLOAT32 = Bound(2e-6, "the loss computes in float32; relative to the largest")
@@ -116,9 +116,17 @@ def cause(subject: Any, loss: MetLoss) -> tuple[str, tuple[str, ...]]:
     logits, targets = sample(loss, rows=2, places=loss.places, seed=1)
     mask = all_kept(loss, masks(loss.places)[1])
     got = float(loss(logits, targets, given(loss, mask)).detach())
-    rounded = loss.reading is not None and loss.reading.error > EXACT
+    rounded = loss.reading is not None and loss.reading.error > EXACT and not smooth(loss, logits, targets)
     says, likely = explained(got, logits, targets, mask, reduction(subject, loss), rounded=rounded)
     return (says, likely) if says else (weighed(subject, loss, mask), ())
+
+
+def smooth(loss: MetLoss, logits: Tensor, targets: Tensor) -> bool:
+    """Whether a small change of the logits changes the loss as its gradient says: in 16 bits it moves in leaps."""
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    slope = float((gradient(loss, logits, targets, None) * direction).sum())
+    up, down = (float(loss(logits + h * direction, targets, None).detach()) for h in (1e-4, -1e-4))
+    return abs((up - down) / 2e-4 - slope) < 0.05 * abs(slope) + 1e-6
 
 
 def weighed(subject: Any, loss: MetLoss, mask: Tensor) -> str:
