@@ -6,6 +6,7 @@ On CUDA all of it; elsewhere what the device has. A check says what it could not
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,9 +116,9 @@ def check_every_attention_kernel_agrees(subject: Any) -> None:
         if dtype == precision(subject).dtype:
             continue  # nothing finer to compare with
         model, twin = rounded(subject, dtype)
-        if chooses(subject, twin):
-            raise NotApplicable("the model sends tokens to experts: one rounding sends a token elsewhere")
+        needs_one_way(subject, twin)
         exact = Computed.by(subject, twin, SDPBackend.MATH)
+        needs_finite(exact.gradient)
         for kernel in KERNELS:
             name = f"{kernel.name.lower().replace('_attention', '')} in {str(dtype).removeprefix('torch.')}"
             try:
@@ -144,11 +145,18 @@ def rounded(subject: Any, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     return cast(model, dtype), cast(twin, precision(subject).dtype)
 
 
-def chooses(subject: Any, twin: nn.Module) -> bool:
-    """Whether the model sends tokens where a rounding could send them elsewhere."""
+def needs_one_way(subject: Any, model: nn.Module | None = None) -> None:
+    """Raises NotApplicable where the model sends tokens to experts: a rounding, or other rows, send them elsewhere."""
+    twin = plain(subject, dtype=precision(subject).dtype) if model is None else model
     with naively(twin, torch.bfloat16) as mode:  # which follows what has a gradient
         subject.logits(twin, tokens_of(subject, 1, 3))
-    return mode.routes
+    if mode.routes:
+        raise NotApplicable("the model sends tokens to experts: one rounding sends a token elsewhere")
+
+
+def needs_finite(gradient: Tensor) -> None:
+    if not bool(gradient.isfinite().all()):
+        raise NotApplicable("the gradient is not finite to begin with")
 
 
 def refuse_more_error(
@@ -174,9 +182,12 @@ def refuse_more_error(
 def check_mixed_precision_keeps_the_gradient(subject: Any) -> None:
     """Under autocast, in bfloat16 and in float16 with a gradient scaler, each gradient points as in float32."""
     needs_numbers(subject)
+    needs_one_way(subject)
     model, tokens = plain(subject), tokens_of(subject)
-    backward(loss_of(subject, model, tokens))
+    with seeded(subject.seed):
+        backward(loss_of(subject, model, tokens))
     want, worst = gradient_of(model), {}
+    needs_finite(want)
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         try:
@@ -222,7 +233,7 @@ def scaled_gradient(subject: Any, model: nn.Module, tokens: Tensor, dtype: torch
     for _ in range(SCALES if scaler.is_enabled() else 1):
         scale = scaler.get_scale()
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(kind, dtype):
+        with torch.autocast(kind, dtype), seeded(subject.seed):
             loss = loss_of(subject, model, tokens)
         backward(scaler.scale(loss))
         scaler.unscale_(optimizer)
@@ -383,6 +394,7 @@ def held_after(step: Callable[[], None], device: torch.device) -> list[int]:
 def after_ten(step: Callable[[], None], held: Callable[[], int]) -> int:
     for _ in range(10):
         step()
+    gc.collect()  # what refers to itself waits for it
     return held()
 
 
@@ -390,6 +402,7 @@ def after_ten(step: Callable[[], None], held: Callable[[], int]) -> int:
 def check_memory_grows_no_faster_than_the_batch(subject: Any) -> None:
     """What a step holds at its peak grows in proportion to the rows of its batch."""
     needs_numbers(subject)
+    needs_one_way(subject)
     model, one = plain(subject), tokens_of(subject, 2)
     peaks = []
     for times in (1, 2, 4):
@@ -437,6 +450,7 @@ def check_deterministic_algorithms_repeat_the_step(subject: Any) -> None:
         says = str(error).splitlines()[0][:200]
         advise(f"the step cannot be repeated bit for bit: {says}")
         raise NotApplicable(f"PyTorch has no deterministic algorithm for this model here: {says}") from None
+    needs_finite(found[0])
     if not torch.equal(*found):
         fail(
             f"two steps from one seed have gradients {apart(*found):.2g} of their length apart, though "

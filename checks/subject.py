@@ -247,7 +247,8 @@ def amplify(model: nn.Module, gain: float, embedding: float, *, seed: int) -> No
     seen: set[int] = set()
     with torch.no_grad():
         for parameter in model.parameters():
-            if id(parameter) in seen or not parameter.requires_grad or not parameter.is_floating_point():
+            strong = parameter.requires_grad and parameter.is_floating_point() and parameter.numel()
+            if id(parameter) in seen or not strong:
                 continue
             seen.add(id(parameter))
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
