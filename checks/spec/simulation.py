@@ -17,7 +17,7 @@ from checks.spec.agreement import apart
 from checks.spec.oracle import Variant, build, family_config, vary
 from checks.spec.roles import Plan
 from checks.subject import reference_parts
-from transformer.model import Transformer
+from transformer.model import GeluFeedForward, Transformer
 
 LIVE = 1e-10  # of the largest logit: a bug that moves less is no bug at these sizes
 
@@ -152,7 +152,15 @@ def damaged(bugs: list[Bug], config: dict[str, Any], variant: Variant) -> Transf
             model = parts.build_model(dropout=0.0)
     except Exception:  # a bug of sizes that this subject does not have
         return None
-    return vary(model, variant).eval() if isinstance(model, Transformer) else None
+    if not isinstance(model, Transformer) or _of_another_kind(model, config):
+        return None
+    return vary(model, variant).eval()
+
+
+def _of_another_kind(model: Transformer, config: dict[str, Any]) -> bool:
+    """Whether damage that was made for a GPT-2 has put its feed-forward where a gated one was."""
+    gated = config["feed_forward"] == "swiglu"
+    return gated and any(isinstance(module, GeluFeedForward) for module in model.modules())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,149 @@
+"""What a declared architecture says beside logits: gradients, epsilons, weights, their start, what is dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from checks import checks_in
+from checks.bugs import all_bugs
+from checks.spec.dropping import dropped
+from checks.spec.gradients import slopes
+from checks.spec.initialization import drawn
+from checks.spec.settling import settled
+from checks.spec.tiny import parting_scale
+from checks.subject import Subject, reference_parts
+from checks.verdict import Verdict, judge
+from tests import variants  # noqa: F401  (adds its controls)
+from tests.controls import CONTROLS
+
+CHECKS = {check.__name__: check for check in checks_in("spec")}
+
+
+def verdict(subject: Subject, name: str, spec: str = "gpt2") -> Verdict:
+    subject.spec = spec
+    return judge(CHECKS[name], subject, {})
+
+
+@pytest.mark.parametrize(
+    "name, spec",
+    [("gpt2", "gpt2"), ("reference-gpt2-explicit", "gpt2"), ("llama", "llama"), ("llama-grouped-tied-biased", "llama"),
+     ("grouped-and-tiled", "llama")],
+)  # fmt: skip
+def test_no_right_model_is_accused(name, spec):
+    subject = CONTROLS[name](seed=2)
+    for check in CHECKS:
+        found = verdict(subject, check, spec)
+        assert found.outcome in ("passed", "not_applicable"), f"{check}: {found.says}"
+
+
+def test_without_a_declaration_nothing_is_judged():
+    for check in CHECKS:
+        assert verdict(CONTROLS["alibi"](seed=0), check, "auto").outcome in ("passed", "not_applicable")
+
+
+def test_gradients_agree_to_rounding():
+    found = settled(CONTROLS["gpt2"](seed=0), "gpt2")
+    compared = slopes(found)
+    assert max(slope.error for slope in compared) < 1e-12
+    assert "blocks.0.attention.qkv.weight" in {slope.part for slope in compared}
+
+
+def changed(change: Callable[[nn.Module], None]) -> Subject:
+    """The reference GPT-2, each model changed as it is built."""
+    parts = reference_parts()
+    build = parts.build_model
+
+    def build_changed(**sizes: Any) -> nn.Module:
+        model = build(**sizes)
+        change(model)
+        return model
+
+    parts.build_model = build_changed
+    return Subject("changed", parts)
+
+
+def test_a_gradient_that_is_scaled_names_the_weight_and_the_factor():
+    def halve(model: nn.Module) -> None:
+        for block in model.blocks:
+            block.attention.output.weight.register_hook(lambda gradient: gradient / 2)
+
+    found = verdict(changed(halve), "check_gradients_agree")
+    assert found.outcome == "failed" and "0.5 times" in found.says
+    assert set(found.evidence["gradients"]) == {f"blocks.{n}.attention.output.weight" for n in range(3)}
+
+
+def test_an_epsilon_that_is_a_floor_shows_at_tiny_embeddings():
+    subject = all_bugs()["norm-epsilon-is-a-floor"].subject(seed=0)
+    assert settled(subject, "llama").agrees
+    tiny = parting_scale(settled(subject, "llama"))
+    assert tiny is not None and tiny.factor <= 1e-4
+
+
+def test_a_head_that_starts_as_a_copy_is_no_tie():
+    found = verdict(all_bugs()["head-is-a-copy"].subject(seed=0), "check_weights_are_the_familys")
+    assert found.outcome == "failed" and "head.weight" in found.says and "embedding.weight" in found.says
+
+
+def test_an_untied_head_is_said_and_not_accused():
+    found = verdict(Subject("untied", reference_parts(tied=False)), "check_weights_are_the_familys")
+    assert found.outcome == "passed" and any("table of its own" in remark for remark in found.remarks)
+
+
+def test_weights_without_a_place_are_counted():
+    found = verdict(all_bugs()["weights-without-a-place"].subject(seed=0), "check_weights_are_the_familys")
+    assert found.evidence["of_them_without_a_place"] == 3 * 2 * 60
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_right_draws_fit(seed):
+    matrices, constants = drawn(settled(Subject("transformer", reference_parts(), seed=seed), "gpt2"))
+    assert all(one.fits for one in (*matrices, *constants))
+    assert {"token embedding", "position table", "attention output"} <= {one.role for one in matrices}
+
+
+@pytest.mark.parametrize("factor", [0.94, 1.06])
+def test_a_deviation_off_by_six_percent_is_seen(factor):
+    def rescale(model: nn.Module) -> None:
+        with torch.no_grad():
+            for block in model.blocks:
+                block.feed_forward.output.weight.mul_(factor)
+
+    found = verdict(changed(rescale), "check_initialization_is_the_familys")
+    assert found.outcome == "failed" and found.evidence["role"] == "feed-forward output"
+
+
+def test_an_unscaled_residual_projection_is_named():
+    subject = all_bugs()["residual-init-unscaled"].subject(seed=0)
+    found = verdict(subject, "check_initialization_is_the_familys")
+    assert found.likely == ("residual-init-unscaled",) and found.evidence["role"] == "attention output"
+
+
+def test_what_is_dropped_is_seen_where():
+    sites = dropped(settled(CONTROLS["gpt2"](seed=0), "gpt2"))
+    assert [(site.part, site.block) for site in sites[:4]] == [
+        ("embedded tokens and positions", None), ("attention weights", 0), ("attention output", 0),
+        ("feed-forward output", 0),
+    ]  # fmt: skip
+    assert {site.rate for site in sites} == {0.3} and len(sites) == 1 + 3 * 3
+
+
+@pytest.mark.parametrize(
+    "id, what",
+    [("dropout-site-missing", "feed-forward's output is not dropped"), ("dropout-twice", "twice"),
+     ("dropout-before-the-softmax", "attention scores of block 0 is dropped"),
+     ("dropout-on-the-norm", "norm before attention of block 0 is dropped"),
+     ("dropout-inside-the-feed-forward", "activation of block 0 is dropped")],
+)  # fmt: skip
+def test_a_dropout_out_of_place_is_named(id, what):
+    found = verdict(all_bugs()[id].subject(seed=0), "check_dropout_sites_are_the_familys")
+    assert found.outcome == "failed" and what in found.says and found.likely == (id,)
+
+
+def test_an_unusual_scale_is_advice_without_a_declaration():
+    found = verdict(CONTROLS["scale-by-width-of-head"](seed=0), "check_attention_scale_is_usual", "auto")
+    assert found.outcome == "passed" and any("0.3162 times" in remark for remark in found.remarks)
