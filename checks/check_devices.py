@@ -24,7 +24,7 @@ from checks.probes.memory import Held, peak_bytes
 from checks.probes.precision import precision
 from checks.probes.randomness import seeded, set_rates
 from checks.probes.rounding import Promoted, naively
-from checks.probes.steps import backward
+from checks.probes.steps import backward, needs_no_cache_inside
 from checks.probes.waits import Waits
 from checks.subject import EXISTENCE, cast
 from checks.where import locate
@@ -373,6 +373,7 @@ def check_memory_does_not_grow(subject: Any) -> None:
     note(bytes_held=held)
     grown = [more - less for less, more in pairwise(held)]
     if min(grown) > 0:
+        needs_no_cache_inside(model)
         fail(
             f"every training step keeps {grown[-1] / 10:,.0f} bytes more: {held[0]:,} after 10 steps, {held[-1]:,} "
             f"after {STEPS}",

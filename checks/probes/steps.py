@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from checks.expect import NotApplicable
 
 KEPT = ("backward through the graph a second time", "modified by an inplace operation")  # says autograd
+SAYS = "the model keeps what an earlier call computed, and a step reaches back into it: it is not made to train"
+
+
+def needs_no_cache_inside(model: nn.Module) -> None:
+    """Raises NotApplicable where a module holds a tensor with its history: a cache that every call writes to."""
+    for module in model.modules():
+        for value in (*vars(module).values(), *module._buffers.values()):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                raise NotApplicable(SAYS)
 
 
 def backward(loss: Tensor) -> None:
@@ -16,5 +25,4 @@ def backward(loss: Tensor) -> None:
     except RuntimeError as error:
         if not any(words in str(error) for words in KEPT):
             raise
-        says = "the model keeps what an earlier call computed, and a step reaches back into it: it is not made to train"
-        raise NotApplicable(says, error=str(error).splitlines()[0][:200]) from None
+        raise NotApplicable(SAYS, error=str(error).splitlines()[0][:200]) from None
