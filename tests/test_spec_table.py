@@ -17,6 +17,9 @@ from checks.subject import Subject
 from tests.test_spec_mapping import FOREIGN, STYLES, family, foreign
 
 
+pytest_plugins = ("pytester",)
+
+
 def with_table(name, table, tmp_path):
     path = tmp_path / "weights.json"
     path.write_text(json.dumps(table))
