@@ -129,3 +129,14 @@ def test_what_no_bug_explains_is_said():
     found = verdict(subject, "gpt2")
     assert found.outcome == "failed" and found.likely == () and "no known bug" in found.says
     assert found.evidence["first_part_that_differs"] == "attention scores, mask or softmax of block 0"
+
+
+def test_the_part_named_is_that_of_the_right_variant(monkeypatch):
+    """No bug is tried: the layout of the rotary pairs is told by how far the numbers agree."""
+    monkeypatch.setattr("checks.check_spec.SIMULATION_SECONDS", 0.0)
+    bug = all_bugs()["scale-by-d-model"]
+    parts = bug.of(**{**LLAMA, "positions": "rotary-interleaved"})
+    bug.damage(parts)
+    found = verdict(Subject("interleaved", parts), "llama")
+    assert found.evidence["first_part_that_differs"] == "attention scores, mask or softmax of block 0"
+    assert found.evidence["variant"][0].startswith("rotary positions in interleaved pairs")
