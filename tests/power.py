@@ -36,8 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{table}: {len(tasks)} rows; remove it to start over", flush=True)
         with interrupted_quietly():
             fill(table, tasks, options.jobs)
-    rows = list(read(table).values())
-    text, sound = report(rows, table.stem, torch.__version__)
+    rows = read(table)
+    left = [task for task in plan(options.seeds) if tuple(asdict(task).values()) not in rows]
+    text, sound = report(list(rows.values()), f"sources {table.stem}, torch {torch.__version__}", left=len(left))
     if options.only:
         print(text)
     else:

@@ -11,14 +11,14 @@ DECIDED = ("passed", "failed")
 BROKEN = ("failed", "error")
 
 
-def report(rows: list[Row], code: str, torch_version: str) -> tuple[str, bool]:
-    """The report, and whether every bug was caught by what it names and no control accused."""
+def report(rows: list[Row], of_what: str, *, left: int = 0) -> tuple[str, bool]:
+    """The report, and whether every bug was caught by what it names and no control accused; `left` rows are not run."""
     bugs, controls = of_kind(rows, "bug"), of_kind(rows, "control")
     amiss = [line for row in rows for line in wrong(row)]
     parts = [
         "# Power",
         f"What every check says of every known bug and of correct models: `make power` "
-        f"(sources {code}, torch {torch_version}, {len(rows)} rows).",
+        f"({of_what}; {len(rows)} rows{f', {left} more are not yet run' if left else ''}).",
         *(of_bugs(bugs) if bugs else []),
         *(of_controls(controls) if controls else []),
         *(["## Amiss", *listed(amiss)] if amiss else []),
