@@ -16,7 +16,6 @@ from checks.spec.table import declare, pattern, shown
 from checks.subject import Subject
 from tests.test_spec_mapping import FOREIGN, STYLES, family, foreign
 
-
 pytest_plugins = ("pytester",)
 
 
