@@ -27,6 +27,7 @@ from checks.probes.rounding import Promoted, naively
 from checks.probes.steps import backward, needs_no_cache_inside
 from checks.probes.waits import Waits
 from checks.subject import EXISTENCE, cast
+from checks.training.runs import refuse_chance
 from checks.where import locate
 
 CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
@@ -405,6 +406,7 @@ def check_memory_grows_no_faster_than_the_batch(subject: Any) -> None:
     needs_numbers(subject)
     needs_one_way(subject)
     model, one = plain(subject), tokens_of(subject, 2)
+    refuse_chance(subject, model)
     peaks = []
     for times in (1, 2, 4):
         tokens = one.repeat(times, 1)

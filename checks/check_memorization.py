@@ -17,6 +17,7 @@ from torch import nn
 from checks.check_sanity import LEARNED, RECIPES, objective
 from checks.expect import NotApplicable, advise, fail, needs, note
 from checks.probes.influence import needs_one_token
+from checks.training.runs import refuse_chance
 from transformer.data import Batch, SentenceTask, pad_batch
 from transformer.generation import generate
 from transformer.trainer import Trainer
@@ -171,6 +172,7 @@ def train(subject: Any, task: Task) -> nn.Module:
             return trainer.model
         tried.append(f"{name} recipe: loss {loss:.2g} after {trainer.steps_done} steps")
         refuse_short_sight(task, loss, tried)
+    refuse_chance(subject, trainer.model.train())
     fail(
         f"{len(task.strings)} random string{'s' * (len(task.strings) > 1)} of {longest} tokens cannot be learned by "
         f"heart: {'; '.join(tried)}; wanted {LEARNED:g}",

@@ -18,6 +18,7 @@ from checks.expect import NotApplicable, advise, fail, keep, needs, note
 from checks.generation.conventions import Decoder, decoder
 from checks.loss.conventions import met_loss
 from checks.probes.influence import needs_one_token
+from checks.training.runs import refuse_chance
 from transformer.data import Batch, SentenceTask
 from transformer.generation import generate
 from transformer.loss import next_token_loss
@@ -71,7 +72,7 @@ class Learned:
 def check_memorizes_the_sentence(subject: Any) -> None:
     """A one-layer model learns the sentence by heart: loss at most 1e-5, and the exact rest after every beginning."""
     learned = learn(subject, SentenceTask())
-    expect_learned(learned)
+    expect_learned(subject, learned)
     recite_everything(subject, learned)
 
 
@@ -80,7 +81,7 @@ def check_memorizes_the_sentence(subject: Any) -> None:
 def check_learns_only_unmasked_targets(subject: Any) -> None:
     """With the first three targets masked, the others are learned to 1e-5 and the masked ones not at all."""
     learned = learn(subject, SentenceTask(skip=SKIP))
-    expect_learned(learned)
+    expect_learned(subject, learned)
     expect_masked_targets_untaught(subject, learned)
     sentence = learned.task.sentence
     expect_recital(subject, learned, sentence[:SKIP])
@@ -194,9 +195,10 @@ def split_losses(subject: Any, learned: Learned, texts: list[str]) -> dict[str, 
 # judging
 
 
-def expect_learned(learned: Learned) -> None:
+def expect_learned(subject: Any, learned: Learned) -> None:
     if learned.loss <= LEARNED:
         return
+    refuse_chance(subject, learned.trainer.model.train())
     start = learned.before["train"]
     slowly = learned.loss < 0.1 * start
     verdict = "learns, but too slowly" if slowly else "does not learn"

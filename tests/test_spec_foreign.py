@@ -54,7 +54,8 @@ GROUPED = hf_llama(2, attn_implementation="eager")
 # The library's model, the known bug, how it is planted, the part that is named.
 PLANTED: list[tuple[Callable, str, Patch, str]] = [
     (hf_gpt2, "relu-for-gelu", after_init(gpt2.GPT2MLP, lambda m: setattr(m.act, "forward", F.relu)), "activation"),
-    (hf_gpt2, "mlp-no-activation", after_init(gpt2.GPT2MLP, lambda m: setattr(m.act, "forward", lambda x: x)), "feed-forward"),
+    (hf_gpt2, "mlp-no-activation",
+     after_init(gpt2.GPT2MLP, lambda m: setattr(m.act, "forward", lambda x: x)), "feed-forward"),
     (hf_gpt2, "scale-missing", after_init(gpt2.GPT2Attention, unscaled), "attention"),
     (hf_gpt2, "final-norm-missing",
      after_init(gpt2.GPT2Model, lambda m: setattr(m.ln_f, "forward", lambda x: x)), "final norm"),

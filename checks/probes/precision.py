@@ -76,6 +76,8 @@ def _probe(subject: Any) -> Precision:
             logits = subject.logits(model, subject.tokens(2, subject.sizes.block_size))
     except Exception:  # whatever a foreign model raises when its halves are of two types
         return Precision(torch.float32, torch.float32)
+    if casts.mixed:
+        return Precision(torch.float32, torch.float32)
     narrow = casts.seen or logits.dtype != torch.float64
     if narrow and _overflows_when_cast(subject, model):
         return Precision(torch.float32, torch.float32)
@@ -108,12 +110,18 @@ def _survives_padding(subject: Any, model: nn.Module) -> bool:
 
 
 class _Casts(TorchDispatchMode):
-    """Sees a float64 tensor cast to a coarser floating-point type."""
+    """Sees a float64 tensor cast to a coarser floating-point type, or attention given a mask of one.
+
+    PyTorch's attention kernel for the CPU takes a float32 mask beside float64 queries, and computes something else.
+    """
 
     seen = False
+    mixed = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
             self.seen = self.seen or (result.is_floating_point() and result.dtype != torch.float64)
+        if (mask := (kwargs or {}).get("attn_mask")) is not None and args[0].dtype == torch.float64:
+            self.mixed = self.mixed or (mask.is_floating_point() and mask.dtype != torch.float64)
         return result

@@ -99,7 +99,11 @@ def explanations(
         if apart(ours, clean) <= LIVE:
             if not catalogue.whole:
                 catalogue.dead.add(id(one))
-        elif apart(theirs, ours[..., : theirs.shape[-1]]) <= bound and all(one.bug is not o.bug for o in found):
+        elif (
+            bool(ours.isfinite().any())
+            and apart(theirs, ours[..., : theirs.shape[-1]]) <= bound
+            and all(one.bug is not o.bug for o in found)
+        ):
             found.append(one)
     return found, True
 

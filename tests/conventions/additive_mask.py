@@ -21,8 +21,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.head = nn.Linear(n_embd, vocab_size)
 
-    def hidden(self, idx, **masks):
-        x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1], device=idx.device))
+    def hidden(self, idx, places, **masks):
+        x = self.tokens(idx) + self.positions(places)
         for block in self.blocks:
             x = block(x, **masks)
         return x
@@ -32,7 +32,9 @@ class GPT(nn.Module):
         future = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
 
         scores = torch.zeros(T, T, device=idx.device).masked_fill(future, -torch.inf)
+        places = torch.arange(T, device=idx.device)
         if mask is not None:
+            places = ((mask == 0).cumsum(1) - 1).clamp(min=0)
             assert mask.is_floating_point() and mask.shape == idx.shape
             scores = (scores + mask[:, None, :].clamp(min=-1e9)).clamp(min=-1e9).repeat_interleave(4, dim=0)
-        return self.head(self.hidden(idx, attn_mask=scores))
+        return self.head(self.hidden(idx, places, attn_mask=scores))

@@ -21,8 +21,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.head = nn.Linear(n_embd, vocab_size)
 
-    def hidden(self, idx, **masks):
-        x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1], device=idx.device))
+    def hidden(self, idx, places, **masks):
+        x = self.tokens(idx) + self.positions(places)
         for block in self.blocks:
             x = block(x, **masks)
         return x
@@ -32,7 +32,8 @@ class GPT(nn.Module):
         future = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
 
         if attention_mask is None:
-            return self.head(self.hidden(idx, attn_mask=future))
+            return self.head(self.hidden(idx, torch.arange(T, device=idx.device), attn_mask=future))
         assert attention_mask.dtype == torch.long
         unseen = future | (attention_mask[:, None, :] == 0) & ~torch.eye(T, dtype=torch.bool, device=idx.device)
-        return self.head(self.hidden(idx, attn_mask=unseen.repeat_interleave(4, dim=0)))
+        places = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return self.head(self.hidden(idx, places, attn_mask=unseen.repeat_interleave(4, dim=0)))

@@ -18,5 +18,5 @@ class GPT(nn.Module):
         self.head = nn.Linear(n_embd, vocab_size)
 
     def forward(self, idx):
-        x = (self.tokens(idx) + self.positions(torch.arange(idx.shape[1]))).tanh()
-        return self.head(x.cumsum(dim=1) / torch.arange(1, idx.shape[1] + 1)[:, None])
+        x = (self.tokens(idx) + self.positions(torch.arange(idx.shape[1], device=idx.device))).tanh()
+        return self.head(x.cumsum(dim=1) / torch.arange(1, idx.shape[1] + 1, device=idx.device)[:, None])

@@ -12,8 +12,11 @@ class Decoder(nn.Module):
         block = nn.TransformerEncoderLayer(dim_vector, number_of_my_heads, 64, dropout=0.0, batch_first=True)
         self.blocks = nn.TransformerEncoder(block, num_decoder_stack_layers, enable_nested_tensor=False)
         self.head = nn.Linear(dim_vector, my_vocab_size)
+        for weights in self.blocks.parameters():  # which nn.TransformerEncoder copies from layer to layer
+            if weights.dim() > 1:
+                nn.init.xavier_uniform_(weights)
 
     def forward(self, ids):
         T = ids.shape[1]
-        x = self.tokens(ids) + self.positions(torch.arange(T))
-        return self.head(self.blocks(x, torch.ones(T, T, dtype=torch.bool).triu(1)))
+        x = self.tokens(ids) + self.positions(torch.arange(T, device=ids.device))
+        return self.head(self.blocks(x, torch.ones(T, T, dtype=torch.bool, device=ids.device).triu(1)))
