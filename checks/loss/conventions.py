@@ -448,7 +448,11 @@ def find_head(subject: Any, model: nn.Module, name: str) -> tuple[nn.Module, boo
 
 
 def called_with_targets(subject: Any, model: nn.Module, tokens: Tensor, name: str) -> Any:
-    """Raises NotApplicable for a model that takes targets at its full block size only."""
+    """Raises NotApplicable for a model that takes more than tokens and targets, or targets at full block size only."""
+    try:
+        inspect.signature(model.forward).bind(tokens, **{name: tokens})
+    except TypeError as error:
+        raise NotApplicable(f"the forward takes more than tokens and {name}: {error}") from None
     try:
         return model(tokens, **{name: tokens})
     except Exception:
