@@ -416,6 +416,10 @@ def model_form(subject: Any) -> Form:
     name = next((name for name in MODEL_TARGETS if name in parameters), None)
     if name is None:
         raise NotApplicable("the subject brings no loss, and its model takes no targets")
+    try:
+        inspect.signature(model.forward).bind(None, **{name: None})
+    except TypeError as error:
+        raise NotApplicable(f"the forward does not take tokens and {name} alone: {error}") from None
     head, plain = find_head(subject, model, name)
     given: list[Tensor] = []
     head.__dict__["forward"] = lambda *args, **kwargs: given[0]
@@ -448,11 +452,7 @@ def find_head(subject: Any, model: nn.Module, name: str) -> tuple[nn.Module, boo
 
 
 def called_with_targets(subject: Any, model: nn.Module, tokens: Tensor, name: str) -> Any:
-    """Raises NotApplicable for a model that takes more than tokens and targets, or targets at full block size only."""
-    try:
-        inspect.signature(model.forward).bind(tokens, **{name: tokens})
-    except TypeError as error:
-        raise NotApplicable(f"the forward takes more than tokens and {name}: {error}") from None
+    """Raises NotApplicable for a model that takes targets at its full block size only."""
     try:
         return model(tokens, **{name: tokens})
     except Exception:
