@@ -77,6 +77,7 @@ FACTS = {
     "numpy_class.py": ("f(array) → ", "it reads NumPy arrays"),
     "object_with_logits.py": ("→ Output with .logits logits",),
     "one_token_at_a_time.py": ("forward(tokens, start_pos)", "it reads one token at a time"),
+    "own_configuration_breaks.py": ("with GPTConfig as it stands", "raises AttributeError: it is built otherwise"),
     "padded_vocabulary.py": ("vocabulary padded from 17 to 24",),
     "padding_id.py": ("pad_idx=17", "pad_idx is an id that no check uses"),
     "past_given_back.py": ("cache ✓ (past=, given back)",),

@@ -23,7 +23,7 @@ from checks.conventions.home import Home, SubjectHang
 from checks.conventions.masks import MaskForm, mask_argument, meet_mask
 from checks.conventions.refusals import Trial, explain, label_of, nothing, several
 from checks.conventions.stubs import Stub
-from checks.conventions.usage import UsageError, shown, what_happened
+from checks.conventions.usage import UsageError, place, shown, what_happened
 from checks.expect import NotApplicable
 
 SEARCH_SECONDS = 20.0  # for all attempts to build and call
@@ -266,6 +266,7 @@ def _try_target(target: Any, home: Home, device: Any, causal: bool, trials: list
                 return None
             met = _try_recipe(recipe, sizes, device, trials)
             if met is not None:
+                _say_what_fails(recipe, trials, home)
                 return met
             if isinstance(trials[-1].error, SubjectHang):
                 return None
@@ -273,6 +274,17 @@ def _try_target(target: Any, home: Home, device: Any, causal: bool, trials: list
             return None
         everything = tried
     return None
+
+
+def _say_what_fails(recipe: Recipe, trials: list[Trial], home: Home) -> None:
+    """A model whose own configuration breaks its constructor is met in another way, and the header says so."""
+    for trial in trials:
+        own = [option.says for option in trial.recipe.options.values()] if trial.recipe else []
+        if trial.target is recipe.target and own and not trial.built and (where := place(trial.error, home)):
+            home.remark(
+                f"with {own[0]} as it stands {where} raises {type(trial.error).__name__}: it is built otherwise"
+            )
+            return
 
 
 def _try_recipe(recipe: Recipe, changed: Mapping[str, Any], device: Any, trials: list[Trial]) -> Met | None:
