@@ -148,8 +148,13 @@ class Filling:
             special = self.sizes.get("padding") if self.special[plain] is SPARE else self.special[plain]
             self.assumed[name] = special
             return special
-        if plain in names.CAUSAL and not self.causal:
-            return MISSING
+        if (causal := names.causal(name, parameter.default, parameter.kind)) is not None:
+            if not self.causal and parameter.default is not MISSING:
+                return MISSING
+            wanted = causal is self.causal
+            if wanted is not parameter.default:
+                self.assumed[name] = wanted
+            return wanted
         free = parameter.default is MISSING
         size = names.size_of(name, among, required=free) if parameter.can_be_a_number else None
         if size is not None and not (

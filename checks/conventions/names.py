@@ -94,6 +94,7 @@ PADDING = _spelled(
 CAUSAL = {"causal": True, "iscausal": True, "autoregressive": True, "isdecoder": True, "usecausalmask": True,
           "causalmask": True, "decoderonly": True, "ismasked": True, "bidirectional": False,
           "isbidirectional": False}  # fmt: skip
+CAUSAL_WORDS = {"noncausal": False, "bidirectional": False, "causal": True, "autoregressive": True}
 
 
 # What a parameter must mean that has no default and is in no table: the letters of the field, and words in a name.
@@ -202,7 +203,6 @@ DERIVED: dict[str, Rule] = {
     **dict.fromkeys(_spelled("n num d q kv", "latent", "dim size rank"), _whole(lambda s: s["n_embd"] // 2)),
     **dict.fromkeys(("device", "dev"), _device),
     **dict.fromkeys(("dtype", "torchdtype", "paramdtype", "modeldtype"), _dtype),
-    **{name: _always(value) for name, value in CAUSAL.items()},
     **dict.fromkeys(("maxbatchsize", "maxbatch", "maxbs", "maxgenbatchsize"), _whole(lambda s: 512)),
     **dict.fromkeys(
         ("ffmult", "mlpratio", "ffnmult", "rate", "expansion", "feedforwardscaling", "mlpmult", "expansionfactor",
@@ -232,6 +232,19 @@ DERIVED: dict[str, Rule] = {
 }  # fmt: skip
 NUMBERS = HEAD_WIDTH | KEY_VALUE_HEADS | FEED_FORWARD | HIDDEN
 SWITCHES = ("bias", "use", "is", "tie", "share", "with", "has", "enable", "qkv", "gradient", "return", "flash")
+
+
+def causal(name: str, default: Any = MISSING, kind: Any = None) -> bool | None:
+    """What makes a model causal, of a parameter that decides it; None for any other.
+
+    A longer name than the field's own, `use_causal_attention`, decides it where it is a truth value.
+    """
+    plain = squash(name)
+    if plain in CAUSAL:
+        return CAUSAL[plain]
+    if not (isinstance(default, bool) or (default is MISSING and kind in (bool, "bool", None))):
+        return None
+    return next((value for word, value in CAUSAL_WORDS.items() if word in plain), None)
 
 
 def value_for(
