@@ -27,6 +27,7 @@ from transformer.trainer import PUBLISHED, TrainConfig, Trainer
 HOMEWORK = dict(n_layer=1, n_head=4, n_embd=128, dropout=0.0)
 SKIP = 3  # in the second check the first three targets, "I", " " and "l", carry no loss
 LEARNED = 1e-5  # nats a target
+OVERSHOOTING = 20  # steps with a loss this low, after none of which it is, before training is given up
 NOT_LEARNED = 1.0  # nats a target that nothing taught
 TEMPERATURE, REPEATS = 0.1, 10
 
@@ -132,7 +133,8 @@ def train(subject: Any, task: SentenceTask, sizes: dict[str, Any], recipe: str) 
     learned = Learned(task, sizes, recipe, trainer)
     learned.before = losses(subject, learned)
     every = 1 if recipe == "quick" else 25
-    while trainer.steps_done < config.steps and not (learned.curve and learned.curve[-1]["loss"] <= LEARNED):
+    low = 0  # steps whose loss was low enough; it is the loss before them, and some overshoot
+    while trainer.steps_done < config.steps and low < OVERSHOOTING:
         loss = float(trainer.step())
         if not math.isfinite(loss):
             fail(
@@ -144,6 +146,10 @@ def train(subject: Any, task: SentenceTask, sizes: dict[str, Any], recipe: str) 
         if trainer.steps_done % every == 1 or every == 1:
             record |= validation(subject, learned)
         learned.curve.append(record)
+        if loss <= LEARNED:
+            low += 1
+            if losses(subject, learned)["train"] <= LEARNED:
+                break
     learned.after = losses(subject, learned)
     learned.masked = validation(subject, learned)["masked_loss"]
     return learned

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from checks.probes.influence import TRAIN, Changes, call, changes, every_id, fin
 from checks.probes.leaks import pattern
 from checks.subject import Subject, reference, reference_parts
 from checks.verdict import check_id, judge
+from transformer.model import Block
 
 CHECKS = {check.__name__: check for theme in ("causality", "positions") for check in checks_in(theme)}
 BUGS = all_bugs()
@@ -314,6 +317,20 @@ def test_dropout_is_drawn_alike_and_the_mode_put_back():
     assert torch.equal(call(subject, model, tokens, way=TRAIN), call(subject, model, tokens, way=TRAIN))
     assert not torch.equal(call(subject, model, tokens, way=TRAIN), call(subject, model, tokens))
     assert not model.training
+
+
+def test_chance_from_python_is_drawn_alike_too():
+    """Blocks that are skipped by `random.random()`, as in x-transformers, are no leak."""
+
+    class Skipping(Block):
+        def forward(self, x, *rest):
+            return x if self.training and random.random() < 0.5 else super().forward(x, *rest)
+
+    subject = reference()
+    model, tokens = subject.amplified(n_layer=1), subject.tokens(2, 6)
+    model.blocks[0].__class__ = Skipping
+    drawn = {call(subject, model, tokens, way=TRAIN).sum().item() for _ in range(8)}
+    assert len(drawn) == 1
 
 
 def test_time_is_the_axis_as_long_as_the_sequence():

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from checks.expect import EQUAL_SHAPE, Bound, NotApplicable
 from checks.probes.holdings import buffers_kept
 from checks.probes.precision import precision
+from checks.probes.randomness import seeded
 from checks.where import Where, first_breaking
 
 LONGEST = 16  # tokens; sequences in which every pair of positions is tried are not longer
@@ -46,10 +47,8 @@ TRAIN = Way("in train mode", training=True)
 
 def call(subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, way: Way = EVAL) -> Tensor:
     """Logits [B, T, V] without a graph; dropout, where the way has it, always from the same seed."""
-    devices = [subject.device] if subject.device.type == "cuda" else []
     kept = buffers_kept(model) if way.training else nullcontext()
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), way.inside(), kept:
-        torch.manual_seed(subject.seed)
+    with seeded(subject.seed), torch.no_grad(), way.inside(), kept:
         model.train(way.training)
         try:
             cache = subject.new_cache(model, len(tokens)) if way.cached else None
