@@ -204,6 +204,7 @@ def check_caches_are_isolated(subject: Any) -> None:
         read.whole(first),
         whole,
         says="a text read without a cache changed after others were read with one",
+        advice="Keep keys and values in the cache that is passed in, never on the module or in a default argument.",
         likely=("cache-leaks-between-calls",),
     )
     if side_by_side(read):

@@ -557,6 +557,7 @@ def judge_window(subject: Any, model: nn.Module, w: int, seen: Tensor, first: li
         f"{s}, {t - s} before it; the last position sees {reach} tokens, expected {w} ({w + 1} where the token itself "
         "is not counted)",
         likely=("window-ignored", "window-off-by-one", "window-sign-error"),
+        advice="Print the mask of one layer: row t is True at columns t - window + 1 to t.",
         first={"t": t, "s": s},
         window=w,
     )

@@ -171,7 +171,11 @@ def check_other_weights_are_refused(subject: Any) -> None:
             load(model, {**damaged, **{key: value for key, value in state.items() if key not in plain}})
         except Exception:
             if load is not load_plainly and not torch.equal(before, flat(model)):
-                fail(f"weights with {name} are refused only after some were copied", likely=("load-half-way",))
+                fail(
+                    f"weights with {name} are refused only after some were copied",
+                    likely=("load-half-way",),
+                    advice="Compare all names and shapes before the first tensor is copied.",
+                )
             continue
         changed = "the rest is copied" if not torch.equal(before, flat(model)) else "nothing is copied"
         fail(

@@ -43,11 +43,16 @@ def check_logits_have_shape(subject: Any) -> None:
                 f"{B} rows of {T} tokens gave logits of shape {list(logits.shape)}, expected {[B, T, V]}: "
                 f"rows, positions, one number for each of the {V} symbols",
                 likely=("logits-time-first", "logits-last-position-only"),
+                advice="Print the shape after each step of the forward; the head is applied to [B, T, width].",
                 got=list(logits.shape),
                 expected=[B, T, V],
             )
         if not logits.is_floating_point():
-            fail(f"the logits are {logits.dtype}: expected floating-point numbers", likely=("logits-rounded",))
+            fail(
+                f"the logits are {logits.dtype}: expected floating-point numbers",
+                likely=("logits-rounded",),
+                advice="Return the head's output itself: no argmax, no .long(), no .int().",
+            )
     note(dtype=str(logits.dtype).removeprefix("torch."))
 
 
@@ -68,6 +73,7 @@ def check_every_length_is_read(subject: Any) -> None:
             fail(
                 f"2 rows of {T} tokens gave logits of shape {list(shape)}, expected {[2, T, V]}",
                 likely=("length-one-squeezed",),
+                advice="Look for squeeze() without an axis, and for sizes written as numbers.",
                 length=T,
             )
 
@@ -77,6 +83,7 @@ def fail_unread(T: int, block: int, error: Exception) -> NoReturn:
     fail(
         f"a sequence of {T} tokens cannot be read, although the block size is {block}: {type(error).__name__}: {error}",
         likely=likely if T > 1 else likely[::-1],
+        advice="Masks and position tables need block_size rows, of which the first T are taken.",
         length=T,
     )
 
@@ -103,6 +110,7 @@ def expect_finite(subject: Any, model: nn.Module, tokens: Tensor, which: str) ->
             f"the tokens {tokens[row, : t + 1].tolist()}; {len(bad)} of {logits.numel()} logits are not finite",
             where=first_bad(model, lambda: call(subject, model, tokens), lambda x: bool(x.isnan().any())),
             likely=("mask-positive-inf", "first-token-masked-out", "causal-excludes-self"),
+            advice="Print the scores before the softmax: each row needs at least one that is not -inf, and none +inf.",
             first={"t": t, "symbol": symbol},
             tokens=tokens[row].tolist(),
         )
@@ -223,6 +231,7 @@ def check_too_long_a_sequence_is_no_silent_error(subject: Any) -> None:
         fail(
             f"{block + 2} tokens, two beyond the block size, gave logits of shape {list(got.shape)} without an error",
             likely=("too-long-cut-silently",),
+            advice="Raise a ValueError that names the length and the block size.",
             got=list(got.shape),
         )
     expect_close(
@@ -327,6 +336,7 @@ def check_state_dict_restores_the_model(subject: Any) -> None:
         fail(
             f"the model's own state_dict cannot be loaded into another instance: {type(error).__name__}: {error}",
             likely=("state-dict-does-not-load",),
+            advice="Names and shapes in the state_dict may depend on the constructor's arguments alone.",
         )
     expect_same(
         call(subject, other, tokens),
@@ -389,6 +399,7 @@ def check_ties_survive(subject: Any) -> None:
             fail(
                 f"{' and '.join(lost[0])} are one parameter, but {what} they are two: from there on they drift apart",
                 likely=("tied-weights-broken", "tie-lost-by-wrapping"),
+                advice="Tie by one parameter, head.weight = embedding.weight, in the constructor; never by a copy.",
                 names=lost[0],
             )
 
@@ -426,6 +437,7 @@ def check_every_block_matters(subject: Any) -> None:
                 f"{SMALLEST:.0e}: what it computes is thrown away",
                 where=locate(model, name),
                 likely=("block-output-discarded", "block-never-runs"),
+                advice="Follow its output in the forward: it must be used, x = block(x), not block(x) alone.",
                 module=name,
             )
 
@@ -443,6 +455,7 @@ def called_siblings(subject: Any, model: nn.Module) -> list[str]:
                 f"{idle[0]} never runs, although {names[0] if names[0] not in idle else names[-1]} does",
                 where=locate(model, idle[0]),
                 likely=("block-never-runs",),
+                advice="Look at the loop over the blocks: its range, an early return, and whether x is passed on.",
                 module=idle[0],
             )
     return [name for names in groups for name in names if name in ran]
@@ -537,6 +550,7 @@ def expect_moves(subject: Any, trials: dict[str, tuple[str, Callable]], likely: 
                 "what is computed there is thrown away",
                 where=locate(subject.build(seed=subject.seed), name),
                 likely=likely,
+                advice="Follow what this part computes to the output: a slice, an index or a reshape leaves it out.",
                 module=name,
             )
 

@@ -80,7 +80,11 @@ def check_evaluation_leaves_no_trace(subject: Any) -> None:
         run.trainer.evaluate(held_out)
         drawn = [name for name, state in states().items() if state != random[name]]
     if not torch.equal(weights, flat(run.model)):
-        fail("an evaluation changes the weights", likely=("evaluate-trains",))
+        fail(
+            "an evaluation changes the weights",
+            likely=("evaluate-trains",),
+            advice="An evaluation computes losses under torch.no_grad(); no backward, no optimizer.step().",
+        )
     asleep = sum(before and not after.training for before, after in zip(modes, run.model.modules(), strict=True))
     if asleep:
         fail(

@@ -41,11 +41,16 @@ def check_generate_appends_tokens(subject: Any) -> None:
                 fail(
                     f"asked for {n} new tokens, row {row} has {len(new)}: {new} after the prompt {prompt}",
                     likely=("generate-length-off-by-one",),
+                    advice="Count the turns of the loop: range(max_new_tokens), one token appended in each.",
                     asked=n,
                     got=len(new),
                 )
             if not all(0 <= token < on.vocab_size for token in new):
-                fail(f"new tokens {new} are not all ids of the vocabulary, 0 to {on.vocab_size - 1}", new=new)
+                fail(
+                    f"new tokens {new} are not all ids of the vocabulary, 0 to {on.vocab_size - 1}",
+                    advice="A token is an index into the logits' last axis, as argmax(-1) or multinomial gives it.",
+                    new=new,
+                )
     if on.banned:
         advise(
             f"{on.decoder.name} never says token id {', '.join(map(str, on.banned))}: right if that is a begin or a pad"
@@ -363,7 +368,12 @@ def expect_ended(row: int, got: list[int], whole: list[int], end: int, said: Row
         return
     kept, filled = got[: at + 1], got[at + 1 :]
     if kept != whole[: at + 1]:
-        fail(f"row {row} is {got}, and without an end token {whole}: they differ before its end", row=row, got=got)
+        fail(
+            f"row {row} is {got}, and without an end token {whole}: they differ before its end",
+            advice="An end token may only stop a row; leave its logit and the tokens before it as they are.",
+            row=row,
+            got=got,
+        )
     if len(set(filled)) > 1:
         fail(
             f"row {row} produced the end token {end} as token {at + 1} and goes on with {filled}",
@@ -398,10 +408,17 @@ def check_generate_leaves_prompt_and_weights(subject: Any) -> None:
             after=left,
         )
     if given and not torch.equal(given["mask"].long(), was):
-        fail(f"the mask was all ones and is {given['mask'].tolist()} after the call: {on.decoder.name} writes into it")
+        fail(
+            f"the mask was all ones and is {given['mask'].tolist()} after the call: {on.decoder.name} writes into it",
+            advice="Extend a copy, torch.cat((mask, ones), dim=1), never mask[:, t] = …",
+        )
     for name, value in on.model.named_parameters():
         if not torch.equal(value, weights[name]) and name not in renormalized(on.model):
-            fail(f"{on.decoder.name} changed the parameter {name}", parameter=name)
+            fail(
+                f"{on.decoder.name} changed the parameter {name}",
+                advice="Decoding only reads: look for an operation in place (a trailing underscore, +=) on a weight.",
+                parameter=name,
+            )
 
 
 @needs(APPENDS)

@@ -230,7 +230,10 @@ def check_loss_leaves_its_inputs_alone(subject: Any) -> None:
         return  # what a model draws is not its loss's doing
     if not torch.equal(state, torch.get_rng_state()):
         fail("the loss draws random numbers", advice="A loss has nothing to draw.")
-    expect_same(loss(logits, targets, mask).detach(), first, axes=(), says="the same call gives another loss")
+    expect_same(
+        loss(logits, targets, mask).detach(), first, axes=(), says="the same call gives another loss",
+        advice="Look for what outlives a call: a running mean, a global, an argument changed in place.",
+    )  # fmt: skip
 
 
 SENTENCE = "I love machine learning"
@@ -282,11 +285,13 @@ def check_gradient_is_the_closed_form(subject: Any, case: Any) -> None:
         expect_close(
             got / scale, want / scale, bound=precision(loss), axes=PLACE, likely=likely,
             says=f"the gradient is not weight × (softmax - one-hot of the target). {why}",
+            advice="Compare with F.cross_entropy on logits without a detach, a softmax or a clamp before it.",
         )  # fmt: skip
     masked = got[~all_kept(loss, mask)]
     expect_same(
         masked, torch.zeros_like(masked), axes=("masked target", "symbol"), likely=("loss-mask-ignored",),
         says="a masked target is trained: its gradient is not exactly 0",
+        advice="Multiply the loss of each target by its mask before the sum, or set masked targets to ignore_index.",
     )  # fmt: skip
 
 
@@ -310,7 +315,10 @@ def check_padding_changes_nothing(subject: Any) -> None:
         )
     other = loss(logits.masked_fill(~mask[..., None], 3.0), targets.masked_fill(~mask, int(loss.symbols[0])), mask)
     says = "the content of masked places changes the loss"
-    expect_same(other.detach(), padded, says=says, axes=(), likely=("masked-numerator-unmasked",))
+    expect_same(
+        other.detach(), padded, says=says, axes=(), likely=("masked-numerator-unmasked",),
+        advice="The sum needs the mask as the count does: (losses * mask).sum() / mask.sum().",
+    )  # fmt: skip
 
 
 @needs(VALUE)

@@ -118,7 +118,13 @@ def batches(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
 @drawn(when=expect_takes_mask, case=batches)
 def check_right_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> None:
     """Padded on the right, by however many, the real tokens of a row get the logits of the row by itself."""
-    expect_as_alone(subject, case, "right", likely=("pad-mask-on-queries", "pad-mask-replaces-causal"))
+    expect_as_alone(
+        subject,
+        case,
+        "right",
+        likely=("pad-mask-on-queries", "pad-mask-replaces-causal"),
+        advice="Hide padded keys, mask[:, None, None, :], beside the causal mask, never in place of it.",
+    )
 
 
 @needs(*CONTRACT, ONES, CONTENT)
@@ -315,6 +321,7 @@ def expect_unmoved_by_other_rows(subject: Any, model: nn.Module, tokens: Tensor,
                 f"{move / spread(before):.3g} standard deviations, {way.name}; allowed {bound}",
                 where=row_mixer(subject, model, (tokens, changed), mask, way, row),
                 likely=("head-batch-axes-confused", "batch-statistics", "mask-repeated-in-wrong-head-batch-order"),
+                advice="Only reshapes, sums and statistics over axis 0 mix rows: look for one of these.",
                 row=row,
             )
 

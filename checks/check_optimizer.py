@@ -45,7 +45,11 @@ def check_every_parameter_moves(subject: Any) -> None:
             parameters=still,
         )
     if frozen is not None and moved[frozen].any():
-        fail(f"{frozen} has requires_grad=False and moves all the same", likely=("optimizer-moves-frozen",))
+        fail(
+            f"{frozen} has requires_grad=False and moves all the same",
+            likely=("optimizer-moves-frozen",),
+            advice="Give the optimizer only parameters that require a gradient; weight decay moves the others too.",
+        )
 
 
 def freeze_one(model: nn.Module) -> str | None:

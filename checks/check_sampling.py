@@ -225,6 +225,7 @@ def judge_kept(
     fail(
         f"{asked} {what} (row {row} of {len(kept)}, {kept.shape[1]} tokens)",
         likely=likely,
+        advice="Print the probabilities of one row, sorted, before and after the cut: the likeliest ones stay.",
         row=row,
         kept=got,
         should_keep=right,
@@ -331,6 +332,7 @@ def expect_cut_and_divided(made: Sampler, k: int, temperature: float) -> None:
         fail(
             f"top_k={k} at temperature {temperature:g} draws the likeliest token with probability "
             f"{float(kept[0, 0]):.4f}, should be {float(want[0, 0]):.4f}: one of the two is lost",
+            advice="Divide the logits by the temperature first, then cut to the top k, and take one softmax of both.",
             kept=int((kept[0] > 0).sum()),
         )
 
@@ -430,7 +432,11 @@ def expect_repeatable(on: Stage, prompts: Tensor, n: int) -> None:
                 said=[said[0][0], said[1][0]],
             )
         if said[0] == said[2]:
-            fail(f"seeds 5 and 6 of {role} give the same sample {said[0][0]}", likely=("seed-fixed-inside-generate",))
+            fail(
+                f"seeds 5 and 6 of {role} give the same sample {said[0][0]}",
+                likely=("seed-fixed-inside-generate",),
+                advice="Look for a manual_seed, or a generator made anew, inside the call.",
+            )
         return
     with seeded(7):
         one = on.generate(prompts, n, sample=True)

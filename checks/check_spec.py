@@ -46,7 +46,11 @@ def check_logits_agree(subject: Any) -> None:
     if found.agrees:
         return agreed(found)
     if found.why_not:
-        fail(f"this is no {NAMES[family]}: {found.why_not}", family=family)
+        fail(
+            f"this is no {NAMES[family]}: {found.why_not}",
+            advice=f"Compare its parameters with a {NAMES[family]}'s; --spec auto says what fits, if anything does.",
+            family=family,
+        )
     differ(found, explain(found, SIMULATION_SECONDS))
 
 
@@ -98,6 +102,7 @@ def differ(found: Settled, why: Explained | None) -> None:
         head,
         where=place.where if place else None,
         likely=tuple(why.ids) if why else (),
+        advice=f"Compare that part with the {name} of transformer/model.py, its inputs printed side by side.",
         family=found.family,
         error=found.error,
         variant=why.variant.words() if why else [],

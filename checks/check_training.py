@@ -239,7 +239,13 @@ def check_the_reported_loss_is_that_of_the_step(subject: Any) -> None:
         if not says:
             raise NotApplicable("what the step reports is not the mean next-token loss", reported=step.loss, mean=want)
         return
-    fail(text + (f": it is {says}" if says else ""), likely=likely, got=step.loss, want=want)
+    fail(
+        text + (f": it is {says}" if says else ""),
+        likely=likely,
+        advice="Add up the losses of all targets of the window, and divide once by their count.",
+        got=step.loss,
+        want=want,
+    )
 
 
 @needs(FOLLOWS)
@@ -345,6 +351,7 @@ def stream_losses(subject: Any, rows: int = 16) -> list[float]:
             raise NotApplicable("a step reports no loss")
         first = model_of(subject).float()
         want = Losses(subject, first).mean(stream[:rows])[1]
+        # Loose: this only tells a mean from a sum or a perplexity; what is reported is judged by its own check.
         if not math.isclose(losses[0], want, rel_tol=0.05):
             raise NotApplicable("what the step reports is not the mean next-token loss", reported=losses[0], mean=want)
         return losses

@@ -67,12 +67,12 @@ class NotApplicable(unittest.SkipTest):
 def fail(
     says: str,
     *,
+    advice: str,
     where: Where | None = None,
     likely: Sequence[str] = (),
-    advice: str = "",
     **evidence: Any,
 ) -> NoReturn:
-    """Ends the check as failed. `says` has the numbers; `likely` names known bugs, the most likely first."""
+    """Ends the check as failed. `says` has the numbers, `advice` what to try; `likely` names known bugs, by rank."""
     raise CheckFailed(Finding(says, evidence, where, tuple(likely), advice))
 
 
@@ -166,10 +166,10 @@ def expect_close(
     *,
     bound: Bound,
     says: str,
+    advice: str,
     axes: Sequence[str] = LOGITS_AXES,
     where: Callable[[], Where | None] | None = None,
     likely: Sequence[str] = (),
-    advice: str = "",
     **evidence: Any,
 ) -> float:
     """Fails unless every entry of `got` is within the bound of `want`. Returns the largest difference.
@@ -193,12 +193,14 @@ def expect_close(
     )
 
 
-def expect_same(got: Tensor, want: Tensor, *, says: str, **finding: Any) -> None:
+def expect_same(got: Tensor, want: Tensor, *, says: str, advice: str, **finding: Any) -> None:
     """Fails unless the two are bit for bit the same (NaN equals NaN)."""
-    expect_close(got, want, bound=finding.pop("bound", EQUAL_SHAPE), says=says, **finding)
+    expect_close(got, want, bound=finding.pop("bound", EQUAL_SHAPE), says=says, advice=advice, **finding)
 
 
-def expect_differs(got: Tensor, want: Tensor, *, above: float, because: str, says: str, **finding: Any) -> float:
+def expect_differs(
+    got: Tensor, want: Tensor, *, above: float, because: str, says: str, advice: str, **finding: Any
+) -> float:
     """Fails unless some entry differs by more than `above`: the guard against a vacuous check.
 
     Returns the largest difference.
@@ -206,7 +208,11 @@ def expect_differs(got: Tensor, want: Tensor, *, above: float, because: str, say
     largest = farthest(got, want)
     if not largest > above:
         finding.setdefault("difference", largest)
-        fail(f"{says}: largest difference {largest:.3g}, expected more than {above:.1e} ({because})", **finding)
+        fail(
+            f"{says}: largest difference {largest:.3g}, expected more than {above:.1e} ({because})",
+            advice=advice,
+            **finding,
+        )
     return largest
 
 

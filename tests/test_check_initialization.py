@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from checks import checks_in
-from checks.bugs import all_bugs
 from checks.bugs.variants import changed
-from checks.subject import Subject, reference
-from checks.verdict import Verdict, judge
+from checks.check_initialization import check_depth_does_not_blow_up
+from checks.subject import Subject
+from checks.verdict import judge
+from tests.messages import Told, expect_told
 
-CHECKS = {check.__name__.removeprefix("check_"): check for check in checks_in("initialization")}
-BUGS = all_bugs()
-
-# bug → the check that finds it, the module it names, what it says, the first likely bug
-FOUND = {
+FOUND: dict[str, Told] = {
     "init-std-one": ("loss_starts_near_uniform", None, ("27.", "ln 17 = 2.83"), "init-std-one"),
     "logits-multiplied-by-width": (
         "loss_starts_near_uniform",
@@ -46,26 +42,9 @@ FOUND = {
 }
 
 
-def verdict(check: str, bug: str) -> Verdict:
-    return judge(CHECKS[check], BUGS[bug].subject(seed=3), {})
-
-
 @pytest.mark.parametrize("bug", FOUND)
 def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
-    check, module, facts, likely = FOUND[bug]
-    found = verdict(check, bug)
-    assert found.outcome == "failed", found.says
-    assert (found.where.module if found.where else None) == module
-    for fact in facts:
-        assert fact in found.says
-    assert likely in found.likely[:2]
-    assert found.advice
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_the_reference_is_not_accused(check):
-    found = judge(CHECKS[check], reference(seed=5), {})
-    assert found.outcome in ("passed", "not_applicable"), found.says
+    expect_told("initialization", bug, FOUND[bug])
 
 
 def test_one_layer_drawn_larger_is_not_depth():
@@ -73,5 +52,5 @@ def test_one_layer_drawn_larger_is_not_depth():
         with torch.no_grad():
             model.blocks[-1].feed_forward.output.weight.mul_(30)
 
-    found = judge(CHECKS["depth_does_not_blow_up"], Subject("larger", changed(change)), {})
+    found = judge(check_depth_does_not_blow_up, Subject("larger", changed(change)), {})
     assert found.outcome == "passed", found.says

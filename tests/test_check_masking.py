@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from checks import checks_in
-from checks.bugs import all_bugs
+from checks.check_masking import (
+    check_left_padding_changes_nothing,
+    check_mask_types_agree,
+    check_pad_contents_change_nothing,
+)
 from checks.subject import Subject, reference
-from checks.verdict import Verdict, judge
+from checks.verdict import judge
+from tests.messages import Told, expect_told, verdict
 
-CHECKS = {check.__name__.removeprefix("check_"): check for check in checks_in("masking")}
-BUGS = all_bugs()
-
-# bug → the check that finds it, the module it names, what it says, the first likely bug
-FOUND = {
+FOUND: dict[str, Told] = {
     "pad-mask-ignored": (
         "pad_contents_change_nothing",
         "blocks.0.attention",
@@ -78,34 +78,18 @@ FOUND = {
 }
 
 
-def verdict(check: str, bug: str) -> Verdict:
-    return judge(CHECKS[check], BUGS[bug].subject(seed=3), {})
-
-
 @pytest.mark.parametrize("bug", FOUND)
 def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
-    check, module, facts, likely = FOUND[bug]
-    found = verdict(check, bug)
-    assert found.outcome == "failed", found.says
-    assert (found.where.module if found.where else None) == module
-    for fact in facts:
-        assert fact in found.says
-    assert likely in found.likely[:2]
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_the_reference_is_not_accused(check):
-    found = judge(CHECKS[check], reference(seed=5), {})
-    assert found.outcome in ("passed", "not_applicable"), found.says
+    expect_told("masking", bug, FOUND[bug])
 
 
 def test_the_smallest_padded_batch_is_shown():
-    found = verdict("left_padding_changes_nothing", "left-pad-positions-not-from-mask")
+    found = verdict("masking", "left_padding_changes_nothing", "left-pad-positions-not-from-mask")
     assert found.example["case"]["real"] == [1] and found.example["case"]["length"] == 2
 
 
 def test_a_model_without_a_mask_is_not_judged():
     subject = reference()
     subject.__class__ = type("Maskless", (Subject,), {"mask_forms": ()})
-    for name in ("pad_contents_change_nothing", "left_padding_changes_nothing", "mask_types_agree"):
-        assert judge(CHECKS[name], subject, {}).outcome == "not_applicable"
+    for check in (check_pad_contents_change_nothing, check_left_padding_changes_nothing, check_mask_types_agree):
+        assert judge(check, subject, {}).outcome == "not_applicable"

@@ -6,17 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from checks import checks_in
-from checks.bugs import all_bugs
 from checks.bugs.variants import changed
-from checks.subject import Subject, reference
-from checks.verdict import Verdict, judge
+from checks.check_modes import check_dropout_obeys_its_rate
+from checks.subject import Subject
+from checks.verdict import judge
+from tests.messages import Told, expect_told
 
-CHECKS = {check.__name__.removeprefix("check_"): check for check in checks_in("modes")}
-BUGS = all_bugs()
-
-# bug → the check that finds it, the module it names, what it says, the first likely bug
-FOUND = {
+FOUND: dict[str, Told] = {
     "attn-dropout-in-eval": ("eval_repeats_itself", "blocks.0.attention", ("without a mask",), "attn-dropout-in-eval"),
     "resid-dropout-in-eval": (
         "eval_repeats_itself",
@@ -117,26 +113,9 @@ FOUND = {
 }
 
 
-def verdict(check: str, bug: str) -> Verdict:
-    return judge(CHECKS[check], BUGS[bug].subject(seed=3), {})
-
-
 @pytest.mark.parametrize("bug", FOUND)
 def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
-    check, module, facts, likely = FOUND[bug]
-    found = verdict(check, bug)
-    assert found.outcome == "failed", found.says
-    assert (found.where.module if found.where else None) == module
-    for fact in facts:
-        assert fact in found.says
-    assert likely in found.likely[:2]
-    assert found.advice
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_the_reference_is_not_accused(check):
-    found = judge(CHECKS[check], reference(seed=5), {})
-    assert found.outcome in ("passed", "not_applicable"), found.says
+    expect_told("modes", bug, FOUND[bug])
 
 
 def test_dropout_that_is_not_rescaled_is_legitimate_where_evaluation_scales():
@@ -149,5 +128,5 @@ def test_dropout_that_is_not_rescaled_is_legitimate_where_evaluation_scales():
     def change(model):
         model.dropout.__class__ = Original
 
-    found = judge(CHECKS["dropout_obeys_its_rate"], Subject("original", changed(change), seed=1), {})
+    found = judge(check_dropout_obeys_its_rate, Subject("original", changed(change), seed=1), {})
     assert found.outcome == "passed", found.says

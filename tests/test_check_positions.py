@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from checks import checks_in
-from checks.bugs import all_bugs
-from checks.subject import reference
-from checks.verdict import Verdict, judge
+from tests.messages import Told, expect_told
 
-CHECKS = {check.__name__.removeprefix("check_"): check for check in checks_in("positions")}
-BUGS = all_bugs()
-
-# bug → the check that finds it, the module it names, what it says, the first likely bug
-FOUND = {
+FOUND: dict[str, Told] = {
     "position-constant": (
         "order_of_tokens_matters",
         None,
@@ -49,23 +42,6 @@ FOUND = {
 }
 
 
-def verdict(check: str, bug: str) -> Verdict:
-    return judge(CHECKS[check], BUGS[bug].subject(seed=3), {})
-
-
 @pytest.mark.parametrize("bug", FOUND)
 def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
-    check, module, facts, likely = FOUND[bug]
-    found = verdict(check, bug)
-    assert found.outcome == "failed", found.says
-    assert (found.where.module if found.where else None) == module
-    for fact in facts:
-        assert fact in found.says
-    assert likely in found.likely[:2]
-    assert found.advice
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_the_reference_is_not_accused(check):
-    found = judge(CHECKS[check], reference(seed=5), {})
-    assert found.outcome in ("passed", "not_applicable"), found.says
+    expect_told("positions", bug, FOUND[bug])

@@ -36,7 +36,7 @@ def finding(call):
 def test_a_difference_is_named_by_its_first_position_its_size_and_its_bound():
     got, want = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
     got[1, 0, 2], got[1, 2, 3] = 0.25, 0.5
-    found = finding(lambda: expect_close(got, want, bound=Bound(1e-3, "a reason"), says="they differ"))
+    found = finding(lambda: expect_close(got, want, bound=Bound(1e-3, "a reason"), says="they differ", advice=""))
     assert found.evidence["first"] == {"row": 1, "position": 0, "symbol": 2}
     assert found.evidence["difference"] == 0.5
     for fact in ("they differ", "row 1, position 0, symbol 2", "0.25", "0.5", "a reason"):
@@ -44,7 +44,7 @@ def test_a_difference_is_named_by_its_first_position_its_size_and_its_bound():
 
 
 def test_within_the_bound_is_silent_and_returns_the_margin():
-    assert expect_close(torch.tensor([1.0]), torch.tensor([1.5]), bound=Bound(0.5, "x"), says="") == 0.5
+    assert expect_close(torch.tensor([1.0]), torch.tensor([1.5]), bound=Bound(0.5, "x"), says="", advice="") == 0.5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -58,20 +58,20 @@ def test_what_is_not_finite_on_one_side_is_infinitely_far(bad):
 def test_exact_equality_sees_the_last_bit():
     want = torch.ones(1, 1, 1)
     got = torch.nextafter(want, torch.full_like(want, 2))
-    assert "exactly 0" in finding(lambda: expect_same(got, want, says="bits")).says
+    assert "exactly 0" in finding(lambda: expect_same(got, want, says="bits", advice="")).says
 
 
 def test_shapes_that_differ_fail_with_both_shapes():
-    says = finding(lambda: expect_same(torch.ones(2), torch.ones(3), says="shape")).says
+    says = finding(lambda: expect_same(torch.ones(2), torch.ones(3), says="shape", advice="")).says
     assert "(2,)" in says
     assert "(3,)" in says
 
 
 def test_a_vacuous_comparison_fails_the_guard():
     same = torch.ones(3)
-    found = finding(lambda: expect_differs(same, same, above=1e-6, because="noise", says="no effect"))
+    found = finding(lambda: expect_differs(same, same, above=1e-6, because="noise", says="no effect", advice=""))
     assert found.evidence["difference"] == 0.0
-    assert expect_differs(same, same + 1, above=1e-6, because="noise", says="") == 1.0
+    assert expect_differs(same, same + 1, above=1e-6, because="noise", says="", advice="") == 1.0
 
 
 def test_integers_are_compared_as_integers():
@@ -107,7 +107,7 @@ def test_the_smallest_failing_case_becomes_the_example():
         if t >= 7 and any(mask):
             from checks.expect import fail
 
-            fail(f"broken at {t}", at=t)
+            fail(f"broken at {t}", advice="mend it", at=t)
 
     found = finding(lambda: check_it(reference(seed=3)))
     assert found.example == {"t": 7, "mask": [True]}
@@ -154,7 +154,7 @@ def test_shrinking_ends_even_where_a_case_is_slow():
 
         time.sleep(0.05)
         if sum(xs) > 100:
-            fail("broken")
+            fail("broken", advice="mend it")
 
     start = time.monotonic()
     assert finding(lambda: check_it(reference())).example

@@ -87,6 +87,8 @@ def test_paths_that_are_named_are_collected_too(student, pytester):
     pytester.makepyfile(test_theirs="def test_theirs(): pass")
     result = student(CAUSAL, "test_theirs.py", "-v")
     result.stdout.fnmatch_lines(["*test_theirs.py::test_theirs PASSED*"])
+    result.assert_outcomes(passed=1)
+    assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED, "a run with a model in which no check ran is not green"
 
 
 def test_a_failure_is_a_finding_without_a_traceback(student):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 
 from checks import checks_in
 from checks.bugs import all_bugs
+from checks.bugs.variants import changed
 from checks.spec.dropping import dropped
 from checks.spec.gradients import slopes
 from checks.spec.initialization import drawn
@@ -53,26 +51,12 @@ def test_gradients_agree_to_rounding():
     assert "blocks.0.attention.qkv.weight" in {slope.part for slope in compared}
 
 
-def changed(change: Callable[[nn.Module], None]) -> Subject:
-    """The reference GPT-2, each model changed as it is built."""
-    parts = reference_parts()
-    build = parts.build_model
-
-    def build_changed(**sizes: Any) -> nn.Module:
-        model = build(**sizes)
-        change(model)
-        return model
-
-    parts.build_model = build_changed
-    return Subject("changed", parts)
-
-
 def test_a_gradient_that_is_scaled_names_the_weight_and_the_factor():
     def halve(model: nn.Module) -> None:
         for block in model.blocks:
             block.attention.output.weight.register_hook(lambda gradient: gradient / 2)
 
-    found = verdict(changed(halve), "check_gradients_agree")
+    found = verdict(Subject("changed", changed(halve)), "check_gradients_agree")
     assert found.outcome == "failed" and "0.5 times" in found.says
     assert set(found.evidence["gradients"]) == {f"blocks.{n}.attention.output.weight" for n in range(3)}
 
@@ -113,7 +97,7 @@ def test_a_deviation_off_by_six_percent_is_seen(factor):
             for block in model.blocks:
                 block.feed_forward.output.weight.mul_(factor)
 
-    found = verdict(changed(rescale), "check_initialization_is_the_familys")
+    found = verdict(Subject("changed", changed(rescale)), "check_initialization_is_the_familys")
     assert found.outcome == "failed" and found.evidence["role"] == "feed-forward output"
 
 

@@ -155,7 +155,7 @@ def test_on_the_meta_device_no_failure_is_stated():
     """There are no numbers there: whatever a check makes of them is no verdict."""
 
     def check_it(subject):
-        fail("the logits differ")
+        fail("the logits differ", advice="look")
 
     verdict = judge(check_it, reference(device="meta"), {})
     assert verdict.outcome == "not_applicable" and "meta" in verdict.says and "the logits differ" in verdict.says

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checks.subject import Subject, reference_parts
+from checks.bugs.variants import changed
+from checks.subject import Subject
 from tests.controls import CONTROLS, Called
 from transformer.model import (
     Attention,
@@ -31,18 +32,11 @@ def variant(name: str, *, cache: bool = True, **config: Any) -> Callable:
 
     def mark(change: Callable[[Transformer], None]) -> Callable:
         def make(**declared: Any) -> Subject:
-            parts = reference_parts(**config)
-            build = parts.build_model
-
-            def changed(**sizes: Any) -> nn.Module:
-                model = build(**sizes)
-                change(model)
-                return model
-
-            parts.build_model = changed
+            parts = changed(change, **config)
             if cache:
                 return Subject(name, parts, **declared)
-            return Called(name, changed, lambda model, tokens, mask: model(tokens, mask), mask=True, **declared)
+            build = parts.build_model
+            return Called(name, build, lambda model, tokens, mask: model(tokens, mask), mask=True, **declared)
 
         CONTROLS[name] = make
         return change

@@ -43,6 +43,7 @@ def closed_form(subject: Any) -> None:
             f"the loss smooths its targets: {loss.smoothing:.3g} of the probability goes to other symbols, "
             f"declared {expected:g}",
             likely=("labels-smoothed",),
+            advice="label_smoothing= of F.cross_entropy is what the declaration says, and 0 in an evaluation.",
         )
     if subject.declared("called") is None:
         undeclared(loss)

@@ -1,0 +1,29 @@
+"""What a finding must tell of a known bug: the module it names, the facts it says, the likely cause, what to try."""
+
+from __future__ import annotations
+
+from checks import checks_in
+from checks.bugs import all_bugs
+from checks.verdict import Verdict, judge
+
+BUGS = all_bugs()
+
+# The check that finds a bug, the module that it names, what it says, and one of the first two likely causes.
+Told = tuple[str, str | None, tuple[str, ...], str]
+
+
+def verdict(theme: str, check: str, bug: str) -> Verdict:
+    """What a check, by its name without `check_`, says of a known bug."""
+    checks = {each.__name__.removeprefix("check_"): each for each in checks_in(theme)}
+    return judge(checks[check], BUGS[bug].subject(seed=3), {})
+
+
+def expect_told(theme: str, bug: str, told: Told) -> None:
+    check, module, facts, likely = told
+    found = verdict(theme, check, bug)
+    assert found.outcome == "failed", found.says
+    assert (found.where.module if found.where else None) == module
+    for fact in facts:
+        assert fact in found.says
+    assert likely in found.likely[:2]
+    assert found.advice
