@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "--not-causal": dict(action="store_true", help="the model is an encoder or a prefix model by design"),
     "--device": dict(metavar="DEVICE", help="where the checks run: cpu (the default), cuda, mps, xpu"),
-    "--gpu": dict(action="store_true", help="run the checks on CUDA"),
+    "--gpu": dict(action="store_true", help="run the checks on CUDA, and then the benchmarks of steps and decoding"),
     "--slow": dict(action="store_true", help="also the checks that take minutes: compilers, new processes"),
     "--seed": dict(type=int, metavar="N", help="seed of everything that is drawn (default: a fresh one, printed)"),
     "--out": dict(metavar="FOLDER", help="where the sanity checks leave their artifacts (default: out)"),
