@@ -215,3 +215,36 @@ def test_the_example_has_three_cells_that_run(monkeypatch):
         lines = [line for line in cell["source"] if not line.startswith(("%", "!"))]
         exec(compile("".join(lines), "colab.ipynb", "exec"), scope)
     assert scope["report"].passed
+
+
+class Taught(nn.Module):
+    """Returns logits and, where targets come, a loss; drops out; decodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(29, 32), nn.Embedding(16, 32)
+        self.block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True, norm_first=True)
+        self.head = nn.Linear(32, 29)
+
+    def forward(self, idx, targets=None):
+        T = idx.shape[1]
+        x = self.tokens(idx) + self.places(torch.arange(T, device=idx.device))
+        logits = self.head(self.block(x, torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)))
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens):
+        for _ in range(max_new_tokens):
+            probabilities = self(idx[:, -16:])[0][:, -1].softmax(dim=-1)
+            idx = torch.cat((idx, torch.multinomial(probabilities, 1)), dim=1)
+        return idx
+
+
+def test_one_model_is_as_it_was_for_every_check():
+    """The parts that one check replaces, in a head or a rate, are there again for the next and at the end."""
+    model = Taught()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    report = check_model(model, seed=2, checks=["contract", "loss", "generation", "devices", "training", "modes"])
+    assert report.passed, str(report)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert model.block.dropout.p == 0.1

@@ -85,8 +85,11 @@ def head_place(model: nn.Module, width: int) -> str:
     return ""
 
 
+BY_ITSELF = {"_parameters", "_buffers", "_modules", "training"}  # what is put back in a way of its own
+
+
 class Restored:
-    """One model, as it was: parts, weights, buffers, dtype and what requires a gradient, at every call.
+    """One model, as it was at every call: parts, attributes (a rate, a forward of its own), weights, buffers.
 
     The same object each time: a copy may share what it should not.
     """
@@ -94,6 +97,7 @@ class Restored:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modes = [(module, module.training) for module in model.modules()]
+        self.attributes = [(m, _plain(m)) for m in model.modules()]
         self.parts = [(m, dict(m._modules), dict(m._parameters)) for m in model.modules()]  # checks take blocks out
         tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
         self.kept = {name: (t.detach().clone(), t.requires_grad) for name, t in tensors}
@@ -102,6 +106,10 @@ class Restored:
         for module, modules, parameters in self.parts:
             _put_back(module._modules, modules)
             _put_back(module._parameters, parameters)
+        for module, attributes in self.attributes:
+            for name in _plain(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
         tensors: list[tuple[str, Any]] = [*self.model.named_parameters(), *self.model.named_buffers()]
         for name, tensor in tensors:
             if name in self.kept:
@@ -117,6 +125,10 @@ class Restored:
         self()
         for module, training in self.modes:
             module.training = training
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in BY_ITSELF}
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:

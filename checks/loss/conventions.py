@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -421,12 +422,10 @@ def model_form(subject: Any) -> Form:
     except TypeError as error:
         raise NotApplicable(f"the forward does not take tokens and {name} alone: {error}") from None
     head, plain = find_head(subject, model, name)
-    given: list[Tensor] = []
-    head.__dict__["forward"] = lambda *args, **kwargs: given[0]
 
     def raw(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-        given[:] = [logits]
-        return returned_loss(model, model(torch.zeros_like(labels), **{name: labels}))
+        with patch.object(head, "forward", lambda *args, **kwargs: logits):  # put back: it may be the only instance
+            return returned_loss(model, model(torch.zeros_like(labels), **{name: labels}))
 
     longest = min(PLACES + SPARE, subject.sizes.block_size)
     V, says = subject.sizes.vocab_size, f"model(tokens, {name}=…)"

@@ -63,6 +63,8 @@ _shared: WeakKeyDictionary[Any, nn.Module] = WeakKeyDictionary()
 
 def shared(subject: Any) -> nn.Module:
     """One `precise` model for all the cases that a check draws."""
+    if not subject.builds_afresh:
+        return precise(subject)  # one instance, which has had other weights and types in between
     if subject not in _shared:
         _shared[subject] = precise(subject)
     return _shared[subject]
