@@ -90,7 +90,10 @@ class Subject:
 
         met = meet(what, device=device, causal=causal, checkpoint=checkpoint, parts=parts)
         brought = SimpleNamespace(build_model=lambda **sizes: met.build(sizes), **met.parts)
-        return cls(what if isinstance(what, str) else met.shown, brought, met=met, **declared)
+        subject = cls(what if isinstance(what, str) else met.shown, brought, met=met, **declared)
+        if not met.fresh:  # to learn these the one instance is put back, which must not happen while a check holds it
+            _ = subject.header, subject.learns
+        return subject
 
     @property
     def header(self) -> str:

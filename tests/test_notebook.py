@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from checks import all_checks, check_model
 from checks.conventions import UsageError
 from checks.expected import read
+from checks.probes.precision import precision
 from checks.subject import Subject
 from checks.verdict import check_id
 from transformer.model import ModelConfig, Transformer
@@ -238,6 +239,24 @@ class Taught(nn.Module):
             probabilities = self(idx[:, -16:])[0][:, -1].softmax(dim=-1)
             idx = torch.cat((idx, torch.multinomial(probabilities, 1)), dim=1)
         return idx
+
+
+class Overflowing(Taught):
+    """Fills its mask with float64's least number and casts the scores down: -inf, and NaN where all is masked."""
+
+    def forward(self, idx, mask=None):
+        T = idx.shape[1]
+        x = self.tokens(idx) + self.places(torch.arange(T, device=idx.device))
+        hidden = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)[None]
+        hidden = hidden if mask is None else hidden | ~mask[:, None, :].bool()
+        scores = (x @ x.mT).masked_fill(hidden, torch.finfo(x.dtype).min)
+        return self.head(x + scores.float().softmax(dim=-1).to(x.dtype) @ x)
+
+
+def test_one_instance_is_judged_in_the_type_that_it_bears():
+    """To learn that it takes a mask, the instance is put back: the probe must not go on with what it held before."""
+    subject = Subject.meet(Overflowing(), seed=5)
+    assert precision(subject).dtype == torch.float32
 
 
 def test_one_model_is_as_it_was_for_every_check():

@@ -81,25 +81,24 @@ def _probe(subject: Any) -> Precision:
     if casts.mixed:
         return Precision(torch.float32, torch.float32)
     narrow = casts.seen or logits.dtype != torch.float64
-    if narrow and _overflows_when_cast(subject, model):
+    if narrow and _overflows_when_cast(subject):
         return Precision(torch.float32, torch.float32)
     return Precision(torch.float64, torch.float32 if narrow else torch.float64)
 
 
-def _overflows_when_cast(subject: Any, model: nn.Module) -> bool:
+def _overflows_when_cast(subject: Any) -> bool:
     """Whether padding is survived in float32 but not in float64, whose least number is -inf once cast to float32."""
     if not subject.takes_mask:
         return False
     try:
-        if _survives_padding(subject, model):
-            return False
-        return _survives_padding(subject, subject.amplified(dtype=torch.float32))
+        return not _survives_padding(subject, torch.float64) and _survives_padding(subject, torch.float32)
     except Exception:  # a refused mask, a mistake inside: for the checks of masks to judge
         return False
 
 
-def _survives_padding(subject: Any, model: nn.Module) -> bool:
+def _survives_padding(subject: Any, dtype: torch.dtype) -> bool:
     """Whether logits and gradients are finite where the first tokens of a row are padding, which see nothing."""
+    model = subject.amplified(dtype=dtype)
     tokens = subject.tokens(2, subject.sizes.block_size)
     B, T = tokens.shape
     mask = ragged(B, T, "left").to(tokens.device)
