@@ -5,6 +5,7 @@ Imported once by the server from which these processes are forked, hence the imp
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -94,6 +95,7 @@ def examine(task: Task, parent: Connection) -> None:
     """In the child."""
     silence()
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported: each collection would look through all of it
     judge_all(task, parent.send)
     parent.send(None)
 
