@@ -28,6 +28,7 @@ from transformer.loss import next_token_loss
 
 ROUNDS, FEW = 20, 5  # of steps of small and of large loads
 LONG_ENOUGH = 64  # positions, for a slope over them to mean something
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # what Inductor imports warns of
 TYPES = {"eager": torch.float32, "bfloat16": torch.bfloat16, "compiled": torch.float32}
 
 
