@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checks.expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, farthest, needs, note
 from checks.probes.ablation import one_block, replaced
+from checks.probes.arguments import TARGETS, taken
 from checks.probes.influence import (
     EVAL,
     TRAIN,
@@ -49,7 +48,6 @@ CONTRACT = (
 )
 CAUSAL = "check_causality.check_future_cannot_change_past"
 
-NAMED_TARGETS = re.compile(r"(target|label)s?|y")
 DROPOUT = 0.2
 EXTREME = 20  # times every weight
 REACH = 1e6  # of the logits' spread: beyond it, without norms, scores reach any finite fill, however right
@@ -309,9 +307,10 @@ def rewritten(subject: Any, tokens: Tensor, case: dict[str, Any]) -> Tensor:
 @needs(*CONTRACT)
 def check_targets_change_no_logits(subject: Any) -> None:
     """Where the forward takes targets for a loss, other targets leave every logit bit for bit as it was."""
-    name = targets_taken(subject)
-    if name is None:
+    parameter = taken(subject, TARGETS)
+    if parameter is None or parameter.default is not None:  # one that must be given may be a decoder's input
         raise NotApplicable("forward takes no targets")
+    name = parameter.name
     model, T = precise(subject), length(subject)
     tokens = subject.tokens(3, T, seed=subject.seed)
     one, other = (Way(f"with {name}", more={name: subject.tokens(3, T, seed=subject.seed + n)}) for n in (1, 2))
@@ -332,19 +331,6 @@ def check_targets_change_no_logits(subject: Any) -> None:
         likely=("targets-in-the-logits",),
         advice=f"Use {name} in the loss alone.",
     )
-
-
-def targets_taken(subject: Any) -> str | None:
-    """The parameter of the model's forward that takes the tokens to be predicted, and may be left out.
-
-    One that must be given may be a decoder's input.
-    """
-    try:
-        parameters = inspect.signature(subject.build(seed=subject.seed).forward).parameters
-    except (TypeError, ValueError):
-        return None
-    named = (p for name, p in parameters.items() if NAMED_TARGETS.fullmatch(name))
-    return next((p.name for p in named if p.default is None), None)
 
 
 @needs(CAUSAL)

@@ -12,8 +12,21 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable, Where, advise, expect_close, expect_same, fail, farthest, needs, note
-from checks.probes.ablation import passed_by, replaced, siblings, with_input, with_output
+from checks.expect import (
+    NotApplicable,
+    Where,
+    advise,
+    expect_close,
+    expect_same,
+    fail,
+    farthest,
+    first_offence,
+    needs,
+    note,
+    place,
+)
+from checks.probes.ablation import exchanged, passed_by, replaced, siblings, silenced, with_input, with_output
+from checks.probes.arguments import POSITIONS, beside_tokens
 from checks.probes.holdings import Held, buffers_kept, held_outside
 from checks.probes.influence import TRAIN, call, every_id, length
 from checks.probes.padding import SIDES, ragged
@@ -185,27 +198,47 @@ def learn(subject: Any, tokens: Tensor, model: nn.Module) -> None:
 
 @needs(SHAPE)
 def check_inputs_are_left_alone(subject: Any) -> None:
-    """Reading, in eval and in train mode with its backward, leaves tokens and mask bit for bit as they were."""
+    """Reading, in eval and in train mode with its backward, leaves all that was handed over bit for bit as it was."""
     model, T = subject.build(seed=subject.seed), length(subject)
     tokens = every_id(subject, T, seed=subject.seed)
-    sides = SIDES if subject.takes_mask else ()
-    masks = [ragged(len(tokens), T, side, seed=subject.seed).to(subject.device) for side in sides]
-    for mask in (None, *masks):
-        for training in (False, True):
-            given = tokens.clone(), None if mask is None else mask.clone()
-            model.train(training)
-            subject.logits(model, *given).sum().backward()
+    expect_left_alone(subject, model, tokens)
+    for side in SIDES if subject.takes_mask else ():
+        expect_left_alone(subject, model, tokens, "mask", ragged(len(tokens), T, side, seed=subject.seed))
+    for name, value in beside_tokens(subject, tokens):
+        expect_left_alone(subject, model, tokens, name, value)
+
+
+def expect_left_alone(
+    subject: Any, model: nn.Module, tokens: Tensor, name: str = "", value: Tensor | None = None
+) -> None:
+    """The tokens, and what is handed over beside them under this name."""
+    beside = {} if value is None else {name: value.to(tokens.device)}
+    for training in (False, True):
+        given, more = tokens.clone(), {name: value.clone() for name, value in beside.items()}
+        try:
+            subject.logits(model.train(training), given, **more).sum().backward()
+        except Exception:
+            if name in ("", "mask"):
+                raise  # else another shape of it may be wanted, or a loss have come back
+        finally:
             model.eval()
-            for name, before, after in (("tokens", tokens, given[0]), ("mask", mask, given[1])):
-                if before is not None and after is not None and not torch.equal(before, after):
-                    place = [int(i) for i in (before != after).nonzero()[0]]
-                    fail(
-                        f"a forward changes the caller's own {name}: row {place[0]}, position {place[1]} was "
-                        f"{before[tuple(place)].item()} and is now {after[tuple(place)].item()}",
-                        likely=(f"{name}-changed-in-place",),
-                        advice="Look for operations in place (a trailing underscore, +=, x[i] = …) on an argument.",
-                        first=dict(row=place[0], position=place[1]),
-                    )
+        for what, before, after in (("tokens", tokens, given), *((n, beside[n], more[n]) for n in beside)):
+            expect_unchanged(what, before, after)
+
+
+def expect_unchanged(name: str, before: Tensor, after: Tensor) -> None:
+    index = first_offence(after, before, 0)
+    if index is None:
+        return
+    axes = ("row", "position")[-before.dim() :]
+    likely = f"{name if name in ('tokens', 'mask') else 'targets'}-changed-in-place"
+    fail(
+        f"a forward changes the caller's own {name}: {place(index, axes)} was {before[index].item()} and is now "
+        f"{after[index].item()}",
+        likely=("position-ids-mutated-in-place" if POSITIONS.fullmatch(name) else likely,),
+        advice="Look for operations in place (a trailing underscore, +=, x[i] = …) on an argument.",
+        first=dict(zip(axes, index, strict=True)),
+    )
 
 
 @needs(SHAPE, "check_contract.check_every_length_is_read")
@@ -522,21 +555,6 @@ def head_projections(subject: Any, model: nn.Module, H: int) -> list[str]:
         return matrix and any(x.shape[-1:] == (C,) and x.numel() == B * T * C for x in done.inputs[:1])
 
     return list(dict.fromkeys(done.module for done in calls if C % H == 0 and takes_heads(done)))
-
-
-def silenced(x: Tensor, *, H: int, h: int) -> Tensor:
-    if not x.is_floating_point():
-        return x  # ids: a tied table looks them up first, and projects later
-    heads = x.unflatten(-1, (H, -1)).clone()
-    heads[..., h, :] = 0
-    return heads.flatten(-2)
-
-
-def exchanged(x: Tensor, *, H: int, h: int) -> Tensor:
-    if not x.is_floating_point():
-        return x
-    order = [*range(h), h + 1, h, *range(h + 2, H)]
-    return x.unflatten(-1, (H, -1))[..., order, :].flatten(-2)
 
 
 def expect_moves(subject: Any, trials: dict[str, tuple[str, Callable]], likely: tuple[str, ...]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from checks.check_causality import CONTRACT, EXTREME, expect_takes_mask, magnified, within_reach
 from checks.expect import NotApplicable, Where, drawn, expect_close, fail, needs, note
+from checks.probes.arguments import DOCUMENTS, POSITIONS, taken
 from checks.probes.influence import EVAL, TRAIN, Way, call, every_id, length, moved, reads_one_token
 from checks.probes.padding import SIDES, padded, ragged
 from checks.probes.precision import precise, precision, shared, spread
@@ -21,8 +20,6 @@ from checks.where import first_bad, first_breaking
 
 CONTENT = "check_masking.check_pad_contents_change_nothing"
 ONES = "check_masking.check_mask_of_ones_changes_nothing"
-NAMED_POSITIONS = re.compile(r"(input_?)?pos(ition)?(_?ids?|s)?|token_positions")
-NAMED_DOCUMENTS = re.compile(r"(doc|document|segment|sequence|seq)s?(_ids?)?")
 ADVICE = "A padded key gets weight 0 from every query of its own row: mask[:, None, None, :] over scores [B, H, T, S]."
 
 
@@ -131,7 +128,7 @@ def check_right_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> N
 @drawn(when=expect_takes_mask, case=batches)
 def check_left_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> None:
     """Padded on the left, by however many, the real tokens of a row get the logits of the row by itself."""
-    if takes(subject, NAMED_POSITIONS):
+    if taken(subject, POSITIONS):
         raise NotApplicable("forward takes positions: with padding on the left they are the caller's to give")
     expect_as_alone(
         subject,
@@ -159,15 +156,6 @@ def expect_as_alone(subject: Any, case: dict[str, Any], side: str, **finding: An
             row=row,
             **finding,
         )
-
-
-def takes(subject: Any, named: re.Pattern) -> str | None:
-    """The name of the parameter of the model's forward that is called so."""
-    try:
-        parameters = inspect.signature(subject.build(seed=subject.seed).forward).parameters
-    except (TypeError, ValueError):
-        return None
-    return next((name for name in parameters if named.fullmatch(name)), None)
 
 
 @needs(*CONTRACT, ONES, CONTENT)
@@ -244,8 +232,8 @@ def check_mask_types_agree(subject: Any) -> None:
 @needs(*CONTRACT)
 def check_packed_documents_stay_apart(subject: Any) -> None:
     """Documents packed into one row, with their ids given, get the logits of each by itself."""
-    name = takes(subject, NAMED_DOCUMENTS)
-    if name is None:
+    parameter = taken(subject, DOCUMENTS)
+    if parameter is None:
         raise NotApplicable("forward takes no document ids")
     model, T = precise(subject), length(subject)
     for cuts in ((T // 2,), (1, T // 3), (2, 3, T - 1)):
@@ -254,7 +242,7 @@ def check_packed_documents_stay_apart(subject: Any) -> None:
         ids = torch.zeros_like(tokens)
         for cut in cuts:
             ids[:, cut:] += 1
-        got = call(subject, model, tokens, way=Way("with document ids", more={name: ids}))
+        got = call(subject, model, tokens, way=Way("with document ids", more={parameter.name: ids}))
         for document, (start, end) in enumerate(pairwise(bounds)):
             want = call(subject, model, tokens[:, start:end].contiguous())
             expect_close(

@@ -57,6 +57,18 @@ FOUND: dict[str, Told] = {
         ("caller's own tokens", "was 1 and is now 0"),
         "tokens-changed-in-place",
     ),
+    "position-ids-mutated-in-place": (
+        "inputs_are_left_alone",
+        None,
+        ("caller's own position_ids", "row 0, position 0 was 0 and is now 1"),
+        "position-ids-mutated-in-place",
+    ),
+    "targets-changed-in-place": (
+        "inputs_are_left_alone",
+        None,
+        ("caller's own targets", "is now -100"),
+        "targets-changed-in-place",
+    ),
     "mask-changed-in-place": (
         "inputs_are_left_alone",
         None,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from checks.bugs import bug
 from checks.bugs.masking import CAUSAL, ROWS
+from checks.bugs.variants import TaughtTransformer, taught
 from transformer.model import Block, KeyValueCache, Rotation, Transformer
 
 SHAPE = "check_contract.check_logits_have_shape"
@@ -220,6 +221,24 @@ def mask_changed(model: Transformer) -> None:
             if mask is not None:
                 mask[:, 0] = True
             super().refuse_bad_input(tokens, mask, cache)
+
+    model.__class__ = Changes
+
+
+@bug("targets-changed-in-place", "targets that count for nothing are set to -100 in the caller's own tensor",
+     caught_by=(INPUTS,), model=True, of=taught)  # fmt: skip
+def targets_changed(model: Transformer) -> None:
+    class Changes(TaughtTransformer):
+        def forward(
+            self,
+            tokens: Tensor,
+            mask: Tensor | None = None,
+            cache: KeyValueCache | None = None,
+            targets: Tensor | None = None,
+        ) -> Tensor:
+            if targets is not None:
+                targets[targets == 0] = -100
+            return super().forward(tokens, mask, cache, targets)
 
     model.__class__ = Changes
 

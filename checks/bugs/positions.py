@@ -8,6 +8,7 @@ from torch import Tensor
 from checks.bugs import bug
 from checks.bugs.attention import PREFIX, REACH
 from checks.bugs.masking import attend_with
+from checks.bugs.variants import PlacedTransformer, placed
 from transformer.model import Attention, LearnedPositions, RotaryPositions, Rotation, Transformer
 
 ORDER = "check_positions.check_order_of_tokens_matters"
@@ -100,6 +101,24 @@ def table_detached(model: Transformer) -> None:
             return x + self.table.weight.data[positions]
 
     model.positions.__class__ = Detached
+
+
+@bug(
+    "position-ids-mutated-in-place",
+    "places are made from 1 on by += on the caller's own tensor: the next call counts from 2",
+    source="https://github.com/open-edge-platform/physical-ai-studio/issues/589",
+    caught_by=("check_contract.check_inputs_are_left_alone",),
+    model=True,
+    of=placed,
+)
+def positions_mutated(model: Transformer) -> None:
+    class Mutates(PlacedTransformer):
+        def token_positions(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
+            positions = super().token_positions(mask, T, S, device)
+            positions += 1
+            return positions - 1
+
+    model.__class__ = Mutates
 
 
 # -- rotary angles

@@ -196,3 +196,35 @@ def taught(**config: Any) -> SimpleNamespace:
         model.__class__ = TaughtTransformer
 
     return changed(change, **config)
+
+
+# -- positions handed to the forward
+
+
+class PlacedTransformer(Transformer):
+    """Takes the place of every token, [B, T] or [T], where the caller knows better than the mask."""
+
+    given: Tensor | None = None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        self.given = position_ids
+        try:
+            return super().forward(tokens, mask, cache)
+        finally:
+            self.given = None
+
+    def token_positions(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
+        return super().token_positions(mask, T, S, device) if self.given is None else self.given
+
+
+def placed(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.__class__ = PlacedTransformer
+
+    return changed(change, **config)

@@ -80,6 +80,23 @@ def with_input(change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Calla
     return wrap
 
 
+def silenced(x: Tensor, *, H: int, h: int) -> Tensor:
+    """Zeros in the place of head h of H."""
+    if not x.is_floating_point():
+        return x  # ids: a tied table looks them up first, and projects later
+    heads = x.unflatten(-1, (H, -1)).clone()
+    heads[..., h, :] = 0
+    return heads.flatten(-2)
+
+
+def exchanged(x: Tensor, *, H: int, h: int) -> Tensor:
+    """Heads h and h + 1 of H in each other's place."""
+    if not x.is_floating_point():
+        return x
+    order = [*range(h), h + 1, h, *range(h + 2, H)]
+    return x.unflatten(-1, (H, -1))[..., order, :].flatten(-2)
+
+
 def one_block(subject: Any, scheme: tuple[float, float] | None, **sizes: Any) -> nn.Module:
     """The subject with a single block, built so or with the others deleted from their list."""
     layers = dict(n_layer=1) if subject.can_vary("n_layer") else {}

@@ -1,0 +1,34 @@
+"""What a model's forward takes beside tokens and a padding mask, known by the names of its parameters."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POSITIONS = re.compile(r"(input_?)?pos(ition)?(_?ids?|s)?|token_positions")
+DOCUMENTS = re.compile(r"(doc|document|segment|sequence|seq)s?(_ids?)?")
+TARGETS = re.compile(r"(target|label)s?|y")
+
+
+def taken(subject: Any, named: re.Pattern) -> inspect.Parameter | None:
+    """The first parameter of the model's forward that is called so."""
+    try:
+        parameters = inspect.signature(subject.build(seed=subject.seed).forward).parameters
+    except (TypeError, ValueError):
+        return None
+    return next((parameter for name, parameter in parameters.items() if named.fullmatch(name)), None)
+
+
+def beside_tokens(subject: Any, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """By name, what may be handed over with tokens [B, T]: positions in two shapes, document ids, targets."""
+    every = torch.arange(tokens.shape[1], device=tokens.device)
+    positions, one_document, targets = every.expand_as(tokens), torch.zeros_like(tokens), tokens.roll(-1, dims=1)
+    forms = (POSITIONS, positions), (POSITIONS, every), (DOCUMENTS, one_document), (TARGETS, targets)
+    for named, value in forms:
+        if (parameter := taken(subject, named)) is not None:
+            yield parameter.name, value.contiguous()
