@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.mutations import Mutant, mutants, negated
+from benchmarks.mutations import Mutant, distinct, mutants, negated
 from checks import checks_in
 from checks.check_spec import declared
 from checks.spec.settling import FAMILIES, settled
@@ -33,8 +33,8 @@ from checks.subject import Subject
 from checks.verdict import check_id, judge
 
 # Cheap ones first: a mutant is done with at the first check that fails.
-LAWS = ("contract", "modes", "causality", "positions", "masking", "initialization", "loss", "gradients", "cache",
-        "generation", "sampling", "numerics")  # fmt: skip
+LAWS = ("contract", "modes", "causality", "positions", "masking", "initialization", "loss", "parts", "gradients",
+        "cache", "generation", "sampling", "numerics")  # fmt: skip
 BROKEN = ("failed", "error")
 RESULTS = ("not reached", "crashes", "too slow", "nothing changes", "laws", "spec", "survives")
 SAME = 1e-6  # relative: numbers closer than this are the same behaviour
@@ -236,7 +236,7 @@ def run(what: str, *, spec: str, laws: tuple[str, ...], sample: int, seconds: fl
     """Judges the mutants that `out` does not have yet; all results."""
     path, _, name = what.partition(":")
     file = Path(path)
-    found = list({m.id: m for m in (*mutants(file.read_text()), *negated(file.read_text()))}.values())
+    found = distinct((*mutants(file.read_text()), *negated(file.read_text())))
     random.Random(SEED).shuffle(found)  # a run that is stopped has seen all of the file; a larger one goes on from it
     found = found[: sample or None]
     done = {r["id"]: r for r in map(json.loads, out.read_text().splitlines())} if out.exists() else {}

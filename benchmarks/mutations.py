@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import ClassVar
 
 OTHER: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
@@ -64,7 +66,7 @@ def _code(tree: ast.Module) -> Iterator[tuple[ast.AST, int]]:
 def _inside(node: ast.AST, function: int) -> Iterator[tuple[ast.AST, int]]:
     yield node, function
     if isinstance(node, ast.FunctionDef):
-        function = min(n.lineno for n in (node, *node.decorator_list))
+        function = min([node.lineno, *(each.lineno for each in node.decorator_list)])
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list"):
             continue
@@ -84,9 +86,54 @@ def _made(source: str, node: ast.AST, function: int, change: tuple[str, str]) ->
         compile(changed, "mutant", "exec")
     except SyntaxError:
         return None
-    same = ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source))
     column: int = node.col_offset  # type: ignore[attr-defined]
-    return None if same else Mutant(kind, first + 1, column, source[start:end], new, function, changed)
+    mutant = Mutant(kind, first + 1, column, source[start:end], new, function, changed)
+    return None if meaning(changed) == meaning(source) else mutant
+
+
+def distinct(found: Iterable[Mutant]) -> list[Mutant]:
+    """Those that are programs of their own: of several ways to write one, the first."""
+    programs: dict[str, Mutant] = {}
+    for mutant in found:
+        programs.setdefault(meaning(mutant.source), mutant)
+    return list(programs.values())
+
+
+@functools.lru_cache(maxsize=4096)
+def meaning(source: str) -> str:
+    """A digest of the program that a source is, however it is written."""
+    return hashlib.sha1(ast.dump(_Plain().visit(ast.parse(source))).encode()).hexdigest()
+
+
+class _Plain(ast.NodeTransformer):
+    """A statement that only names something becomes `pass`, a `not` before another, `is` or `in` goes into it."""
+
+    OPPOSITE: ClassVar[dict[type, type]] = {
+        ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In
+    }  # fmt: skip
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        acts = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)
+        return self.generic_visit(node) if any(isinstance(n, acts) for n in ast.walk(node)) else ast.Pass()
+
+    def visit_If(self, node: ast.If | ast.While | ast.IfExp) -> ast.AST:
+        self.generic_visit(node)
+        while _negation(node.test) and _negation(node.test.operand):  # type: ignore[attr-defined]
+            node.test = node.test.operand.operand  # type: ignore[attr-defined]
+        return node
+
+    visit_While = visit_IfExp = visit_If
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+        self.generic_visit(node)
+        inner = node.operand
+        if _negation(node) and isinstance(inner, ast.Compare) and [type(o) in self.OPPOSITE for o in inner.ops] == [1]:
+            return ast.Compare(inner.left, [self.OPPOSITE[type(inner.ops[0])]()], inner.comparators)
+        return node
+
+
+def _negation(node: ast.AST) -> bool:
+    return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
 
 
 def _characters(line: str, column: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import mutants as run
-from benchmarks.mutations import mutants, negated
+from benchmarks.mutations import distinct, mutants, negated
 
 FILE = Path(__file__).parent / "foreign" / "separate_heads.py"
 SOURCE = '''
@@ -54,6 +54,36 @@ def test_every_kind_of_change_is_made():
     assert found["statement dropped"] == ["pass", "pass"]
     assert found["condition negated"] == ["(not (not self.off))"]
     assert "(3)" in found["constant + 1"] and "(0)" in found["constant - 1"]
+
+
+WRITTEN_DIFFERENTLY = """
+class Layer:
+    def start(self, w, k):
+        if not self.off:
+            init.normal_(w)
+        if k is None:
+            k = w
+        if k not in w:
+            self.x[k] = self.apply(self.start)
+"""
+
+
+def test_one_program_written_in_several_ways_counts_once():
+    """A call left as a bare name is the statement dropped; `not not x` is `x`; `not (k is None)` is `k is not None`."""
+    every = [*mutants(WRITTEN_DIFFERENTLY), *negated(WRITTEN_DIFFERENTLY)]
+    kept = distinct(every)
+    told = {(m.line, m.kind, m.new) for m in kept}
+    assert len({m.source for m in kept}) == len(kept)
+    assert {new for line, _, new in told if line == 5} == {"pass"}  # as (w) and (init) are
+    assert {new for line, _, new in told if line == 4} == {"(self.off)"}
+    assert {new for line, _, new in told if line == 6} == {"k is not None"}
+    assert {new for line, _, new in told if line == 8} == {"k in w"}
+    assert {new for line, _, new in told if line == 9} == {"(self.start)", "pass"}  # an assignment is another program
+
+
+def test_what_calls_something_is_not_taken_for_a_name():
+    calls = "def f(x):\n    g(h(x))\n"
+    assert [m.new for m in distinct(mutants(calls))] == ["pass", "(h(x))", "(x)"]
 
 
 def test_texts_assertions_and_the_module_itself_stay():
