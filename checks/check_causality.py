@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checks.expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, farthest, needs, note
-from checks.probes.ablation import one_block, replaced
+from checks.probes.ablation import left_alone, one_block, replaced, siblings
 from checks.probes.arguments import TARGETS, taken
 from checks.probes.influence import (
     EVAL,
@@ -35,9 +35,9 @@ from checks.probes.influence import (
 from checks.probes.leaks import expect_no_leak, in_deviations
 from checks.probes.padding import SIDES, ragged
 from checks.probes.precision import precise, precision, shared, spread
-from checks.probes.windows import declared_windows, holds, in_reach, window
+from checks.probes.windows import declared_windows, held_by, holds, in_reach, reach, window
 from checks.subject import EXISTENCE
-from checks.where import first_breaking
+from checks.where import first_breaking, locate
 
 CONTRACT = (
     "check_contract.check_logits_have_shape",
@@ -54,6 +54,8 @@ REACH = 1e6  # of the logits' spread: beyond it, without norms, scores reach any
 LONG = 131  # tokens: past the powers of two at which tables, masks and caches are cut
 LONGER = 521  # past more of them; only around these is looked
 LONGEST_TRIED = 1024
+WINDOWS = ("window-ignored", "window-off-by-one", "window-sign-error")
+PRINT_MASK = "Print the mask of each layer: row t is True at columns t - window + 1 to t."
 UNSEEN = 1e-9  # of the largest move: what one token among many may still move, rounding apart
 SEEN = 1e-3  # standard deviations of the logits: what a token in reach moves at least (clean models: 0.018)
 
@@ -509,41 +511,78 @@ def expect_long_prefixes_alike(subject: Any) -> None:
 
 @needs(CAUSAL, "check_causality.check_past_reaches_every_later_position")
 def check_one_block_sees_its_window(subject: Any) -> None:
-    """Where a window of w tokens is declared, one block sees just the last w (or w and itself), at every position."""
+    """Where a window of w tokens is declared, each block sees just the last w (or w and itself), at every position."""
     expect_causal(subject)
     T = length(subject)
     model = one_block(subject, EXISTENCE[-1])
     w = window(subject, model, T)
     if w is None:
         raise NotApplicable(f"no window shorter than {T} tokens is declared", **declared_windows(model))
-    tried = changes(subject, subject.tokens(2, T, seed=subject.seed), alternatives=3)
-    seen = influence(measure(subject, model, tried, EVAL), tried.place).cpu() > 0
-    past = torch.ones(T, T, dtype=torch.bool).tril()
+    seen = seen_by(subject, model)
     note(window=w, seen=seen.int().tolist())
-    if bool(seen.eq(past.triu(-w)).all()):
+    count = reach(seen)
+    if count == w + 1:
         advise(f"a token sees itself and {w} before it; in most models a window of {w} counts the token itself")
+    elif count != w:
+        judge_window(subject, model, w, seen)
         return
-    wrong = (seen != past.triu(1 - w)).nonzero()
-    if len(wrong):
-        judge_window(subject, model, w, seen, wrong[0].tolist())
+    expect_layers_alike(subject, w)
 
 
-def judge_window(subject: Any, model: nn.Module, w: int, seen: Tensor, first: list[int]) -> None:
+def seen_by(subject: Any, model: nn.Module) -> Tensor:
+    """[T, T], True where position t (row) sees token s (column)."""
+    tried = changes(subject, subject.tokens(2, length(subject), seed=subject.seed), alternatives=3)
+    return influence(measure(subject, model, tried, EVAL), tried.place).cpu() > 0
+
+
+def judge_window(subject: Any, model: nn.Module, w: int, seen: Tensor) -> None:
     """Fails where every position sees as many tokens, and the block itself says that they should be others."""
-    (t, s), T, reach = first, len(seen), int(seen[-1].sum())
-    if not bool(seen.eq(torch.ones(T, T, dtype=torch.bool).tril().triu(1 - reach)).all()):
+    T, count = len(seen), reach(seen)
+    if count is None:
         raise NotApplicable("how far back a token sees varies with its position", window=w, seen=seen.int().tolist())
     if not holds(subject, model, w):
         advise(
-            f"the configuration speaks of a window of {w}, and the one block that was left sees {reach} of {T} tokens"
+            f"the configuration speaks of a window of {w}, and the one block that was left sees {count} of {T} tokens"
         )
         return
+    t, s = (int(i) for i in (seen != torch.ones(T, T, dtype=torch.bool).tril().triu(1 - w)).nonzero()[0])
     fail(
         f"one block with a window of {w} tokens: position {t} {'sees' if bool(seen[t, s]) else 'does not see'} token "
-        f"{s}, {t - s} before it; the last position sees {reach} tokens, expected {w} ({w + 1} where the token itself "
+        f"{s}, {t - s} before it; the last position sees {count} tokens, expected {w} ({w + 1} where the token itself "
         "is not counted)",
-        likely=("window-ignored", "window-off-by-one", "window-sign-error"),
-        advice="Print the mask of one layer: row t is True at columns t - window + 1 to t.",
+        likely=WINDOWS,
+        advice=PRINT_MASK,
         first={"t": t, "s": s},
         window=w,
     )
+
+
+def expect_layers_alike(subject: Any, w: int) -> None:
+    """Each block by itself, where it stands, sees as far as its own window, counted as most of the blocks count it.
+
+    Of a window that only the configuration speaks of, other blocks may be free, and a miss by one is no choice. What
+    sees all of the past may be meant to.
+    """
+    model = precise(subject, EXISTENCE[-1])
+    names = next(iter(siblings(model)), [])
+    over: dict[str, int] = {}  # by how many tokens a block sees more than its window
+    for name in names:
+        with left_alone(model, name, names):
+            count = reach(seen_by(subject, model))
+        own = held_by(model.get_submodule(name))
+        if count not in (None, length(subject)) and (own is not None or abs(count - w) <= 1):
+            over[name] = count - (own or w)
+    usual = max((0, 1), key=list(over.values()).count)
+    odd = next((name for name, more in over.items() if more != usual), None)
+    if odd is not None:
+        own = held_by(model.get_submodule(odd)) or w
+        fail(
+            f"{odd} by itself sees {own + over[odd]} tokens: its window is {own}, which in the other blocks shows "
+            f"{own + usual}",
+            where=locate(model, odd),
+            likely=("window-off-by-one-in-one-layer", *WINDOWS),
+            advice=PRINT_MASK,
+            module=odd,
+            window=own,
+            over=over,
+        )

@@ -248,6 +248,8 @@ def test_a_window_is_told_by_what_it_shows():
     assert found.evidence["window"] == 4 and found.evidence["first"] == {"t": 4, "s": 0}
     assert "window of 4" in found.says and "sees 13 tokens" in found.says
     assert "sees 3 tokens" in verdict("check_one_block_sees_its_window", "window-off-by-one").says
+    found = verdict("check_one_block_sees_its_window", "window-off-by-one-in-one-layer")
+    assert "blocks.1 by itself sees 5 tokens" in found.says and found.where.module == "blocks.1"
 
 
 def test_a_past_that_is_not_read_is_told_by_its_first_pair():

@@ -89,6 +89,16 @@ def window_ignored(model: Transformer) -> None:
     look_through(model, lambda window, T, S, device: torch.ones(T, S, dtype=torch.bool, device=device))
 
 
+@bug("window-off-by-one-in-one-layer", "the window of the last layer alone shows one token more",
+     caught_by=(WINDOW,), model=True, of=sliding_window)  # fmt: skip
+def last_window_off_by_one(model: Transformer) -> None:
+    class OneMore(WindowAttention):
+        def near(self, T: int, S: int, device: torch.device) -> Tensor:
+            return ~causal_mask(T, S, device).tril(S - T - self.window - 1)
+
+    attend_with(model, OneMore, slice(-1, None))
+
+
 @bug(
     "window-sign-error",
     "the window is laid after the token: with the causal mask only the token itself is left",

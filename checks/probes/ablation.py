@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
 
@@ -60,6 +60,16 @@ def passed_by(forward: Callable) -> Callable:
         return each(forward(*args, **kwargs), first)
 
     return instead
+
+
+@contextmanager
+def left_alone(model: nn.Module, name: str, names: list[str]) -> Iterator[None]:
+    """The model with this one of the blocks at work: the others run, where they stand, and are passed by."""
+    with ExitStack() as stack:
+        for other in names:
+            if other != name:
+                stack.enter_context(replaced(model.get_submodule(other), passed_by))
+        yield
 
 
 def with_output(change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Callable]:

@@ -37,6 +37,19 @@ def holds(subject: Any, model: nn.Module, size: int) -> bool:
     return any(len(name) > 1 and name[-2] not in CONFIGURATIONS for name in names)
 
 
+def held_by(block: nn.Module) -> int | None:
+    """The one window that parts of a block hold; None where there is none, or more than one."""
+    names = [(name.split("."), value) for name, value in declared_windows(block).items()]
+    sizes = {value for name, value in names if len(name) < 2 or name[-2] not in CONFIGURATIONS}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def reach(seen: Tensor) -> int | None:
+    """How many tokens each position sees, itself among them, in a map [T, T]; None where that varies."""
+    T, count = len(seen), int(seen[-1].sum())
+    return count if bool(seen.eq(torch.ones(T, T, dtype=torch.bool).tril().triu(1 - count)).all()) else None
+
+
 def in_reach(subject: Any, model: nn.Module, T: int) -> Tensor:
     """[T, T], True where position t (row) must see token s (column): every earlier one, or those of one window."""
     size = window(subject, model, T)
