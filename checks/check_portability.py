@@ -53,19 +53,29 @@ def _clearly_differ(a: Tensor, b: Tensor) -> bool:
 def check_forward_stays_on_its_device(subject: Any) -> None:
     """What the forward makes is where the tokens and weights are, not on the default device."""
     model, tokens = subject.build(seed=subject.seed), _tokens(subject)
-    for given, mask in _masks(subject, tokens):
-        owned = [*model.parameters(), *model.buffers(), tokens, *([] if mask is None else [mask])]
-        with torch.no_grad(), Homeless(owned) as watch:
+    masks = dict(_masks(subject, tokens))
+    owned = [*model.parameters(), *model.buffers(), tokens, *(mask for mask in masks.values() if mask is not None)]
+    watch = Homeless(owned)
+    for given, mask in masks.items():
+        with torch.no_grad(), watch.during(given):
             subject.logits(model, tokens, mask)
-        if watch.found:
-            maker, met, line = watch.found
-            fail(
-                f"the forward ({given}) makes a tensor by torch.{maker} on the default device and mixes it with the "
-                f"model's in {met}: on a GPU this raises",
-                where=line,
-                likely=("device-hardcoded",),
-                advice=f"torch.{maker}(…, device=tokens.device)",
-            )
+    if not watch.found:
+        return
+    given, maker, met, line = watch.found
+    says = (
+        f"the forward ({given}) makes a tensor by torch.{maker} on the default device and mixes it with the model's in "
+        f"{met}: on a GPU this raises"
+    )
+    advice = f"torch.{maker}(…, device=tokens.device)"
+    if subject.device.type == "cpu" and not watch.aware:  # written for the CPU, and right there
+        advise(f"{says} ({line}). {advice} goes with the model")
+    else:
+        fail(
+            f"{says}, while other tensors are made on the model's device",
+            where=line,
+            likely=("device-hardcoded",),
+            advice=advice,
+        )
 
 
 @needs(*CONTRACT)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -37,10 +38,17 @@ class Homeless(TorchFunctionMode):
 
     def __init__(self, model_tensors: list[Tensor]) -> None:
         super().__init__()
-        self.found: tuple[str, str, Where | None] | None = None  # what made it, what it met in, where
+        self.found: tuple[str, str, str, Where | None] | None = None  # given what, what made it, what it met in, where
+        self.given = ""
+        self.aware = False  # whether it makes a tensor on a device that it names, or moves one to another's
         self.kept: list[Tensor] = []  # so that no id is given twice
         self.made: dict[int, str] = {}
         self.theirs = {id(tensor) for tensor in model_tensors}
+
+    def during(self, given: str) -> Homeless:
+        """Itself, to be entered for a forward that is given so."""
+        self.given = given
+        return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,14 +57,16 @@ class Homeless(TorchFunctionMode):
         given = [t for value in (*args, *kwargs.values()) for t in _tensors(value)]
         strays = [self.made[id(t)] for t in given if id(t) in self.made and t.dim() > 0]
         theirs = any(id(t) in self.theirs for t in given)
+        self.aware |= name in MAKERS and kwargs.get("device") is not None
         if name in MAKERS and kwargs.get("device") is None and not given:
             self._adopt(out, self.made, name)
         elif strays and theirs and name not in ACCEPTS | MOVES:
-            self.found = self.found or (strays[0], name, line_now())
+            self.found = self.found or (self.given, strays[0], name, line_now())
         elif strays and not theirs and name not in MOVES:
             self._adopt(out, self.made, strays[0])
         if theirs or (name in MOVES and strays):
             self._adopt(out, self.theirs)
+        self.aware |= name in MOVES and bool(strays) and any(isinstance(v, torch.device | Tensor) for v in args[1:])
         return out
 
     def _adopt(self, out: Any, into: dict[int, str] | set[int], name: str = "") -> None:

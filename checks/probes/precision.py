@@ -74,7 +74,7 @@ def _probe(subject: Any) -> Precision:
     casts = _Casts()
     try:
         model = subject.amplified(dtype=torch.float64)
-        with torch.no_grad(), casts:
+        with torch.enable_grad(), casts:  # without gradients PyTorch's encoder layers are one operation
             logits = subject.logits(model, subject.tokens(2, subject.sizes.block_size))
     except Exception:  # whatever a foreign model raises when its halves are of two types
         return Precision(torch.float32, torch.float32)
