@@ -16,7 +16,11 @@ from checks.probes.rounding import Casts, Promoted, naively
 from checks.subject import EXISTENCE
 from checks.where import Call, first_bad, locate, recorded
 
-CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
+CONTRACT = (
+    "check_contract.check_logits_have_shape",
+    "check_contract.check_logits_are_finite",
+    "check_modes.check_eval_repeats_itself",
+)
 # How many times the error of a naive evaluation is too much. Correct models: at most 1.6 in half precision, where the
 # rounding of results is all there is, and 4.9 in float32, where the sums inside an operation count as well.
 TIMES = {torch.float32: 20.0, torch.bfloat16: 4.0, torch.float16: 4.0}

@@ -23,6 +23,7 @@ from checks.probes.randomness import seeded
 from checks.where import first_breaking
 
 CONTRACT = ("check_contract.check_logits_have_shape",)
+REPEATS = "check_modes.check_eval_repeats_itself"  # else two paths differ as two calls on one path do
 COMPILED = 1e-4  # standard deviations of the logits in float32; correct models: 2e-6
 ROWS = 3
 RATE = 0.3
@@ -78,7 +79,7 @@ def check_forward_stays_on_its_device(subject: Any) -> None:
         )
 
 
-@needs(*CONTRACT)
+@needs(*CONTRACT, REPEATS)
 def check_attention_backends_agree(subject: Any) -> None:
     """The logits are the same whichever of PyTorch's kernels, or of the model's own attention paths, computes them."""
     model, tokens = precise(subject), _tokens(subject)
@@ -180,7 +181,7 @@ def _quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-@needs(*CONTRACT)
+@needs(*CONTRACT, REPEATS)
 def check_compiled_model_agrees(subject: Any) -> None:
     """Captured by torch.compile, without a code generator, the model gives the same logits and gradients."""
     _expect_compiled(subject, "aot_eager")
@@ -241,7 +242,7 @@ def _with_gradients(subject: Any, model: nn.Module, tokens: Tensor) -> tuple[Ten
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@needs(*CONTRACT)
+@needs(*CONTRACT, REPEATS)
 def check_exported_model_agrees(subject: Any) -> None:
     """Exported by torch.export, the model gives the same logits, for other tokens than those it was exported with."""
     model, tokens = subject.amplified(seed=subject.seed, dtype=torch.float32), _tokens(subject)
