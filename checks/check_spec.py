@@ -16,6 +16,7 @@ from checks.spec.gradients import slopes
 from checks.spec.initialization import Constant, Drawn, drawn
 from checks.spec.scores import Scales
 from checks.spec.settling import FAMILIES, Settled, norm_form, settled, specimen
+from checks.spec.simulation import Simulated
 from checks.spec.stages import Explained, explain, part_from
 from checks.spec.tiny import parting_scale
 from checks.spec.trace import Parting
@@ -84,7 +85,11 @@ def agreed(found: Settled) -> None:
 
 def says(why: Explained) -> str:
     groups = [why.ties] if why.ties else why.together
-    return "; and ".join(" or, which is the same here, ".join(one.bug.says for one in group) for group in groups)
+    return "; and ".join(" or, which is the same here, ".join(map(told, group)) for group in groups)
+
+
+def told(one: Simulated) -> str:
+    return f"{one.bug.says} (here {one.scope})" if one.scope else one.bug.says
 
 
 def differ(found: Settled, why: Explained | None) -> None:

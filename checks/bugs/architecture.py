@@ -14,6 +14,9 @@ from transformer.model import Attention, Block, Transformer
 
 LOGITS = "check_spec.check_logits_agree"
 SCALE = "check_spec.check_attention_scale_is_usual"
+BENDS = "check_parts.check_feed_forward_is_not_linear"
+GROUPS = "check_parts.check_heads_that_share_keys_share_values"
+EPSILON = "check_parts.check_epsilon_does_not_rule_a_norm"
 
 GPT2: dict[str, Any] = dict(spec="gpt2")
 GELU: dict[str, Any] = dict(GPT2, feed_forward="gelu")  # for what a gate does not have
@@ -105,7 +108,7 @@ def scale_twice(model: Transformer) -> None:
 @bug(
     "gqa-k-v-grouping-mismatch",
     "query head h reads the keys of group h // (H/G) but the values of group h mod G",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, GROUPS),
     model=True,
     n_kv_head=2,
     **LLAMA,
@@ -229,7 +232,7 @@ def rms_subtracts_mean(model: Transformer) -> None:
     "norm-wrong-eps",
     "the norms' epsilon is 0.1: it is no longer small against the variance",
     source="https://github.com/NVIDIA/TensorRT-LLM/pull/7509",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, EPSILON),
     model=True,
     **GPT2,
 )
@@ -418,7 +421,7 @@ def parallel_for_sequential(model: Transformer) -> None:
     "mlp-no-activation",
     "the feed-forward has no activation: two linear layers in a row",
     source="https://github.com/leffff/graphormer-pyg/issues/23",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, BENDS),
     model=True,
     **GELU,
 )
@@ -431,7 +434,7 @@ def no_activation(model: Transformer) -> None:
     "activation-after-second-linear",
     "the activation comes after the second linear layer, not between the two",
     source="https://github.com/goruck/nilm/issues/1",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, BENDS),
     model=True,
     **GELU,
 )
@@ -527,6 +530,7 @@ def embedding_scaled(model: Transformer) -> None:
     "tokens and positions together are multiplied by √C",
     caught_by=(LOGITS,),
     model=True,
+    positions="learned",
     **GPT2,
 )
 def embedding_scaled_after_positions(model: Transformer) -> None:

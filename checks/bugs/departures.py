@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from checks.bugs import bug
-from checks.bugs.architecture import GELU, GPT2, LLAMA, LOGITS, blocks, redefine
+from checks.bugs.architecture import GELU, GPT2, LLAMA, LOGITS, blocks, norms, redefine
 from transformer.model import (
     Attention,
     Block,
@@ -169,6 +169,13 @@ def position_offset_by_one(model: Transformer) -> None:
     redefine(model.positions, add=add)
 
 
+@bug("position-not-added", "the position vectors are looked up and not added: the model has no positions",
+     source="https://github.com/guocheng2025/Transformer-Encoder/issues/1", caught_by=(LOGITS,), model=True,
+     **GPT2)  # fmt: skip
+def position_not_added(model: Transformer) -> None:
+    redefine(model.positions, add=lambda self, x, positions: x)
+
+
 @bug("position-scaled", "the position vectors are multiplied by √C before they are added",
      caught_by=(LOGITS,), model=True, **GPT2)  # fmt: skip
 def position_scaled(model: Transformer) -> None:
@@ -235,7 +242,7 @@ def attention_softcap_undeclared(model: Transformer) -> None:
 
 
 @bug("query-key-norm-undeclared", "queries and keys are normed to length √D, which neither GPT-2 nor Llama does",
-     caught_by=(LOGITS,), model=True, **LLAMA)  # fmt: skip
+     caught_by=(LOGITS,), model=True, **GPT2)  # fmt: skip
 def query_key_norm_undeclared(model: Transformer) -> None:
     def place(self: Attention, q: Tensor, k: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor]:
         return rotate(F.rms_norm(q, q.shape[-1:])), rotate(F.rms_norm(k, k.shape[-1:]))
@@ -253,6 +260,17 @@ def values_are_keys(model: Transformer) -> None:
 
     for block in blocks(model):
         redefine(block.attention, split_heads=split_heads)
+
+
+# -- norms
+
+
+@bug("rms-divided-by-the-inverse-root", "RMSNorm divides by rsqrt(…), the inverse root: large inputs become larger",
+     source="https://github.com/mosaicml/llm-foundry/issues/371", caught_by=(LOGITS,), model=True,
+     **LLAMA)  # fmt: skip
+def rms_divided_by_the_inverse_root(model: Transformer) -> None:
+    for norm in norms(model):
+        redefine(norm, forward=lambda self, x: x / (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight)
 
 
 # -- where norms and sums stand

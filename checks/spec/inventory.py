@@ -21,6 +21,8 @@ VIEWS = {"t", "transpose", "permute", "view", "reshape", "contiguous", "expand",
          "type_as", "double", "float", "__getitem__", "chunk", "split", "unbind", "flatten", "swapaxes", "narrow",
          "expand_as", "view_as", "clone", "requires_grad_", "type"}  # fmt: skip
 
+CALL = 100  # an order is the number of a call times this, and the place among its arguments
+
 # Functions that multiply by a matrix, and whether they want it [in, out].
 USED_INPUT_FIRST = {"linear": False, "matmul": True, "__matmul__": True, "__rmatmul__": True, "mm": True, "addmm": True}
 
@@ -151,9 +153,9 @@ class _Uses(TorchFunctionMode):
 
     def _note(self, weight: Weight, name: str, position: int, used: Tensor) -> None:
         if weight.order is None:
-            weight.order = self.calls * 100 + position
+            weight.order = self.calls * CALL + position
         if weight.call is None and name not in VIEWS:
-            weight.order, weight.by, weight.call = self.calls * 100 + position, name, self.calls
+            weight.order, weight.by, weight.call = self.calls * CALL + position, name, self.calls
             if name in USED_INPUT_FIRST and used.dim() == 2:
                 flipped = used.stride() != weight.tensor.stride()
                 weight.input_first = USED_INPUT_FIRST[name] != flipped
@@ -181,11 +183,11 @@ def record_use(weights: list[Weight], run: Callable[[], Any]) -> None:
 
 
 def _in_order(weights: list[Weight]) -> list[Weight]:
-    """By first use; an unused weight follows the one beside it."""
+    """By first use; an unused weight follows the call that uses the one beside it."""
     place = 0
     keys = {}
     for weight in weights:
-        place = place if weight.order is None else weight.order
+        place = place - place % CALL + CALL - 1 if weight.order is None else weight.order
         keys[id(weight)] = place
     return sorted(weights, key=lambda w: keys[id(w)])
 

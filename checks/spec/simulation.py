@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class Simulated:
 
     bug: Bug
     model: Transformer
-    scope: str = ""  # "in every block" where the catalogue damages one
+    scope: str = ""  # "in every block" or "in every norm" where the catalogue damages one
 
 
 @dataclass
@@ -73,8 +74,7 @@ class Catalogue:
         model = damaged([bug], self.config, self.variant)
         if model is None:
             return []
-        everywhere = _everywhere(model, bug, self.config, self.variant)
-        return [Simulated(bug, model), *([Simulated(bug, everywhere, "in every block")] if everywhere else [])]
+        return [Simulated(bug, model), *_spread(model, bug, self.config, self.variant)]
 
 
 def explanations(
@@ -192,23 +192,37 @@ def _kind(positions: str) -> str:
     return positions.partition("-")[0]
 
 
-def _everywhere(model: Transformer, bug: Bug, config: dict[str, Any], variant: Variant) -> Transformer | None:
-    """The same damage in every block, where the catalogue has it in some."""
-    classes: dict[str, set[type]] = {}
-    changed: dict[str, type] = {}
-    for block in model.blocks:
-        for name, module in block.named_modules():
-            classes.setdefault(name, set()).add(type(module))
-    for name, kinds in classes.items():
-        if len(kinds) == 2:
-            odd = [kind for kind in kinds if kind.__module__.startswith("checks.bugs")]
-            if len(odd) == 1:
-                changed[name] = odd[0]
-    if not changed:
-        return None
-    again = damaged([bug], config, variant)
-    assert again is not None
-    for block in again.blocks:
-        for name, kind in changed.items():
-            block.get_submodule(name).__class__ = kind
-    return again
+def _spread(model: Transformer, bug: Bug, config: dict[str, Any], variant: Variant) -> Iterator[Simulated]:
+    """The same damage in every block, or in every norm, where the catalogue has it in some."""
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    damage = {name: kind for name, kind in kinds.items() if _is_damaged(kind)}
+    done = [damage.keys()]
+    for scope, alike in (("in every block", _in_block), ("in every norm", _norm_class)):
+        new = {alike(name, kind): kind for name, kind in damage.items()}
+        new.pop(None, None)
+        wider = {name: new[alike(name, kind)] for name, kind in kinds.items() if alike(name, kind) in new}
+        if wider and all(wider.keys() != names for names in done):
+            done.append(wider.keys())
+            yield Simulated(bug, _again(bug, config, variant, wider), scope)
+
+
+def _is_damaged(kind: type) -> bool:
+    return any(base.__module__.startswith("checks.bugs") for base in kind.__mro__)
+
+
+def _in_block(name: str, kind: type) -> str | None:
+    """A part's name without the number of its block; None outside."""
+    starred, inside = re.subn(r"^blocks\.\d+", "blocks.*", name)
+    return starred if inside else None
+
+
+def _norm_class(name: str, kind: type) -> str | None:
+    return next((norm.__name__ for norm in (nn.LayerNorm, nn.RMSNorm) if issubclass(kind, norm)), None)
+
+
+def _again(bug: Bug, config: dict[str, Any], variant: Variant, classes: dict[str, type]) -> Transformer:
+    model = damaged([bug], config, variant)
+    assert model is not None
+    for name, kind in classes.items():
+        model.get_submodule(name).__class__ = kind
+    return model
