@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Themes in the order in which they run: each may need those before it.
 THEMES = (
     "contract", "modes", "causality", "masking", "positions",
-    "initialization", "gradients", "numerics", "portability", "devices", "distributed",
+    "initialization", "gradients", "parts", "numerics", "portability", "devices", "distributed",
     "loss", "cache", "generation", "sampling",
     "training", "optimizer", "evaluation", "data", "checkpoint", "spec", "memorization", "sanity",
 )  # fmt: skip

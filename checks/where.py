@@ -10,12 +10,12 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -221,15 +221,18 @@ def shown(file: str) -> str:
     return file.removeprefix(here)
 
 
-def line_now() -> Where | None:
-    """The line of the subject's own code that is running: the innermost frame outside torch and the checks."""
+def line_now(names: Mapping[int, str] = MappingProxyType({})) -> Where | None:
+    """The line of the subject's own code that is running: the innermost frame outside torch and the checks.
+
+    `names` tells modules by their ids; what is in none of them is called by its function.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith((TORCH, "<")) and not _is_ours(file):
             owner = frame.f_locals.get("self")
             kind = type(owner).__name__ if owner is not None else ""
-            return Where(frame.f_code.co_name, kind, shown(file), frame.f_lineno)
+            return Where(names.get(id(owner)) or frame.f_code.co_name, kind, shown(file), frame.f_lineno)
         frame = frame.f_back
     return None
 
