@@ -1,4 +1,4 @@
-"""What a model is before its first step: a uniform guess, different layers, a stream that depth does not blow up."""
+"""What a model is before its first step: a uniform guess, different layers, weights of a size and a mean that train."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checks.expect import NotApplicable, Where, advise, fail, farthest, needs, note
+from checks.probes.operands import Operands, amplification, first_inputs, gains_of
+from checks.probes.precision import precise, precision
 from checks.probes.randomness import seeded
 from checks.where import Call, called_by_checks, line_now, locate, recorded
 
@@ -23,6 +25,12 @@ CONTRACT = ("check_contract.check_logits_have_shape",)
 SEEDS = 5
 FAILURE, HIGH, LOW = 2.0, 0.5, -0.05  # nats above ln V
 SHALLOW, DEEP = 4, 16  # layers
+OFF_CENTRE, ODD_CENTRE = 10.0, 1.5  # means, in deviations; those of public models are below 1
+TOO_LARGE, LARGE = 8.0, 4.0  # how much larger a projection makes what it is given; public models: below 2
+WIDER = 8  # times its width, at which a model is asked: what is drawn for one width only shows at another
+FEW = 4  # rows or columns below which a mean says little
+AROUND_ZERO = 3.0  # deviations
+STEPS = 3  # in which weights that start at zero have let the tokens through
 TOO_STEEP = 4.0  # growth of the stream from layer 8 to 16: √2 by independent updates, 2 by equal ones, 256 if doubled
 
 
@@ -218,3 +226,203 @@ def _signal(subject: Any, depth: int) -> _Signal:
     stream = [float(call.outputs[0].double().pow(2).mean().sqrt()) for call in families.get(layers, [])]
     place = locate(model, families[layers][-1].module) if stream else None
     return _Signal(stream, place, float(logits.double().std()))
+
+
+@needs(*CONTRACT)
+def check_matrices_start_centred(subject: Any) -> None:
+    """Matrices and embeddings that are drawn at random are drawn around zero."""
+    model, drawn = _fresh(subject), _drawn_afresh(subject)
+    with torch.no_grad(), Operands(model) as operands:
+        subject.logits(model, _few_tokens(subject))
+    used = drawn & (operands.multipliers | operands.looked_up)
+    means = {
+        name: float(value.detach().double().mean() / value.detach().double().std())
+        for name, value in model.named_parameters()
+        if name in used and value.dim() == 2 and min(value.shape) >= FEW
+    }
+    if not means:
+        raise NotApplicable("no matrix whose use can be seen is drawn at random")
+    name = _first_above(OFF_CENTRE, {name: abs(mean) for name, mean in means.items()})
+    note(means_in_deviations={n: round(m, 3) for n, m in means.items() if abs(m) > 1})
+    value = model.get_parameter(name).detach()
+    says = (
+        f"{name} starts with a mean of {float(value.mean()):.3g}, {abs(means[name]):.3g} times its standard deviation "
+        f"of {float(value.std()):.3g}"
+    )
+    if abs(means[name]) > OFF_CENTRE:
+        others = sum(abs(mean) > OFF_CENTRE for mean in means.values()) - 1
+        fail(
+            f"{says}: to every input it gives nearly the same, whatever is in it"
+            + (f"; so do {others} more" if others else ""),
+            where=_owner(model, name),
+            likely=("init-mean-one",),
+            advice="draw around zero: normal_(weight, mean=0.0, std=0.02); a mean of one is for the gains of norms",
+            means=means,
+        )
+    if abs(means[name]) > ODD_CENTRE:
+        advise(f"{says}: is it drawn with torch.rand, from 0 to 1? Around zero nothing is favoured")
+
+
+def _first_above(bound: float, values: dict[str, float]) -> str:
+    """The first in the order of the model that is above the bound; the largest if none is."""
+    return next((name for name, value in values.items() if value > bound), max(values, key=lambda n: values[n]))
+
+
+def _few_tokens(subject: Any) -> Tensor:
+    return subject.tokens(2, min(8, subject.sizes.block_size), seed=subject.seed)
+
+
+def _drawn_afresh(subject: Any) -> set[str]:
+    """The random parameters of a subject that is built again for each seed. Raises NotApplicable if there are none."""
+    drawn = _drawn(subject) if subject.builds_afresh else set()
+    if not drawn:
+        raise NotApplicable("no weight depends on the seed: they may be trained")
+    return drawn
+
+
+def _owner(model: nn.Module, parameter: str) -> Where:
+    return locate(model, parameter.rpartition(".")[0] or type(model).__name__)
+
+
+@needs(*CONTRACT)
+def check_gains_do_not_start_around_zero(subject: Any) -> None:
+    """What a norm multiplies its features by does not start as noise around zero."""
+    model, drawn = _fresh(subject), _drawn_afresh(subject)
+    noisy = [name for name, value in model.named_parameters() if name in drawn and _noise_around_zero(value.detach())]
+    if not noisy:
+        return
+    gains = gains_of(model, lambda: subject.logits(model, _few_tokens(subject)))
+    wrong = [name for name in noisy if name in gains]
+    if not wrong:
+        return
+    gain = model.get_parameter(wrong[0]).detach()
+    fail(
+        f"the gain {wrong[0]} starts as noise: mean {float(gain.mean()):.2g}, standard deviation "
+        f"{float(gain.std()):.2g}, {int((gain < 0).sum())} of {gain.numel()} below zero; every feature is scaled at "
+        "random and many are turned round" + (f". So are {len(wrong) - 1} more" if len(wrong) > 1 else ""),
+        where=_owner(model, wrong[0]),
+        likely=("gains-redrawn-with-the-matrices",),
+        advice="gains start at one. A loop that draws every parameter anew must leave vectors out: if p.dim() > 1",
+        gains=wrong,
+    )
+
+
+def _noise_around_zero(value: Tensor) -> bool:
+    """Whether a vector differs from feature to feature, with both signs, and has a mean near zero for its spread."""
+    if value.dim() != 1 or value.numel() < FEW:
+        return False
+    below = float((value < 0).double().mean())
+    return 0.1 < below < 0.9 and bool(value.mean().abs() < AROUND_ZERO * value.std())
+
+
+@needs(*CONTRACT, "check_initialization.check_loss_starts_near_uniform")
+def check_projections_keep_the_size(subject: Any) -> None:
+    """At initialization no projection makes what it is given many times larger, however wide the model."""
+    _drawn_afresh(subject)
+    model, width = _wide(subject)
+    tokens = _few_tokens(subject)
+    with Operands(model) as operands, recorded(model) as calls:
+        logits = subject.logits(model, tokens)
+    sizes = _sizes(model, operands.multipliers, first_inputs(calls), _gradients(model, logits))
+    if not sizes:
+        raise NotApplicable("no module that is one projection was seen at work")
+    name = _first_above(TOO_LARGE, sizes)
+    note(largest={name: sizes[name]}, width=width)
+    says = (
+        f"{name} makes what it is given {sizes[name]:.3g} times as large in a model of width {width} (its standard "
+        f"deviation is {float(model.get_parameter(name).detach().std()):.3g})"
+    )
+    if sizes[name] > TOO_LARGE:
+        fail(
+            f"at initialization {says}; matrices drawn for their width give about 1 or less",
+            where=_owner(model, name),
+            likely=("init-scale-inverted", "init-not-for-the-width"),
+            advice="draw with a standard deviation of 0.02 or 1/sqrt(inputs); what writes to the residual stream is "
+            "divided by sqrt(2 × layers), not multiplied",
+            sizes={n: round(size, 3) for n, size in sizes.items() if size > TOO_LARGE},
+        )
+    if sizes[name] > LARGE:
+        advise(f"at initialization {says}: drawn for its width it would give about 1")
+
+
+def _wide(subject: Any) -> tuple[nn.Module, int]:
+    """The model at a multiple of its width where it can be had so, else as it is."""
+    width = subject.sizes.n_embd
+    if subject.can_vary("n_embd"):
+        try:
+            return _fresh(subject, n_embd=WIDER * width), WIDER * width
+        except Exception:  # a width fixed elsewhere
+            pass
+    return _fresh(subject), width
+
+
+def _gradients(model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not logits.requires_grad:
+        return {}
+    found = torch.autograd.grad(logits.double().square().sum(), list(parameters.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+
+
+def _sizes(
+    model: nn.Module, matrices: set[str], inputs: dict[str, Tensor], gradients: dict[str, Tensor]
+) -> dict[str, float]:
+    """How much each module that is one matrix makes of its input, those left out that nothing follows from yet.
+
+    A low-rank adaptation is such: its first matrix may be large, as the second starts at zero.
+    """
+    found = {}
+    for name in (name for name in gradients if name in matrices):
+        owner = name.rpartition(".")[0]
+        module = model.get_submodule(owner)
+        alone = [id(p) for p in module.parameters() if p.dim() > 1] == [id(model.get_parameter(name))]
+        if alone and owner in inputs and gradients[name].any():
+            size = amplification(module, inputs[owner])
+            if size is not None:
+                found[name] = size
+    return found
+
+
+@needs(*CONTRACT)
+def check_tokens_matter_from_the_start(subject: Any) -> None:
+    """The logits depend on the tokens at initialization, or do after a few steps from weights that start at zero."""
+    if not subject.builds_afresh:
+        raise NotApplicable("an instance was handed in: it may be trained")
+    with seeded(subject.seed):
+        model = precise(subject, None)
+    tokens, others = _few_tokens(subject), _few_tokens(subject).roll(1, dims=1)
+    rounding = 1e-10 if precision(subject).inside == torch.float64 else 1e-6
+    if not any(p.requires_grad for p in model.parameters()):
+        raise NotApplicable("nothing is trained")
+    if _depends(subject, model, tokens, others, rounding):
+        return
+    for _ in range(STEPS):
+        _step(model, F.cross_entropy(subject.logits(model, tokens).flatten(0, 1), others.flatten()), rounding)
+    if _depends(subject, model, tokens, others, rounding):
+        raise NotApplicable(f"at initialization every text has the same logits; {STEPS} steps later it has its own")
+    fail(
+        f"at initialization the logits are the same for all tokens, and still after {STEPS} steps: no gradient tells "
+        "one token from another",
+        likely=("init-constant",),
+        advice="draw the matrices at random: with equal weights all features are one, and a norm makes nothing of it",
+    )
+
+
+def _step(model: nn.Module, loss: Tensor, rounding: float) -> None:
+    """Down the gradient, as far as its largest entry allows; importing any optimizer takes seconds.
+
+    What may be rounding is left out: behind a norm of equal features it would grow from step to step.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
+    largest = max((float(g.abs().max()) for g in gradients if g is not None and g.numel()), default=0.0)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=False):
+            if gradient is not None and largest > rounding:
+                parameter.sub_(gradient.where(gradient.abs() > rounding, 0.0), alpha=0.1 / largest)
+
+
+def _depends(subject: Any, model: nn.Module, tokens: Tensor, others: Tensor, rounding: float) -> bool:
+    with torch.no_grad():
+        one, other = (subject.logits(model, each).double() for each in (tokens, others))
+    return farthest(one, other) > rounding * max(1.0, float(one.abs().max()))

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from checks.bugs.variants import changed
-from checks.check_initialization import check_depth_does_not_blow_up
+from checks.check_initialization import (
+    check_depth_does_not_blow_up,
+    check_gains_do_not_start_around_zero,
+    check_matrices_start_centred,
+    check_projections_keep_the_size,
+    check_tokens_matter_from_the_start,
+)
 from checks.subject import Subject
 from checks.verdict import judge
 from tests.messages import Told, expect_told
@@ -38,6 +45,40 @@ FOUND: dict[str, Told] = {
         ("from the same seed differ in embedding.weight",),
         "weights-from-their-own-generator",
     ),
+    "init-mean-one": (
+        "matrices_start_centred",
+        "blocks.0.feed_forward.output",
+        (
+            "feed_forward.output.weight starts with a mean of 1, ",
+            "50.9 times its standard deviation of 0.0196",
+            "so do 1 more",
+        ),
+        "init-mean-one",
+    ),
+    "gains-redrawn-with-the-matrices": (
+        "gains_do_not_start_around_zero",
+        "blocks.0.attention_norm",
+        ("the gain blocks.0.attention_norm.weight", "of 32 below zero", "So are 4 more"),
+        "gains-redrawn-with-the-matrices",
+    ),
+    "init-scale-inverted": (
+        "projections_keep_the_size",
+        "blocks.0.attention.output",
+        ("blocks.0.attention.output.weight", "times as large in a model of width 256", "standard deviation is 99.7)"),
+        "init-scale-inverted",
+    ),
+    "init-not-for-the-width": (
+        "projections_keep_the_size",
+        "blocks.0.feed_forward.output",
+        ("blocks.0.feed_forward.output.weight", "in a model of width 256", "standard deviation is 1)"),
+        "init-not-for-the-width",
+    ),
+    "init-constant": (
+        "tokens_matter_from_the_start",
+        None,
+        ("the same for all tokens", "after 3 steps"),
+        "init-constant",
+    ),
     "residual-doubled": ("depth_does_not_blow_up", "blocks.15", ("from layer 8 to layer 16",), "residual-doubled"),
 }
 
@@ -54,3 +95,130 @@ def test_one_layer_drawn_larger_is_not_depth():
 
     found = judge(check_depth_does_not_blow_up, Subject("larger", changed(change)), {})
     assert found.outcome == "passed", found.says
+
+
+STARTS = (
+    check_matrices_start_centred,
+    check_gains_do_not_start_around_zero,
+    check_projections_keep_the_size,
+    check_tokens_matter_from_the_start,
+)
+
+
+class OnePlus(nn.LayerNorm):
+    """Gains stored less one (Gemma): drawn around zero they are near one."""
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape) * (1 + self.weight)
+
+
+class Adapted(nn.Linear):
+    """A low-rank adaptation (Hu et al. 2021): its first matrix is large, its second starts at zero."""
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+class InUnits(nn.Linear):
+    """Weights of unit size, and an output divided by the root of the width."""
+
+    def forward(self, x):
+        return super().forward(x) / self.in_features**0.5
+
+
+class Cosine(nn.Linear):
+    """Its weights' directions count, their size does not."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, nn.functional.normalize(self.weight, dim=-1), self.bias)
+
+
+def one_plus(model):
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = OnePlus
+            nn.init.normal_(module.weight, std=0.02)
+
+
+def adapted(model):
+    for block in model.blocks:
+        linear = block.feed_forward.output
+        linear.__class__ = Adapted
+        linear.down = nn.Linear(linear.in_features, 4, bias=False)
+        linear.up = nn.Linear(4, linear.out_features, bias=False)
+        nn.init.normal_(linear.down.weight)
+        nn.init.zeros_(linear.up.weight)
+
+
+def of_class(kind):
+    def change(model):
+        for block in model.blocks:
+            block.feed_forward.output.__class__ = kind
+            nn.init.normal_(block.feed_forward.output.weight)
+
+    return change
+
+
+def jittered_gains(model):
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight, mean=1.0, std=0.3)
+
+
+def random_biases(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
+
+
+def last_norm_from_zero(model):
+    nn.init.zeros_(model.norm.weight)
+
+
+LEGITIMATE = {
+    "gains stored less one": one_plus,
+    "a low-rank adaptation": adapted,
+    "weights of unit size": of_class(InUnits),
+    "weights by their direction": of_class(Cosine),
+    "gains drawn around one": jittered_gains,
+    "random biases": random_biases,
+    "a last norm that starts at zero": last_norm_from_zero,
+}
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+@pytest.mark.parametrize("name", LEGITIMATE)
+def test_unusual_beginnings_are_not_accused(name, seed):
+    subject = Subject(name, changed(LEGITIMATE[name]), seed=seed)
+    accused = [v.says for check in STARTS if (v := judge(check, subject, {})).outcome in ("failed", "error")]
+    assert not accused
+
+
+def test_a_model_that_starts_at_zero_is_asked_again_after_some_steps():
+    found = judge(check_tokens_matter_from_the_start, Subject("zero", changed(last_norm_from_zero)), {})
+    assert found.outcome == "not_applicable" and "3 steps later" in found.says
+
+
+def test_numbers_from_zero_to_one_are_advice():
+    def change(model):
+        nn.init.uniform_(model.blocks[0].feed_forward.output.weight)
+
+    found = judge(check_matrices_start_centred, Subject("uniform", changed(change)), {})
+    assert found.outcome == "passed" and "1.7" in found.remarks[0] and "torch.rand" in found.remarks[0]
+
+
+def test_gains_of_a_norm_of_ones_own_are_known_by_what_they_do():
+    class Own(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(0.1 * torch.randn(width)), nn.Parameter(torch.randn(width))
+
+        def forward(self, x):
+            x = x - x.mean(-1, keepdim=True)
+            return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * self.scale + self.shift
+
+    def change(model):
+        model.norm = Own(model.config.n_embd)
+
+    found = judge(check_gains_do_not_start_around_zero, Subject("own", changed(change)), {})
+    assert found.outcome == "failed" and found.evidence["gains"] == ["norm.scale"]

@@ -19,6 +19,10 @@ TINY = "check_spec.check_tiny_activations_agree"
 WEIGHTS = "check_spec.check_weights_are_the_familys"
 STARTS = "check_spec.check_initialization_is_the_familys"
 SITES = "check_spec.check_dropout_sites_are_the_familys"
+CENTRED = "check_initialization.check_matrices_start_centred"
+GAINS = "check_initialization.check_gains_do_not_start_around_zero"
+SIZE = "check_initialization.check_projections_keep_the_size"
+TOKENS = "check_initialization.check_tokens_matter_from_the_start"
 
 
 @bug("embedding-gradient-by-count", "a token's gradient is divided by how often it occurs (scale_grad_by_freq)",
@@ -94,6 +98,42 @@ def bias_init_random(model: Transformer) -> None:
 def gain_init_random(model: Transformer) -> None:
     for norm in norms(model):
         nn.init.normal_(norm.weight, mean=1.0, std=0.02)  # type: ignore[arg-type]
+
+
+@bug("init-mean-one", "matrices are drawn around one, as the gains of norms are", caught_by=(CENTRED,), model=True)
+def init_mean_one(model: Transformer) -> None:
+    for block in blocks(model):
+        nn.init.normal_(block.feed_forward.output.weight, mean=1.0, std=0.02)
+
+
+@bug("gains-redrawn-with-the-matrices", "a loop over all parameters draws the gains of norms around zero too",
+     caught_by=(GAINS,), model=True)  # fmt: skip
+def gains_redrawn_with_the_matrices(model: Transformer) -> None:
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+
+
+@bug("init-scale-inverted", "what writes to the residual stream starts with √(2 L) / 0.02, not with 0.02 / √(2 L)",
+     caught_by=(SIZE,), model=True)  # fmt: skip
+def init_scale_inverted(model: Transformer) -> None:
+    for block in blocks(model):
+        for projection in (block.attention.output, block.feed_forward.output):
+            nn.init.normal_(projection.weight, std=(2 * model.config.n_layer) ** 0.5 / 0.02)
+
+
+@bug("init-not-for-the-width", "the feed-forward is drawn with a standard deviation of 1, however wide it is",
+     caught_by=(SIZE,), model=True)  # fmt: skip
+def init_not_for_the_width(model: Transformer) -> None:
+    for block in blocks(model):
+        nn.init.normal_(block.feed_forward.output.weight)
+
+
+@bug("init-constant", "every matrix starts at one constant, so that all features are the same for ever",
+     caught_by=(TOKENS,), model=True)  # fmt: skip
+def init_constant(model: Transformer) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.constant_(parameter, 0.02)
 
 
 # -- what is dropped
