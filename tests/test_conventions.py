@@ -41,6 +41,7 @@ FACTS = {
     "bidirectional_by_default.py": ("Model(words, dims, heads, layers)", "bidirectional=False"),
     "cache_inside.py": ("cache ✓ (use_cache=True, reset_cache())",),
     "cache_object.py": ("cache ✓ (cache=KVCache())",),
+    "caches_set_up.py": ("setup_caches(B, block size) before each call", "cache ✓ (setup_caches, input_pos=)"),
     "causal_by_a_switch.py": ("use_causal_attention=True",),
     "causal_mask_handed.py": ("mask is given a causal mask (True keeps)", "cache ✗"),
     "classes_first.py": ("→ logits [B, V, T]",),

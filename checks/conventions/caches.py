@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from checks.conventions import names
-from checks.conventions.calling import Forward, parameters_of
+from checks.conventions.calling import Forward, parameters_of, set_up_caches
 from checks.conventions.constructing import scope_of
 from checks.conventions.filling import Filling, signature_of
 from checks.conventions.home import Home
@@ -147,15 +147,11 @@ def protocols(model: nn.Module, home: Home, sizes: Mapping[str, Any]) -> Iterato
 
         yield Protocol(
             f"setup_caches, {place.name}=",
-            functools.partial(_set_up, capacity),
+            lambda m, B: set_up_caches(m, B, capacity, next(m.parameters()).device, anew=True),
             places,
             inside=True,
             declared=False,
         )
-
-
-def _set_up(capacity: int, model: Any, B: int) -> None:
-    model.setup_caches(B, capacity)
 
 
 def _made(maker: Callable, B: int, capacity: int) -> Any:

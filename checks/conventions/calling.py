@@ -461,7 +461,18 @@ def _row_by_row() -> Way:
 
 def _prepared(way: Way, block_of: Callable[[nn.Module], int]) -> Way:
     def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
-        model.setup_caches(tokens.shape[0], block_of(model))  # type: ignore[operator]
+        set_up_caches(model, tokens.shape[0], block_of(model), tokens.device, anew=not more)
         return way.run(model, tokens, **more)
 
     return replace(way, run=run, assumed="setup_caches(B, block size) before each call")
+
+
+def set_up_caches(model: Any, B: int, capacity: int, device: Any, *, anew: bool) -> None:
+    """Caches that a model keeps for a larger batch do not fit a smaller one: it is made to forget them first.
+
+    `anew` for what is no continuation: what an earlier call left there, its graph too, is then gone.
+    """
+    if hasattr(model, "max_batch_size") and (anew or model.max_batch_size > B):
+        model.max_batch_size = 0
+    with torch.device(device):
+        model.setup_caches(B, capacity)
