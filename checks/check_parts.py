@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from checks.check_causality import CAUSAL, CONTRACT
-from checks.expect import NotApplicable, Where, fail, needs, note
+from checks.expect import NotApplicable, Where, advise, fail, needs, note
 from checks.probes.influence import call, length
 from checks.probes.norm_modules import LARGE, Norm, norms
 from checks.probes.part_products import Attended, Mapped, Weighed, WeightProducts, multiple, sharing
-from checks.probes.precision import precise
+from checks.probes.precision import precise, spread
+from checks.probes.silent_parts import Silence, feed_forward_outputs, feed_forwards
 from checks.subject import EXISTENCE
 from checks.where import locate
 
@@ -26,6 +27,8 @@ FINITE = "check_contract.check_logits_are_finite"
 ALONE = "check_parts.check_norms_act_on_each_token_alone"
 SCALE = "check_parts.check_norms_take_out_the_scale"
 REPEATS = "check_modes.check_eval_repeats_itself"
+REACHES = "check_causality.check_past_reaches_every_later_position"
+MATTERS = "check_contract.check_every_block_matters"
 
 TOUCHED = 1e-6  # of the largest output: what another token changes at most in a norm, if it computes in float32
 LINEAR = 1e-5  # of the largest output: how far from linear what is linear may be in float32
@@ -34,6 +37,7 @@ TIMES = 4.0
 SMALL = 0.03  # an input's deviation: epsilons of 1e-3 (Keras has it) and less leave a norm two thirds of its size there
 HALF = 0.5  # of a norm's size for large inputs: with less, epsilon and not the input decides what it gives
 SUMS = 1e-4  # of one: how far from it what a softmax computed in half precision may add up to
+TOLD = 1e-9  # standard deviations of the logits: what other tokens change at least where a part is silent
 MEANS = 0.02  # of the mean: how exactly none or all of it is taken away
 
 
@@ -270,7 +274,7 @@ def check_feed_forward_is_not_linear(subject: Any) -> None:
     model = precise(subject, EXISTENCE[1])
     with WeightProducts(model) as products:
         call(subject, model, subject.tokens(3, length(subject), seed=subject.seed))
-    pairs = list(feed_forwards(products.found))
+    pairs = feed_forwards(products.found)
     if not pairs:
         raise NotApplicable("no product widens what another narrows again", products=len(products.found))
     note(feed_forwards=len(pairs))
@@ -278,15 +282,6 @@ def check_feed_forward_is_not_linear(subject: Any) -> None:
         known = multiple(wide.gives, narrow.rows)
         if known is not None:
             fail_linear(wide, narrow, *known)
-
-
-def feed_forwards(products: list[Mapped]) -> Iterator[tuple[Mapped, Mapped]]:
-    """Every product that narrows rows, with the last one before it that had widened as many from that width."""
-    for index, narrow in enumerate(products):
-        inner, outer = narrow.rows.shape[-1], narrow.gives.shape[-1]
-        before = [p for p in products[:index] if p.gives.shape == narrow.rows.shape and p.rows.shape[-1] == outer]
-        if inner > outer and before:
-            yield before[-1], narrow
 
 
 def fail_linear(wide: Mapped, narrow: Mapped, factor: float, constant: float) -> None:
@@ -301,6 +296,70 @@ def fail_linear(wide: Mapped, narrow: Mapped, factor: float, constant: float) ->
         advice="Put the activation between the two: output(gelu(input(x))).",
         widths=[outer, inner],
         factor=factor,
+    )
+
+
+@needs(*CONTRACT, FINITE, REACHES, MATTERS)
+def check_tokens_get_past_a_silent_part(subject: Any) -> None:
+    """With every attention, or every feed-forward, giving zeros, the logits still depend on the tokens."""
+    if length(subject) < 2:
+        raise NotApplicable("one token is too short to tell attention from a feed-forward")
+    best: dict[str, float] = {}
+    for scheme in EXISTENCE:
+        model = precise(subject, scheme)
+        silences = parts_to_silence(subject, model)
+        best = {part: max(best.get(part, 0.0), told(subject, model, s)) for part, s in silences.items()}
+        if best and min(best.values()) > TOLD:
+            break
+    if not best:
+        raise NotApplicable("neither attention nor a feed-forward was recognized in blocks that stand in a list")
+    note(changes=best, bound=TOLD)
+    lost = [part for part, size in best.items() if size <= TOLD]
+    if len(lost) == 1 < len(best):
+        fail_lost(subject, model, lost[0], silences[lost[0]])
+    for part in lost:
+        advise(f"with every {part} silent the logits are the same for all tokens: nothing goes past it, which is a "
+               "design without a residual stream or a slip")  # fmt: skip
+
+
+def parts_to_silence(subject: Any, model: nn.Module) -> dict[str, Silence]:
+    T = length(subject)
+    tokens = subject.tokens(3, T, seed=subject.seed)
+    attention = Silence(model, T)
+    with attention:
+        call(subject, model, tokens)
+    outputs = feed_forward_outputs(model, lambda: subject.logits(model, tokens))
+    parts = {"attention": attention} if attention.found else {}
+    return parts | ({"feed-forward": Silence(model, T, {p.matrix for p in outputs})} if outputs else {})
+
+
+def told(subject: Any, model: nn.Module, silence: Silence, only: int | None = None) -> float:
+    """How far quite other tokens move the logits where this is silent, in standard deviations of the logits."""
+    tokens = subject.tokens(3, length(subject), seed=subject.seed)
+    others = (tokens + 1 + torch.arange(tokens.shape[1], device=tokens.device) % 3) % subject.sizes.vocab_size
+    logits = []
+    for each in (tokens, others):
+        silence.only = only
+        silence.found.clear()
+        with silence:
+            logits.append(call(subject, model, each))
+    return float((logits[0] - logits[1]).abs().max()) / spread(call(subject, model, tokens))
+
+
+def fail_lost(subject: Any, model: nn.Module, part: str, silence: Silence) -> None:
+    told(subject, model, silence)
+    places = list(silence.found)
+    alone = [n for n in range(len(places)) if told(subject, model, silence, only=n) <= TOLD]
+    where = places[alone[0] if alone else 0]
+    fail(
+        f"with every {part} giving zeros the logits are the same whatever the tokens are"
+        + (f", and so they are with the one of {where.module} alone" if alone else "")
+        + f": nothing goes past it. What it gives replaces the residual stream instead of joining it"
+        f" ({len(alone)} of {len(places)} do so)",
+        where=where,
+        likely=(f"{part}-residual-missing",),
+        advice="x = x + attention(norm(x)), then x = x + feed_forward(norm(x)): every part adds to what it read.",
+        alone=alone,
     )
 
 

@@ -15,6 +15,7 @@ from transformer.model import Attention, Block, Transformer
 LOGITS = "check_spec.check_logits_agree"
 SCALE = "check_spec.check_attention_scale_is_usual"
 BENDS = "check_parts.check_feed_forward_is_not_linear"
+PAST = "check_parts.check_tokens_get_past_a_silent_part"
 GROUPS = "check_parts.check_heads_that_share_keys_share_values"
 EPSILON = "check_parts.check_epsilon_does_not_rule_a_norm"
 
@@ -357,7 +358,7 @@ def post_norm_for_pre_norm(model: Transformer) -> None:
 @bug(
     "attention-residual-missing",
     "the attention's output replaces the residual stream instead of joining it",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, PAST),
     model=True,
     **GPT2,
 )
@@ -373,7 +374,7 @@ def attention_residual_missing(model: Transformer) -> None:
 @bug(
     "feed-forward-residual-missing",
     "the feed-forward's output replaces the residual stream instead of joining it",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, PAST),
     model=True,
     **GPT2,
 )

@@ -24,47 +24,51 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Mapped:
-    """One product with a matrix of weights: rows [N, F] in, rows [N, G] out, and the line that asked for it."""
+    """One product with a matrix of weights: rows [N, F] in, rows [N, G] out, and the line that asked for it.
+
+    With `live` they are those of the graph; `matrix` tells the weights again in another call.
+    """
 
     rows: Tensor
     gives: Tensor
     where: Where | None
+    matrix: int
 
 
 class WeightProducts(TorchFunctionMode):
     """Every product with a matrix of weights. Copies are kept: an activation may work in place."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, live: bool = False) -> None:
         super().__init__()
-        self.names = names_of(model)
+        self.names, self.live = names_of(model), live
         self.found: list[Mapped] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        x, features = _multiplied(func, args)
-        rows = None if x is None else _flat(x, features)
+        known = multiplied(func, args)
+        rows = None if known is None else self.flat(known[0], known[2])
         result = func(*args, **(kwargs or {}))
-        if rows is not None and isinstance(result, Tensor):
-            self.found.append(Mapped(rows, _flat(result, features), line_now(self.names)))
+        if known is not None and rows is not None and isinstance(result, Tensor):
+            gives = self.flat(result, known[2])
+            self.found.append(Mapped(rows, gives, line_now(self.names), known[1].data_ptr()))
+            return gives.view(result.shape) if self.live and known[2] == -1 else result
         return result
 
+    def flat(self, x: Tensor, features: int) -> Tensor:
+        x = x.movedim(features, -1)
+        x = x.reshape(-1, x.shape[-1])
+        return x if self.live else x.detach().double().clone()
 
-def _multiplied(func: Any, args: tuple) -> tuple[Tensor | None, int]:
-    """What a product with a matrix of weights multiplies, and the axis of its features."""
+
+def multiplied(func: Any, args: tuple) -> tuple[Tensor, Tensor, int] | None:
+    """What a product with a matrix of weights multiplies, the matrix, and the axis of the features."""
     given = [a for a in args if isinstance(a, Tensor)]
-    if func is F.linear and len(given) > 1:
-        return given[0], -1
-    if func in PRODUCTS and len(given) > 1 and given[1].dim() == 2:
-        return given[0], -1
+    if (func is F.linear and len(given) > 1) or (func in PRODUCTS and len(given) > 1 and given[1].dim() == 2):
+        return given[0], given[1], -1
     if func is torch.addmm and len(given) > 2:
-        return given[1], -1
+        return given[1], given[2], -1
     if func in CONVOLUTIONS and len(given) > 1 and given[1].shape[-1] == 1 and given[1].shape[1] == given[0].shape[1]:
-        return given[0], 1  # over one position alone
-    return None, -1
-
-
-def _flat(x: Tensor, features: int) -> Tensor:
-    x = x.detach().movedim(features, -1)
-    return x.reshape(-1, x.shape[-1]).double().clone()
+        return given[0], given[1], 1  # over one position alone
+    return None
 
 
 def multiple(of: Tensor, x: Tensor) -> tuple[float, float] | None:
