@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable, advise, expect_close, expect_same, fail, farthest, needs, note
+from checks.probes.dropout_sites import Trial, silent_sites
 from checks.probes.holdings import buffers_kept, renormalized
 from checks.probes.precision import precise, precision, spread
 from checks.probes.randomness import (
@@ -413,63 +414,28 @@ def check_every_dropout_site_drops(subject: Any) -> None:
     """Every module that declares a dropout rate makes the logits random when it alone is in training mode."""
     model = _dropping(subject)
     batches = [_tokens(subject, seed) for seed in range(3)]  # an expert may see no token of one batch
-    silent = [site for site in sites(model) if not _lives(subject, model, site, batches)]
-    silent = [site for site in silent if not _done_by_its_owner(subject, model, site, silent, batches)]
+    trial = Trial(model, lambda tokens, seed: _run(subject, model, tokens, seed), batches)
+    silent = silent_sites(trial)
     if not silent:
         return
     site = silent[0]
-    fixed = _changes(subject, model, batches, (site.module,))
+    fixed = trial.changed_by(site.module)
     fail(
         f"{site.name or type(model).__name__} declares a dropout of {site.rate:g} but "
         + ("drops the same units on every call" if fixed else "drops nothing in training mode")
         + (f"; so do {', '.join(s.name for s in silent[1:])}" if len(silent) > 1 else ""),
         where=locate(model, site.name or type(model).__name__),
-        likely=("dropout-mask-drawn-once",) if fixed else ("attention-dropout-not-applied", "dropout-result-dropped"),
+        likely=("dropout-mask-drawn-once",) if fixed else _of_silence(site),
         advice="call it in forward and use what it returns; pass dropout_p=self.dropout if self.training else 0.0 to "
         "scaled_dot_product_attention",
         sites=[s.name for s in silent],
     )
 
 
-def _lives(subject: Any, model: nn.Module, site: Site, batches: list[Tensor]) -> bool:
-    if _random(subject, model, batches, (site.module,)):
-        return True
-    above = _ancestors(model, site.name)  # some decide for what they contain: a fast path, a mode handed down
-    if _random(subject, model, batches[:1], above):
-        return site.functional  # they are random by themselves: nothing can be said of this one
-    return _random(subject, model, batches, (site.module, *above))
-
-
-def _ancestors(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
-    parts = name.split(".")
-    return tuple(model.get_submodule(".".join(parts[:n])) for n in range(len(parts)))
-
-
-def _random(subject: Any, model: nn.Module, batches: list[Tensor], modules: tuple[nn.Module, ...]) -> bool:
-    """Whether the logits are random with only these modules in training mode."""
-    with training_alone(model, *modules):
-        return any(_differ(_run(subject, model, t, 1), _run(subject, model, t, 2)) for t in batches)
-
-
-def _changes(subject: Any, model: nn.Module, batches: list[Tensor], modules: tuple[nn.Module, ...]) -> bool:
-    """Whether the logits are others with only these modules in training mode."""
-    calm = [_run(subject, model, tokens, 1) for tokens in batches]
-    with training_alone(model, *modules):
-        return any(_differ(_run(subject, model, t, 1), c) for t, c in zip(batches, calm, strict=True))
-
-
-def _done_by_its_owner(subject: Any, model: nn.Module, site: Site, silent: list[Site], batches: list[Tensor]) -> bool:
-    """A dropout module that only lends its rate: its owner, or a part of that, drops in its place (inside
-    scaled_dot_product_attention, say). One functional dropout stands for one module."""
-    if site.functional or not site.name:
-        return False
-    above = site.name.rpartition(".")[0]
-    owner = model.get_submodule(above)
-    with_their_own = [s.module for s in sites(model)]
-    parts = [m for m in owner.modules() if reads_mode(m) and not any(m is other for other in with_their_own)]
-    working = [m for m in parts if _random(subject, model, batches[:1], (m,))]
-    rivals = [s for s in silent if not s.functional and s.name.rpartition(".")[0] == above]
-    return rivals.index(site) < len(working)
+def _of_silence(site: Site) -> tuple[str, ...]:
+    """What may be wrong with a site that drops nothing."""
+    called = ("dropout-call-forgotten", "dropout-result-dropped")
+    return ("attention-dropout-not-applied",) if site.functional else called
 
 
 @needs(*CONTRACT)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from checks.bugs import all_bugs
 from checks.bugs.variants import changed
-from checks.check_modes import check_dropout_obeys_its_rate
+from checks.check_modes import check_dropout_obeys_its_rate, check_every_dropout_site_drops
 from checks.subject import Subject
 from checks.verdict import judge
 from tests.messages import Told, expect_told
+from transformer.model import Transformer
 
 FOUND: dict[str, Told] = {
     "attn-dropout-in-eval": ("eval_repeats_itself", "blocks.0.attention", ("without a mask",), "attn-dropout-in-eval"),
@@ -92,6 +94,12 @@ FOUND: dict[str, Told] = {
         ("a dropout of 0.3", "drops nothing"),
         "attention-dropout-not-applied",
     ),
+    "dropout-call-forgotten": (
+        "every_dropout_site_drops",
+        "embedding_dropout",
+        ("embedding_dropout declares a dropout of 0.3", "drops nothing"),
+        "dropout-call-forgotten",
+    ),
     "dropout-mask-drawn-once": (
         "every_dropout_site_drops",
         "dropout",
@@ -130,3 +138,36 @@ def test_dropout_that_is_not_rescaled_is_legitimate_where_evaluation_scales():
 
     found = judge(check_dropout_obeys_its_rate, Subject("original", changed(change), seed=1), {})
     assert found.outcome == "passed", found.says
+
+
+class WithAnotherTask(Transformer):
+    """It can label whole texts too: a head of its own, and a method with a dropout of its own."""
+
+    def label(self, tokens):
+        return self.label_head(self.label_dropout(self.embed(tokens).mean(1)))
+
+
+def another_task(model):
+    rate, width = model.config.dropout, model.config.n_embd
+    model.label_head = nn.Sequential(nn.Linear(width, 3), nn.Dropout(rate))
+    model.label_dropout = nn.Dropout(rate)
+    model.__class__ = WithAnotherTask
+
+
+def test_dropout_of_another_task_is_not_missed():
+    found = judge(check_every_dropout_site_drops, Subject("labels", changed(another_task), seed=2), {})
+    assert found.outcome == "passed", found.says
+
+
+def test_of_one_task_more_the_dropout_that_is_missed_is_named():
+    parts = all_bugs()["dropout-call-forgotten"].subject().parts
+    build = parts.build_model
+
+    def build_with_another_task(**sizes):
+        model = build(**sizes)
+        another_task(model)
+        return model
+
+    parts.build_model = build_with_another_task
+    found = judge(check_every_dropout_site_drops, Subject("labels", parts, seed=2), {})
+    assert found.outcome == "failed" and found.evidence["sites"] == ["embedding_dropout"]

@@ -290,6 +290,26 @@ def dropout_result_dropped(model: Transformer) -> None:
     model.dropout.__class__ = Ignored
 
 
+@bug("dropout-call-forgotten", "the dropout after the embedding is made and never called, while attention drops by a "
+     "rate handed down", caught_by=(SITES,), model=True)  # fmt: skip
+def dropout_call_forgotten(model: Transformer) -> None:
+    class LendsItsRate(Attention):
+        """The rate is that of a module that only another path would call."""
+
+        attention_dropout: nn.Dropout
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+            rate = self.attention_dropout.p if self.training else 0.0
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, is_causal=visible is None and q.shape[2] > 1, dropout_p=rate
+            )
+
+    for block in blocks(model):
+        block.attention.__class__ = LendsItsRate
+        block.attention.attention_dropout = nn.Dropout(model.config.dropout)
+    model.embedding_dropout, model.dropout = model.dropout, nn.Identity()  # type: ignore[assignment]
+
+
 @bug("dropout-mask-drawn-once", "a dropout mask is drawn on the first call and used for ever",
      caught_by=(SITES,), model=True)  # fmt: skip
 def dropout_mask_drawn_once(model: Transformer) -> None:

@@ -87,6 +87,11 @@ def is_dropout(module: nn.Module) -> bool:
     return isinstance(module, _DropoutNd) or (own and bool(_rates(module)))
 
 
+def holds_rate(module: nn.Module) -> bool:
+    """Whether the module itself, not a part of it, has a dropout rate among its attributes."""
+    return bool(_rates(module))
+
+
 def _rates(module: nn.Module) -> list[str]:
     if isinstance(module, _DropoutNd):
         return ["p"]
