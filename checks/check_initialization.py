@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -99,11 +99,22 @@ def check_layers_start_different(subject: Any) -> None:
     families = {family: names for family, names in families.items() if len(names) > 1}
     if not families:
         raise NotApplicable("no layers of the same kind with random weights of their own")
-    for names in families.values():
-        for i, first in enumerate(names):
-            for second in names[i + 1 :]:
-                if not _apart(random[first], random[second]):
-                    _blame_copy(model, first, second)
+    copies = [
+        (first, second)
+        for names in families.values()
+        for first, second in combinations(names, 2)
+        if not _apart(random[first], random[second])
+    ]
+    for first, second in copies:
+        if not _copied_by_torch(model, second):
+            _blame_copy(model, first, second)
+    if copies:
+        first, second = copies[0]
+        advise(
+            f"{second} starts with exactly the weights of {first}: {_copied_by_torch(model, second)} copies one layer. "
+            "They see different inputs and grow apart; drawing every matrix anew after construction "
+            "(nn.init.xavier_uniform_) starts them different"
+        )
 
 
 def _without_numbers(name: str) -> str:
@@ -125,6 +136,14 @@ def _blame_copy(model: nn.Module, first: str, second: str) -> None:
         advice="build every layer by its own constructor call, in a loop, instead of copying one with copy.deepcopy",
         parameters=[first, second],
     )
+
+
+def _copied_by_torch(model: nn.Module, parameter: str) -> str:
+    """The stack of PyTorch's own around a parameter, which makes its layers as copies of one; "" if there is none."""
+    parts = parameter.split(".")
+    around = [model.get_submodule(".".join(parts[:n])) for n in range(1, len(parts))]
+    stacks = [module for module in around if type(module) in (nn.TransformerEncoder, nn.TransformerDecoder)]
+    return f"nn.{type(stacks[0]).__name__}" if stacks else ""
 
 
 @needs(*CONTRACT)

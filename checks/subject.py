@@ -87,8 +87,10 @@ class Subject:
         if isinstance(what, str) and (what == "transformer" or what.startswith("bug:")):
             return _own(what, parts, checkpoint, declared)
         from checks.conventions.meeting import meet
+        from checks.verdict import unwarned
 
-        met = meet(what, device=device, causal=causal, checkpoint=checkpoint, parts=parts)
+        with unwarned():
+            met = meet(what, device=device, causal=causal, checkpoint=checkpoint, parts=parts)
         brought = SimpleNamespace(build_model=lambda **sizes: met.build(sizes), **met.parts)
         subject = cls(what if isinstance(what, str) else met.shown, brought, met=met, **declared)
         if not met.fresh:  # to learn these the one instance is put back, which must not happen while a check holds it

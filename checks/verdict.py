@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -55,6 +56,15 @@ def rule(check: Callable) -> str:
     return " ".join((check.__doc__ or check.__name__).strip().split("\n\n")[0].split())
 
 
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """What a subject warns of is its own business, also where whoever runs the checks makes every warning an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@unwarned()
 def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verdict:
     """Runs one check, unless a check that it needs did not pass; never raises for what a subject does.
 

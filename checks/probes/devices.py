@@ -5,6 +5,7 @@ On a CPU nothing shows; where model and tokens are on a GPU, the same line raise
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from checks.expect import Where
-from checks.where import line_now
+from checks.where import TORCH, line_now
 
 MAKERS = {
     "arange", "zeros", "ones", "full", "empty", "eye", "linspace", "logspace", "rand", "randn", "randint", "randperm",
@@ -57,7 +58,7 @@ class Homeless(TorchFunctionMode):
         given = [t for value in (*args, *kwargs.values()) for t in _tensors(value)]
         strays = [self.made[id(t)] for t in given if id(t) in self.made and t.dim() > 0]
         theirs = any(id(t) in self.theirs for t in given)
-        self.aware |= name in MAKERS and kwargs.get("device") is not None
+        self._look_for_care(name, args, kwargs, bool(strays))
         if name in MAKERS and kwargs.get("device") is None and not given:
             self._adopt(out, self.made, name)
         elif strays and theirs and name not in ACCEPTS | MOVES:
@@ -66,8 +67,14 @@ class Homeless(TorchFunctionMode):
             self._adopt(out, self.made, strays[0])
         if theirs or (name in MOVES and strays):
             self._adopt(out, self.theirs)
-        self.aware |= name in MOVES and bool(strays) and any(isinstance(v, torch.device | Tensor) for v in args[1:])
         return out
+
+    def _look_for_care(self, name: str, args: Any, kwargs: Any, stray: bool) -> None:
+        """Sets `aware` where the model's own code names a device; what PyTorch's modules do inside is not its care."""
+        if sys._getframe(2).f_code.co_filename.startswith(TORCH):
+            return
+        moved = name in MOVES and stray and any(isinstance(value, torch.device | Tensor) for value in args[1:])
+        self.aware |= moved or (name in MAKERS and kwargs.get("device") is not None)
 
     def _adopt(self, out: Any, into: dict[int, str] | set[int], name: str = "") -> None:
         for tensor in _tensors(out):
