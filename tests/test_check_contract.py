@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from checks.bugs.variants import changed
-from checks.check_contract import check_earlier_calls_leave_no_trace
+from checks.check_contract import check_earlier_calls_leave_no_trace, check_every_head_matters, head_projections
 from checks.subject import Subject
 from checks.verdict import judge
 from tests.messages import BUGS, Told, expect_told
@@ -167,3 +169,10 @@ def test_one_mistake_is_one_finding():
     subject = BUGS["state-leaks-between-calls"].subject(seed=3)
     memory = judge(check_earlier_calls_leave_no_trace, subject, {})
     assert judge(check_eval_repeats_itself, subject, {memory.check: memory}).outcome == "blocked"
+
+
+def test_attention_called_by_keyword_is_silenced_head_by_head():
+    subject = Subject.meet(str(Path(__file__).parent / "conventions" / "annotated_dictionary.py"), seed=3)
+    found = judge(check_every_head_matters, subject, {})
+    assert found.outcome == "passed", found.says
+    assert any("attention" in name for name in head_projections(subject, subject.build(), subject.sizes.n_head))

@@ -78,6 +78,25 @@ def test_memory_that_outgrows_the_batch_names_the_largest_tensor_and_its_line():
     assert found.where.module == "scores" and found.where.type == "Crossed"
 
 
+def test_a_large_table_hides_what_few_rows_hold_and_is_no_growth():
+    class LongTable(Transformer):
+        def __init__(self, config):
+            super().__init__(config)
+            self.long = nn.Parameter(torch.zeros(1, 1000, config.n_embd))
+
+        def embed(self, tokens):
+            return super().embed(tokens) + self.long[:, : tokens.shape[1]]
+
+    def build_model(**sizes):
+        return LongTable(reference_parts().build_model(**sizes).config)
+
+    check = CHECKS["check_memory_grows_no_faster_than_the_batch"]
+    found = judge(check, Subject("x", SimpleNamespace(build_model=build_model)), {})
+    few, some, many = found.evidence["peak_bytes"]
+    assert many - some > 3 * (some - few)  # or this tests nothing
+    assert found.outcome == "passed"
+
+
 def test_tf32_left_on_is_told_and_put_back():
     before = torch.get_float32_matmul_precision()
     found = verdict("forward-turns-tf32-on", "check_precision_switches_are_left_alone")

@@ -16,6 +16,10 @@ HERE = Path(__file__).parent / "conventions"
 # file[:NAME] -> what its header must say
 FACTS = {
     "additive_mask.py": ("GPT(vocab_size, block_size, n_embd, n_head, n_layer)", "mask [B, T] float32, 0 keeps, -inf"),
+    "annotated_dictionary.py": (
+        "a configuration with what it reads(",
+        "vocab_size, d_model, max_seq_len, number_of_transformer_block, num_heads",
+    ),
     "asks_for_logits.py": ("forward(idx, get_logits) → dict with .logits logits",),
     "caches_filled.py": ("forward(idx, kv_caches) → (logits, ",),
     "letters.py": ("Model(V, T_max, D, H)", "stretch=0.5", "stretch is as in", "letters.py"),
@@ -35,6 +39,7 @@ FACTS = {
         "parallel_block is as in",
         "options.py",
     ),
+    "shared_sizes/model.py": ("LanguageModel(CONTEXT_LENGTH, vocab_size, embedding_size, num_layers)",),
     "sizes_under_main.py": ("Transformer(d_model, max_len, n_heads, n_layers, vocab_size)",),
     "attention_mask_of_integers.py": ("padding mask: attention_mask [B, T] int64, true keeps",),
     "attributes_only.py": ("a configuration with what it reads", "max_seq_len"),

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -99,13 +100,16 @@ def _file(cls: type) -> str:
 
 
 def resolve(kind: Any, scope: Mapping[str, Any]) -> type | None:
-    """The class behind an annotation: of a string, of `Optional[X]`."""
+    """The class behind an annotation: of a string, of `Optional[X]`; of `dict[str, X]` it is dict."""
     if isinstance(kind, str):
         try:
             kind = eval(kind, dict(scope))
         except Exception:
             return None
-    if typing.get_origin(kind) is not None:
+    origin = typing.get_origin(kind)
+    if origin is not None and inspect.isclass(origin) and origin is not types.UnionType:
+        return origin
+    if origin is not None:
         kind = next((a for a in typing.get_args(kind) if inspect.isclass(a) and a is not type(None)), None)
     return kind if inspect.isclass(kind) else None
 

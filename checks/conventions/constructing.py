@@ -330,7 +330,7 @@ def set_globals(module: ModuleType, source: Source, sizes: Mapping[str, Any], fi
     scope = vars(module)
     changed: set[str] = set()
     for name in source.free_names:
-        if name in filling.used or hasattr(builtins, name):
+        if hasattr(builtins, name):
             continue
         current = scope.get(name, names.MISSING)
         if isinstance(current, dict):

@@ -85,7 +85,13 @@ def with_input(change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Calla
     """A wrapper that changes the first tensor that goes in."""
 
     def wrap(forward: Callable) -> Callable:
-        return lambda x, *args, **kwargs: forward(change(x), *args, **kwargs)
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                return forward(change(args[0]), *args[1:], **kwargs)
+            name = next(iter(kwargs))  # attention(query=x, key=x, value=x)
+            return forward(**{**kwargs, name: change(kwargs[name])})
+
+        return changed
 
     return wrap
 

@@ -1,0 +1,3 @@
+"""The context length, which two files import by name."""
+
+CONTEXT_LENGTH = 8
