@@ -5,6 +5,7 @@ feed-forwards, attention. Nothing is mapped, and no architecture need be declare
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,7 @@ SCALED = 0.01  # of the output: how much it may still change with the scale of a
 TIMES = 4.0
 SMALL = 0.03  # an input's deviation: epsilons of 1e-3 (Keras has it) and less leave a norm two thirds of its size there
 HALF = 0.5  # of a norm's size for large inputs: with less, epsilon and not the input decides what it gives
+NEAR = 0.05  # of a size: a deviation over C - 1 features, or an epsilon, makes less of a difference
 SUMS = 1e-4  # of one: how far from it what a softmax computed in half precision may add up to
 TOLD = 1e-9  # standard deviations of the logits: what other tokens change at least where a part is silent
 MEANS = 0.02  # of the mean: how exactly none or all of it is taken away
@@ -265,6 +267,53 @@ def fail_factor(model: nn.Module, norm: Norm, name: str, does: str, start: int) 
         likely=("norm-gain-and-bias-swapped",),
         advice="normed * gain + bias, or F.layer_norm(x, shape, weight, bias, eps): gain first, then bias.",
         parameter=name,
+    )
+
+
+@needs(*CONTRACT, FINITE, ALONE, SCALE, "check_parts.check_gain_multiplies_and_bias_adds")
+def check_norms_are_what_they_are_called(subject: Any) -> None:
+    """What is called an RMS norm leaves the mean, and like a layer norm it gives numbers of its gain's size."""
+    judged(*recognized(subject), expect_as_called)
+
+
+def expect_as_called(model: nn.Module, norm: Norm) -> dict[str, float] | None:
+    kind = type(norm.module).__name__
+    root, layer = re.search("rms", kind, re.IGNORECASE), re.search("layer_?norm", kind, re.IGNORECASE)
+    if not (root or layer) or acts_on_features_alone(norm):
+        return None
+    share = mean_left(norm)
+    if root and share is not None and abs(share - 1) < MEANS:
+        fail_called(model, norm, "takes the mean away, as a layer norm does", "rms-subtracts-mean")
+    times = size_beside_gain(norm)
+    if share is None or times is None:
+        return None
+    C = norm.seen.shape[-1]
+    if abs(times * C**0.5 - 1) < NEAR:
+        says = f"gives numbers of size {times:.3g}, which is 1/√{C}: it divides by the root of the sum of squares"
+        fail_called(model, norm, f"{says}, not of their mean", "rms-sum-not-mean")
+    if abs(times - 2) < NEAR and norm.vectors:
+        says = "gives numbers of twice its gain's size as initialized"
+        fail_called(model, norm, f"{says}: one is added to a gain that is one already", "rms-one-plus-weight-twice")
+    return dict(times_the_gain=times)
+
+
+def size_beside_gain(norm: Norm) -> float | None:
+    """How large its output is as initialized, for a large input; None where its gain does not start at ones."""
+    gains = [p for name, p in norm.vectors.items() if what_it_does(norm, name) == "multiplies"]
+    if len(gains) > 1 or any(bool((p != 1).any()) for p in gains):
+        return None
+    return float(norm.odd(norm.random(6) * LARGE).square().mean(-1).sqrt().median())
+
+
+def fail_called(model: nn.Module, norm: Norm, does: str, bug: str) -> None:
+    kind = type(norm.module).__name__
+    fail(
+        f"{norm.name} is called {kind}, and {does}",
+        where=locate(model, norm.name),
+        likely=(bug,),
+        advice="x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain is an RMS norm; a layer norm takes the "
+        "mean from x first.",
+        called=kind,
     )
 
 

@@ -16,6 +16,7 @@ LOGITS = "check_spec.check_logits_agree"
 SCALE = "check_spec.check_attention_scale_is_usual"
 BENDS = "check_parts.check_feed_forward_is_not_linear"
 PAST = "check_parts.check_tokens_get_past_a_silent_part"
+CALLED = "check_parts.check_norms_are_what_they_are_called"
 GROUPS = "check_parts.check_heads_that_share_keys_share_values"
 EPSILON = "check_parts.check_epsilon_does_not_rule_a_norm"
 
@@ -193,7 +194,7 @@ def norm_without_mean(model: Transformer) -> None:
 @bug(
     "rms-sum-not-mean",
     "RMSNorm divides by the root of the sum of squares, not of their mean",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, CALLED),
     model=True,
     **LLAMA,
 )
@@ -217,7 +218,7 @@ def rms_eps_outside_root(model: Transformer) -> None:
 @bug(
     "rms-subtracts-mean",
     "RMSNorm subtracts the mean first, as a layer norm does",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, CALLED),
     model=True,
     **LLAMA,
 )
@@ -246,7 +247,7 @@ def norm_wrong_eps(model: Transformer) -> None:
     "rms-one-plus-weight-twice",
     "RMSNorm multiplies by 1 + gain although the stored gain is already around one",
     source="https://github.com/utensils/mold/pull/1078",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, CALLED),
     model=True,
     **LLAMA,
 )
