@@ -20,6 +20,7 @@ from checks.where import first_bad, first_breaking
 
 CONTENT = "check_masking.check_pad_contents_change_nothing"
 ONES = "check_masking.check_mask_of_ones_changes_nothing"
+ROWS = "check_masking.check_rows_of_padding_do_no_harm"
 ADVICE = "A padded key gets weight 0 from every query of its own row: mask[:, None, None, :] over scores [B, H, T, S]."
 
 
@@ -104,6 +105,66 @@ def pad_reader(subject: Any, model: nn.Module, tokens: tuple[Tensor, Tensor], ma
     return first_breaking(model, one, other, breaks)
 
 
+@needs(*CONTRACT, ONES, CONTENT)
+def check_rows_of_padding_do_no_harm(subject: Any) -> None:
+    """Padding gives finite logits and gradients, and a row of nothing but padding leaves the others as they were."""
+    expect_takes_mask(subject)
+    T = length(subject)
+    tokens = every_id(subject, T, rows=5, seed=subject.seed)
+    for side in ("right", "left"):
+        mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
+        mask[1] = False
+        for training in (False, True):
+            expect_harmless(subject, tokens, mask, side, training)
+
+
+def expect_harmless(subject: Any, tokens: Tensor, mask: Tensor, side: str, training: bool) -> None:
+    model = precise(subject).train(training)
+    logits = subject.logits(model, tokens, mask)
+    says = f"with padding on the {side} and row 1 nothing but padding, in {'train' if training else 'eval'} mode,"
+    finding: dict[str, Any] = dict(
+        likely=("fully-masked-row-nan",),
+        advice="A softmax over nothing is NaN, and NaN times a zero weight is NaN: let every padded token see itself.",
+    )
+    _expect_finite(subject, model, tokens, mask, logits, says, finding)
+    if not training:  # without gradients PyTorch's own layers take another path
+        _expect_finite(
+            subject,
+            model,
+            tokens,
+            mask,
+            call(subject, model, tokens, mask),
+            says.replace("eval mode", "eval mode under torch.no_grad()"),
+            finding,
+        )
+    logits[mask].square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            fail(
+                f"{says} the loss over real tokens gives {name} a gradient that is not finite",
+                **finding,
+                parameter=name,
+            )
+    if not training:
+        rest = [row for row in range(len(tokens)) if row != 1]
+        want = call(subject, model, tokens[rest], mask[rest])
+        says = f"{says} the other rows are not what they are without it"
+        expect_close(logits[rest], want, bound=precision(subject).bound(want), says=says, **finding)
+
+
+def _expect_finite(
+    subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor, logits: Tensor, says: str, finding: dict[str, Any]
+) -> None:
+    bad = (~logits.isfinite()).nonzero()
+    if not len(bad):
+        return
+    row, t = int(bad[0, 0]), int(bad[0, 1])
+    which = "a real token" if bool(mask[row, t]) else "padding"
+    with torch.set_grad_enabled(logits.requires_grad):
+        where = first_bad(model, lambda: subject.logits(model, tokens, mask), lambda x: bool((~x.isfinite()).any()))
+    fail(f"{says} the logits of {which} are not finite: first in row {row} at position {t}", where=where, **finding)
+
+
 @st.composite
 def batches(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
     """Rows of so many real tokens each, padded to a common length."""
@@ -124,7 +185,7 @@ def check_right_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> N
     )
 
 
-@needs(*CONTRACT, ONES, CONTENT)
+@needs(*CONTRACT, ONES, CONTENT, ROWS)
 @drawn(when=expect_takes_mask, case=batches)
 def check_left_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> None:
     """Padded on the left, by however many, the real tokens of a row get the logits of the row by itself."""
@@ -156,48 +217,6 @@ def expect_as_alone(subject: Any, case: dict[str, Any], side: str, **finding: An
             row=row,
             **finding,
         )
-
-
-@needs(*CONTRACT, ONES, CONTENT)
-def check_rows_of_padding_do_no_harm(subject: Any) -> None:
-    """Padding gives finite logits and gradients, and a row of nothing but padding leaves the others as they were."""
-    expect_takes_mask(subject)
-    T = length(subject)
-    tokens = every_id(subject, T, rows=5, seed=subject.seed)
-    for side in ("right", "left"):
-        mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
-        mask[1] = False
-        for training in (False, True):
-            expect_harmless(subject, tokens, mask, side, training)
-
-
-def expect_harmless(subject: Any, tokens: Tensor, mask: Tensor, side: str, training: bool) -> None:
-    model = precise(subject).train(training)
-    logits = subject.logits(model, tokens, mask)
-    says = f"with padding on the {side} and row 1 nothing but padding, in {'train' if training else 'eval'} mode,"
-    finding: dict[str, Any] = dict(
-        likely=("fully-masked-row-nan",),
-        advice="A softmax over nothing is NaN, and NaN times a zero weight is NaN: let every padded token see itself.",
-    )
-    bad = (~logits.isfinite()).nonzero()
-    if len(bad):
-        row, t = int(bad[0, 0]), int(bad[0, 1])
-        which = "a real token" if bool(mask[row, t]) else "padding"
-        where = first_bad(model, lambda: subject.logits(model, tokens, mask), lambda x: bool((~x.isfinite()).any()))
-        fail(f"{says} the logits of {which} are not finite: first in row {row} at position {t}", where=where, **finding)
-    logits[mask].square().mean().backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            fail(
-                f"{says} the loss over real tokens gives {name} a gradient that is not finite",
-                **finding,
-                parameter=name,
-            )
-    if not training:
-        rest = [row for row in range(len(tokens)) if row != 1]
-        want = call(subject, model, tokens[rest], mask[rest])
-        says = f"{says} the other rows are not what they are without it"
-        expect_close(logits[rest], want, bound=precision(subject).bound(want), says=says, **finding)
 
 
 @needs(*CONTRACT, ONES)

@@ -97,6 +97,11 @@ def _runs(subject: Any, trial: Trial, *, buffers: bool = True) -> Runs:
     with naively(twin, trial.dtype) as mode, Promoted(fine):
         naive = subject.logits(twin, trial.tokens, trial.mask).detach()
     own = _own(subject, trial, buffers=buffers)
+    if trial.mask is not None and not bool(own.isfinite().all()):
+        with torch.no_grad():
+            plain = subject.logits(twin, trial.tokens, trial.mask)
+        if not bool(plain.isfinite().all()):
+            raise NotApplicable(f"with this padding mask the model gives NaN or infinity in {_name(fine)} too")
     keep = torch.ones_like(trial.tokens, dtype=torch.bool) if trial.mask is None else trial.mask
     return Runs(exact[keep], naive[keep], own[keep].to(exact.dtype), trial.dtype, mode.routes)
 
