@@ -224,15 +224,25 @@ def shown(file: str) -> str:
 def line_now(names: Mapping[int, str] = MappingProxyType({})) -> Where | None:
     """The line of the subject's own code that is running: the innermost frame outside torch and the checks.
 
-    `names` tells modules by their ids; what is in none of them is called by its function.
+    `names` tells modules by their ids: the nearest one that is running is named, else the function.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith((TORCH, "<")) and not _is_ours(file):
-            owner = frame.f_locals.get("self")
+            owner = _running(frame, names) or frame.f_locals.get("self")
             kind = type(owner).__name__ if owner is not None else ""
             return Where(names.get(id(owner)) or frame.f_code.co_name, kind, shown(file), frame.f_lineno)
+        frame = frame.f_back
+    return None
+
+
+def _running(frame: FrameType | None, names: Mapping[int, str]) -> Any:
+    """The innermost module with such a name whose method this frame is, or was called by."""
+    while frame is not None and names:
+        owner = frame.f_locals.get("self")
+        if names.get(id(owner)):
+            return owner
         frame = frame.f_back
     return None
 
