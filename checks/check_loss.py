@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checks.expect import NotApplicable, advise, drawn, expect_close, expect_same, fail, needs, note
+from checks.expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, needs, note
 from checks.loss.cases import (
     all_kept,
     cause,
@@ -27,17 +27,120 @@ from checks.loss.cases import (
     sample,
     weights_of,
 )
-from checks.loss.conventions import MetLoss, met_loss
+from checks.loss.conventions import met_loss
 from checks.loss.explained import misread_mask, spans
 from checks.loss.formula import USUAL, cross_entropy, expected_gradient
-from checks.loss.reading import NoGradient, Reading, gradient, read
+from checks.loss.placing import refuse_crossings, refuse_other_symbols, refuse_shift, refuse_strays
+from checks.loss.reading import NoGradient, gradient, read
+from checks.loss.returned import answers, leaves, slopes
+from checks.probes.precision import spread
+from checks.where import locate
 
 PLACE = ("row", "position", "symbol")
+GIVES = "check_loss.check_targets_give_a_loss"
 UNDERSTOOD = "check_loss.check_a_place_is_trained_on_its_own_target"
 DROPPED = "check_loss.check_no_target_is_dropped"
 MASK = "check_loss.check_mask_drops_its_targets_and_no_others"
 PURE = "check_loss.check_loss_leaves_its_inputs_alone"
 VALUE = "check_loss.check_value_is_the_closed_form"
+
+
+def check_targets_give_a_loss(subject: Any) -> None:
+    """A forward that is handed targets gives a loss: a number, or one for each row or target."""
+    found = answers(subject)
+    if found.losses:
+        return
+    wrong = {key: value for key, value in found.filled.items() if not _integers(value)}
+    if len(found.given) == 1 and not any(isinstance(value, Tensor) for value in leaves([*found.given.values()])):
+        wrong = found.given
+    if not wrong or all(value is None for value in wrong.values()):
+        raise NotApplicable(f"forward takes {found.name} and gives what it gives without", gives=list(found.given))
+    key, value = next(iter(wrong.items()))
+    fail(
+        f"handed {found.name}, forward gives {_described(value)}{f' as {_place(key)}' if key else ''}, where without "
+        "them it gives nothing: this is no loss, and nothing else is",
+        where=locate(found.model, type(found.model).__name__),
+        likely=("loss-never-computed", "loss-is-a-function"),
+        advice="return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1)): is it called at all?",
+    )
+
+
+def _integers(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    name = getattr(value, "__name__", None)
+    return f"the {type(value).__name__} {name}" if name else f"a {type(value).__name__}"
+
+
+def _place(key: str) -> str:
+    return f"output[{key}]" if key.isdigit() else key
+
+
+@needs("check_contract.check_logits_have_shape")
+def check_targets_leave_the_logits_as_they_are(subject: Any) -> None:
+    """The logits that come with a loss are those that come without targets."""
+    found = answers(subject)
+    widths = {subject.sizes.vocab_size, getattr(getattr(subject.met, "forward", None), "vocabulary", 0)}
+    alone = found.logits(widths)
+    if alone is None:
+        raise NotApplicable("no logits [B, T, V] or of the last position come without targets")
+    key, want = alone
+    got = found.beside(key, want.shape[-1])
+    if got is None:
+        raise NotApplicable(f"with {found.name} no logits come back")
+    where = locate(found.model, type(found.model).__name__)
+    if got.shape[-1] != want.shape[-1]:
+        fail(
+            f"with {found.name} forward gives {list(got.shape)} where the logits stand, without them "
+            f"{list(want.shape)}: {got.shape[-1]} numbers for {want.shape[-1]} symbols are no logits, and a loss of "
+            "them trains no head",
+            where=where,
+            likely=("loss-of-hidden-states",),
+            advice="logits = head(x) before both the loss and the return.",
+        )
+    last = want.dim() < 3 or want.shape[1] < got.shape[1]
+    got, want = (x.reshape(len(x), -1, x.shape[-1])[:, -1:] if last else x for x in (got, want))
+    expect_close(
+        _normalized(got), _normalized(want), bound=Bound(1e-3 * spread(want), "1e-3 standard deviations of the logits"),
+        axes=PLACE, where=lambda: where, likely=("loss-of-other-logits",),
+        says=f"with {found.name} forward gives other logits{' for the last position' if last else ''} than without: it "
+        "is trained as one model and used as another",
+        advice="compute the logits once, for both; without targets, take the last position of x, after the last norm.",
+    )  # fmt: skip
+
+
+def _normalized(logits: Tensor) -> Tensor:
+    """Log-probabilities, also of logits and of probabilities."""
+    logits = logits.double()
+    sure = bool((logits >= 0).all()) and bool(((logits.sum(-1) - 1).abs() < 1e-3).all())
+    return (logits.log() if sure else logits).log_softmax(-1)
+
+
+@needs(GIVES, "check_loss.check_targets_leave_the_logits_as_they_are")
+def check_the_loss_trains_what_makes_the_logits(subject: Any) -> None:
+    """Every weight that the logits depend on has a gradient of the loss that the model returns."""
+    found = answers(subject)
+    losses = [x for x in found.losses if isinstance(x, Tensor) and x.requires_grad]
+    alone = [x for x in leaves([*found.alone.values()]) if isinstance(x, Tensor) and x.requires_grad]
+    if not losses or not alone:
+        raise NotApplicable("no loss with a gradient comes with targets, or no logits without")
+    makes = slopes(found.model, sum(x.double().square().sum() for x in alone))  # type: ignore[arg-type]
+    trains = slopes(found.model, sum(x.double().sum() for x in losses))  # type: ignore[arg-type]
+    least = 1e-4 * max(makes.values(), default=0.0)  # a key's bias has rounding alone
+    left = [name for name, slope in makes.items() if slope > least and not trains[name]]
+    if left:
+        fail(
+            f"the logits depend on {left[0]}, but the loss that forward gives with {found.name} has no gradient there: "
+            f"it stays as it was drawn" + (f"; so do {len(left) - 1} more" if len(left) > 1 else ""),
+            where=locate(found.model, left[0].rpartition(".")[0] or type(found.model).__name__),
+            likely=("loss-beside-the-head",),
+            advice="the loss must be made of the logits that are returned: no detach, no other tensor.",
+            weights=left,
+        )
 
 
 def check_a_place_is_trained_on_its_own_target(subject: Any) -> None:
@@ -59,77 +162,6 @@ def check_a_place_is_trained_on_its_own_target(subject: Any) -> None:
     if loss.shift not in ((0, 1) if declared is None else (declared,)):
         refuse_shift(loss.shift, declared)
     refuse_strays(reading, loss.shift, "")
-
-
-def refuse_strays(reading: Reading, shift: int, when: str) -> None:
-    """Fails if some place is trained on another target than t + shift of its row."""
-    T = reading.source.shape[1]
-    strays = reading.used & (reading.source != torch.arange(reading.source.numel()).view_as(reading.source) + shift)
-    if strays.any():
-        b, t = (int(i) for i in strays.nonzero()[0])
-        row, target = divmod(int(reading.source[b, t]), T)
-        fail(
-            f"{when}the logits at row {b}, position {t} are trained on target {target} of row {row}, not on "
-            f"{f't + {shift}' if shift else 'its own'}: logits and targets are selected or ordered differently",
-            likely=("logits-labels-reshape-order",),
-            advice="Select both by one mask, and flatten both in one order.",
-        )
-
-
-def refuse_other_symbols(loss: MetLoss) -> None:
-    """Fails if a target of one token id trains another, as after labels - 1."""
-    logits = torch.zeros(2, loss.places, loss.V, dtype=torch.float64)
-    wrong = {}
-    for symbol in loss.symbols.tolist():
-        pulled = gradient(loss, logits, torch.full((2, loss.places), symbol), None)
-        trained = int(pulled.sum((0, 1)).argmin())
-        if trained != symbol:
-            wrong[symbol] = trained
-    if wrong:
-        symbol, trained = next(iter(wrong.items()))
-        fail(
-            f"a target of token id {symbol} trains token id {trained} ({len(wrong)} of {len(loss.symbols)} ids train "
-            "another): the ids are changed on the way",
-            likely=("loss-of-other-ids",),
-            advice="Hand the token ids over as they are: no -1, no offset, no clamp.",
-            trains=wrong,
-        )
-
-
-def refuse_crossings(source: Tensor, crossings: list[tuple[int, int]]) -> None:
-    (b, t), T = crossings[0], source.shape[1]
-    other, position = divmod(int(source[b, t]), T)
-    says = f"rows are mixed: the logits at row {b}, position {t} are trained on row {other}'s target {position}"
-    if all(place == T - 1 for _, place in crossings):
-        fail(
-            f"{says}, because the batch is flattened before it is shifted: the end of each row predicts the start of "
-            "the next",
-            likely=("flatten-then-shift",),
-            advice="Cut logits[:, :-1] and labels[:, 1:] first, then flatten.",
-            places=crossings,
-        )
-    fail(
-        f"{says}: logits and targets are reshaped in different orders ({len(crossings)} of {source.numel()} places)",
-        likely=("logits-labels-reshape-order",),
-        advice="Flatten both as [B, T] → [B·T]; a transpose before one reshape needs the same before the other.",
-        places=crossings,
-    )
-
-
-def refuse_shift(shift: int, declared: int | None) -> None:
-    asked = "none or one" if declared is None else {0: "none", 1: "one"}.get(declared, str(declared))
-    off = shift - (declared if declared is not None else int(shift > 0))
-    meaning = {
-        -1: "the token just read: copying its input solves it, and nothing is predicted",
-        1: "the token after the next: the shift is made twice",
-    }.get(off, f"{abs(off)} places away from the next token")
-    fail(
-        f"the loss shifts its targets by {shift}, asked for {asked}: the logits at position t are trained on "
-        f"target t {'+' if shift >= 0 else '-'} {abs(shift)}, {meaning}",
-        likely=("label-shift-missing",) if off < 0 else ("label-shifted-twice",),
-        advice="Shift once: in the data (targets = tokens[:, 1:]) or in the loss (logits[:, :-1]), not in both.",
-        shift=shift,
-    )
 
 
 @needs(UNDERSTOOD)

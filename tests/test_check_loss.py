@@ -8,6 +8,8 @@ from torch import nn
 
 from checks import checks_in
 from checks.bugs import all_bugs
+from checks.bugs.loss import ReturnsItsLoss, losses
+from checks.bugs.variants import changed
 from checks.loss.conventions import met_loss
 from checks.subject import Subject, reference_parts
 from checks.verdict import check_id, judge
@@ -16,6 +18,7 @@ from tests.controls_training import LOSSES, loss_subject, of_transformers
 CHECKS = {check_id(check).partition(".")[2]: check for check in checks_in("loss")}
 PLACE, DROPPED = "check_a_place_is_trained_on_its_own_target", "check_no_target_is_dropped"
 MASK, VALUE = "check_mask_drops_its_targets_and_no_others", "check_value_is_the_closed_form"
+SAME_LOGITS = "check_targets_leave_the_logits_as_they_are"
 
 # bug, check, and facts that its message must hold: positions, numbers, names
 SAID = [
@@ -48,6 +51,11 @@ SAID = [
     ("loss-detached", PLACE, ["no gradient"]),
     ("loss-of-scaled-logits", VALUE, ["logits multiplied by 0.5"]),
     ("loss-of-other-ids", PLACE, ["a target of token id 1 trains token id 0", "16 of 17"]),
+    ("loss-never-computed", "check_targets_give_a_loss", ["a tensor [21, 17] as output[1]", "no loss"]),
+    ("loss-is-a-function", "check_targets_give_a_loss", ["the function cross_entropy as output[1]"]),
+    ("loss-of-hidden-states", SAME_LOGITS, ["[3, 7, 32]", "[3, 7, 17]", "32 numbers for 17 symbols"]),
+    ("loss-of-other-logits", SAME_LOGITS, ["row 0, position 0", "with targets", "than without"]),
+    ("loss-beside-the-head", "check_the_loss_trains_what_makes_the_logits", ["depend on head.weight", "no gradient"]),
     ("loss-mask-of-row-0", MASK, ["row 1: drops targets 0-2; asked for 0", "row 0's mask"]),
 ]
 
@@ -219,3 +227,81 @@ def vars_of(loss, build=None):
     from types import SimpleNamespace
 
     return SimpleNamespace(build_model=build or reference_parts().build_model, loss=loss)
+
+
+# -- what a model returns when it is handed targets
+
+RETURNED = [CHECKS[f"check_{name}"] for name in (
+    "targets_give_a_loss", "targets_leave_the_logits_as_they_are", "the_loss_trains_what_makes_the_logits"
+)]  # fmt: skip
+
+
+class Answering(ReturnsItsLoss):
+    """Without targets `plain(logits)`, with them `full(logits, loss)`."""
+
+    plain = staticmethod(lambda logits: logits)
+    full = staticmethod(lambda logits, loss: (logits, loss))
+
+    def forward(self, tokens, mask=None, cache=None, targets=None):
+        if targets is None:
+            return self.plain(super().forward(tokens))
+        return self.full(super().forward(tokens), losses(super().forward(tokens), targets))
+
+
+def answering(plain, full):
+    def change(model):
+        model.__class__ = type("Answering", (Answering,), dict(plain=staticmethod(plain), full=staticmethod(full)))
+
+    return Subject("answering", changed(change))
+
+
+def same(logits):
+    return logits
+
+
+RIGHT = {
+    "logits, then logits and loss": answering(same, lambda logits, loss: (logits, loss.mean())),
+    "a loss first": answering(same, lambda logits, loss: (loss.mean(), logits)),
+    "a loss alone": answering(same, lambda logits, loss: loss.mean()),
+    "losses of all targets": answering(same, lambda logits, loss: (logits, loss)),
+    "losses in one list": answering(same, lambda logits, loss: (logits, loss.flatten())),
+    "flattened logits": answering(lambda x: (x, None), lambda logits, loss: (logits.flatten(0, 1), loss.mean())),
+    "the last position": answering(lambda x: (x[:, -1:], None), lambda logits, loss: (logits, loss.mean())),
+    "the last position, squeezed": answering(lambda x: x[:, -1], lambda logits, loss: (logits, loss.mean())),
+    "None": answering(lambda x: (x, None), lambda logits, loss: (logits, None)),
+    "the targets given back": answering(lambda x: (x, None), lambda logits, loss: (logits, logits.argmax(-1))),
+    "a dict": answering(lambda x: dict(logits=x), lambda logits, loss: dict(logits=logits, loss=loss.mean())),
+    "parts of a loss": answering(lambda x: (x, {}), lambda logits, loss: (logits, dict(ce=loss.mean(), z=loss.var()))),
+    "probabilities for use": answering(lambda x: x.softmax(-1), lambda logits, loss: (logits, loss.mean())),
+    "targets that are not used": answering(same, lambda logits, loss: logits),
+    "more logits with targets": answering(lambda x: x[:, -1:], lambda logits, loss: logits),
+    "a shift inside": answering(same, lambda logits, loss: (logits[:, :-1], loss[:, 1:].mean())),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_ways_to_return_a_loss_are_not_accused(name):
+    accused = [v.says for check in RETURNED if (v := judge(check, RIGHT[name], {})).outcome in ("failed", "error")]
+    assert not accused
+
+
+@pytest.mark.parametrize(
+    ("plain", "full", "fact"),
+    [
+        (lambda x: x, lambda logits, loss: nn.functional, "the module torch.nn.functional"),
+        (lambda x: (x, None), lambda logits, loss: (logits, logits.flatten(0, 1)), "[21, 17] as output[1]"),
+        (lambda x: dict(logits=x), lambda logits, loss: dict(logits=logits, loss=loss.mean), "builtin_function"),
+    ],
+)
+def test_what_is_no_loss_is_described(plain, full, fact):
+    found = judge(RETURNED[0], answering(plain, full), {})
+    assert found.outcome == "failed" and fact in found.says, found.says
+
+
+@pytest.mark.parametrize("place", [-2, 0])
+def test_another_position_than_the_last_is_told(place):
+    """Without targets the logits of another place come back than users take them for."""
+    found = judge(
+        RETURNED[1], answering(lambda x: (x[:, [place]], None), lambda logits, loss: (logits, loss.mean())), {}
+    )
+    assert found.outcome == "failed" and "for the last position" in found.says

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from checks.bugs import bug
+from checks.bugs.variants import changed
 from transformer.loss import next_token_loss
+from transformer.model import KeyValueCache, Transformer
 
 PLACE = "check_loss.check_a_place_is_trained_on_its_own_target"
 DROPPED = "check_loss.check_no_target_is_dropped"
@@ -26,6 +29,9 @@ MASKED_LOGITS = "check_loss.check_masked_logits_may_be_anything"
 NOTHING = "check_loss.check_nothing_to_learn_is_no_loss"
 LOW = "check_loss.check_low_precision_logits_keep_the_loss"
 PURE = "check_loss.check_loss_leaves_its_inputs_alone"
+GIVES = "check_loss.check_targets_give_a_loss"
+SAME_LOGITS = "check_loss.check_targets_leave_the_logits_as_they_are"
+TRAINS = "check_loss.check_the_loss_trains_what_makes_the_logits"
 TAKES = "check_loss.check_loss_takes_what_the_model_gives"
 
 
@@ -363,3 +369,98 @@ def labels_smoothed(parts: SimpleNamespace) -> None:
         return mean(values, kept(targets, mask))
 
     parts.loss = loss
+
+
+# -- the loss that a model returns
+
+
+class ReturnsItsLoss(Transformer):
+    """Handed targets, it gives logits and their loss, else the logits."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        targets: Tensor | None = None,
+    ) -> Any:
+        if targets is None:
+            return super().forward(tokens, mask, cache)
+        hidden: list[Tensor] = []
+        hook = self.norm.register_forward_hook(lambda module, args, output: hidden.append(output))
+        logits = super().forward(tokens, mask, cache)
+        hook.remove()
+        return self.answer(hidden[-1], logits, targets)
+
+    def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+        return logits, losses(logits, targets).mean()
+
+
+def returning_its_loss(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.__class__ = ReturnsItsLoss
+
+    parts = changed(change, **config)
+    parts.loss, parts.declares = None, {}
+    return parts
+
+
+def damage_answer(parts: SimpleNamespace, damaged: type[ReturnsItsLoss]) -> None:
+    build = parts.build_model
+
+    def build_damaged(**sizes: Any) -> Any:
+        model = build(**sizes)
+        model.__class__ = damaged
+        return model
+
+    parts.build_model = build_damaged
+
+
+@bug("loss-never-computed", "handed targets, the model gives flattened logits where its loss should be",
+     caught_by=(GIVES,), of=returning_its_loss)  # fmt: skip
+def loss_never_computed(parts: SimpleNamespace) -> None:
+    class Uncomputed(ReturnsItsLoss):
+        def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+            return logits, logits.flatten(0, 1)
+
+    damage_answer(parts, Uncomputed)
+
+
+@bug("loss-is-a-function", "handed targets, the model gives a function where its loss should be: it is never called",
+     caught_by=(GIVES,), of=returning_its_loss)  # fmt: skip
+def loss_is_a_function(parts: SimpleNamespace) -> None:
+    class Uncalled(ReturnsItsLoss):
+        def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+            return logits, F.cross_entropy
+
+    damage_answer(parts, Uncalled)
+
+
+@bug("loss-of-hidden-states", "handed targets, the model leaves its head out: logits and loss are of hidden states",
+     caught_by=(SAME_LOGITS,), of=returning_its_loss)  # fmt: skip
+def loss_of_hidden_states(parts: SimpleNamespace) -> None:
+    class Headless(ReturnsItsLoss):
+        def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+            return super().answer(hidden, hidden, targets)
+
+    damage_answer(parts, Headless)
+
+
+@bug("loss-of-other-logits", "the logits that come with the loss left the last norm out",
+     caught_by=(SAME_LOGITS,), of=returning_its_loss)  # fmt: skip
+def loss_of_other_logits(parts: SimpleNamespace) -> None:
+    class Unnormed(ReturnsItsLoss):
+        def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+            return super().answer(hidden, self.head(hidden - self.norm.bias), targets)
+
+    damage_answer(parts, Unnormed)
+
+
+@bug("loss-beside-the-head", "the logits are right, and the loss is one of hidden states: nothing trains the head",
+     caught_by=(TRAINS,), of=returning_its_loss, tied=False)  # fmt: skip
+def loss_beside_the_head(parts: SimpleNamespace) -> None:
+    class Beside(ReturnsItsLoss):
+        def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+            return logits, losses(hidden, targets).mean()
+
+    damage_answer(parts, Beside)
