@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from checks.check_causality import CAUSAL, CONTRACT
 from checks.expect import NotApplicable, Where, advise, fail, needs, note
+from checks.probes.activations import FORMS, activated, activations
 from checks.probes.influence import call, length
 from checks.probes.norm_modules import LARGE, Norm, norms
 from checks.probes.part_products import Attended, Mapped, Weighed, WeightProducts, multiple, sharing
@@ -39,6 +40,7 @@ SMALL = 0.03  # an input's deviation: epsilons of 1e-3 (Keras has it) and less l
 HALF = 0.5  # of a norm's size for large inputs: with less, epsilon and not the input decides what it gives
 NEAR = 0.05  # of a size: a deviation over C - 1 features, or an epsilon, makes less of a difference
 SUMS = 1e-4  # of one: how far from it what a softmax computed in half precision may add up to
+FORMED = 0.03  # of an activation, at any number from -5 to 5: the quickest approximation of GELU is 0.021 from it
 TOLD = 1e-9  # standard deviations of the logits: what other tokens change at least where a part is silent
 MEANS = 0.02  # of the mean: how exactly none or all of it is taken away
 
@@ -349,9 +351,40 @@ def fail_linear(wide: Mapped, narrow: Mapped, factor: float, constant: float) ->
     )
 
 
+@needs(*CONTRACT)
+def check_activations_are_what_they_are_called(subject: Any) -> None:
+    """What the model's own code calls GELU, SiLU, Swish or ReLU gives the numbers of one, usual approximations too."""
+    model = precise(subject, None)
+    x = torch.linspace(-5, 5, 41, dtype=torch.float64)
+    apart: dict[str, float] = {}
+    for name, module, kind in activations(model):
+        gives = activated(module, x)
+        if gives is not None:
+            apart[name] = min(float((gives - form(x)).abs().nan_to_num(torch.inf).max()) for form in FORMS[kind])
+            if apart[name] > FORMED:
+                fail_activation(model, name, x, gives, FORMS[kind][0](x))
+    if not apart:
+        raise NotApplicable("no activation of the model's own is called by a known name")
+    note(apart=apart, bound=FORMED)
+
+
+def fail_activation(model: nn.Module, name: str, x: Tensor, gives: Tensor, wanted: Tensor) -> None:
+    at = int((gives - wanted).abs().nan_to_num(torch.inf).argmax())
+    fail(
+        f"{name} is called {type(model.get_submodule(name)).__name__}, and makes {float(gives[at]):.4g} of "
+        f"{float(x[at]):g}, where that gives {float(wanted[at]):.4g}; at 1 it gives "
+        f"{float(gives[(x - 1).abs().argmin()]):.4g} instead of {float(wanted[(x - 1).abs().argmin()]):.4g}",
+        where=locate(model, name),
+        likely=("gelu-written-wrong",),
+        advice="nn.GELU() (approximate='tanh' for GPT-2's), nn.SiLU() and nn.ReLU() are there; "
+        "GELU is 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))).",
+        at=float(x[at]),
+    )
+
+
 @needs(*CONTRACT, FINITE, REACHES, MATTERS)
 def check_tokens_get_past_a_silent_part(subject: Any) -> None:
-    """With every attention, or every feed-forward, giving zeros, the logits still depend on the tokens."""
+    """With every attention giving zeros a token still reaches its logits; with every feed-forward, the past does."""
     if length(subject) < 2:
         raise NotApplicable("one token is too short to tell attention from a feed-forward")
     best: dict[str, float] = {}
@@ -368,8 +401,7 @@ def check_tokens_get_past_a_silent_part(subject: Any) -> None:
     if len(lost) == 1 < len(best):
         fail_lost(subject, model, lost[0], silences[lost[0]])
     for part in lost:
-        advise(f"with every {part} silent the logits are the same for all tokens: nothing goes past it, which is a "
-               "design without a residual stream or a slip")  # fmt: skip
+        advise(f"with every {part} silent nothing gets past it to the logits: a design without residuals, or a slip")
 
 
 def parts_to_silence(subject: Any, model: nn.Module) -> dict[str, Silence]:
@@ -384,15 +416,21 @@ def parts_to_silence(subject: Any, model: nn.Module) -> dict[str, Silence]:
 
 
 def told(subject: Any, model: nn.Module, silence: Silence, only: int | None = None) -> float:
-    """How far quite other tokens move the logits where this is silent, in standard deviations of the logits."""
+    """How far other tokens move the logits where this is silent, in standard deviations of the logits.
+
+    A token must get past attention on its own. Past a feed-forward all must get that attention has found: the last
+    logits are looked at, and every token but the last changed.
+    """
     tokens = subject.tokens(3, length(subject), seed=subject.seed)
     others = (tokens + 1 + torch.arange(tokens.shape[1], device=tokens.device) % 3) % subject.sizes.vocab_size
+    if silence.matrices is not None:
+        others[:, -1] = tokens[:, -1]
     logits = []
     for each in (tokens, others):
         silence.only = only
         silence.found.clear()
         with silence:
-            logits.append(call(subject, model, each))
+            logits.append(call(subject, model, each)[:, -1])
     return float((logits[0] - logits[1]).abs().max()) / spread(call(subject, model, tokens))
 
 
@@ -401,11 +439,12 @@ def fail_lost(subject: Any, model: nn.Module, part: str, silence: Silence) -> No
     places = list(silence.found)
     alone = [n for n in range(len(places)) if told(subject, model, silence, only=n) <= TOLD]
     where = places[alone[0] if alone else 0]
+    what = "tokens" if part == "attention" else "earlier tokens"
     fail(
-        f"with every {part} giving zeros the logits are the same whatever the tokens are"
+        f"with every {part} giving zeros the logits are the same whatever the {what} are"
         + (f", and so they are with the one of {where.module} alone" if alone else "")
-        + f": nothing goes past it. What it gives replaces the residual stream instead of joining it"
-        f" ({len(alone)} of {len(places)} do so)",
+        + ": nothing goes past it. What it gives replaces the residual stream instead of joining it"
+        + (f" ({len(alone)} of {len(places)} do so)" if alone else ""),
         where=where,
         likely=(f"{part}-residual-missing",),
         advice="x = x + attention(norm(x)), then x = x + feed_forward(norm(x)): every part adds to what it read.",

@@ -54,6 +54,12 @@ FOUND: dict[str, Told] = {
         ("128 features to 32", "as they are"),
         "mlp-no-activation",
     ),
+    "gelu-written-wrong": (
+        "activations_are_what_they_are_called",
+        "blocks.0.feed_forward.act",
+        ("called NewGELU", "at 1 it gives", "instead of 0.8413"),
+        "gelu-written-wrong",
+    ),
     "attention-scaled-after-softmax": (
         "attention_weights_sum_to_one",
         "blocks.0.attention",
@@ -346,6 +352,51 @@ class TimesTwo(InPlace):
 def test_two_matrices_in_a_row_are_found(feed_forward, told):
     verdict = verdicts(feed_forward=feed_forward)["feed_forward_is_not_linear"]
     assert verdict.outcome == "failed" and told in verdict.says and "128 features to 32" in verdict.says
+
+
+class FastGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SquaredReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+class Swish(nn.Module):
+    """With a slope that is learned it is what it becomes."""
+
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+class SwiGLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return F.silu(a) * b
+
+
+@pytest.mark.parametrize("activation, out", [(FastGELU, 4), (SquaredReLU, 4), (Swish, 4), (SwiGLU, 2)])
+def test_activations_of_other_names_and_usual_forms_are_left_alone(activation, out):
+    def feed_forward(C: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(C, 4 * C), activation(), nn.Linear(out * C, C))
+
+    assert not accused(verdicts(feed_forward=feed_forward))
+
+
+class SiLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tanh(x)
+
+
+def test_a_wrong_activation_is_found_by_its_name():
+    found = verdicts(feed_forward=lambda C: nn.Sequential(nn.Linear(C, 4 * C), SiLU(), nn.Linear(4 * C, C)))
+    assert set(accused(found)) == {"activations_are_what_they_are_called"}
 
 
 # -- attention's weights

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checks.bugs import bug
 from checks.bugs.masking import attend_with
-from transformer.model import Attention, ExplicitAttention, Transformer
+from checks.bugs.variants import changed
+from transformer.model import Attention, ExplicitAttention, GeluFeedForward, Transformer
 
 ALONE = "check_parts.check_norms_act_on_each_token_alone"
 SCALE = "check_parts.check_norms_take_out_the_scale"
 EPSILON = "check_parts.check_epsilon_does_not_rule_a_norm"
 FACTORS = "check_parts.check_gain_multiplies_and_bias_adds"
+ACTIVATION = "check_parts.check_activations_are_what_they_are_called"
 SUMS = "check_parts.check_attention_weights_sum_to_one"
 GROUPS = "check_parts.check_heads_that_share_keys_share_values"
 
@@ -32,6 +38,35 @@ class Norm(nn.LayerNorm):
 
     def finished(self, x: Tensor) -> Tensor:
         return x * self.weight + self.bias
+
+
+class NewGELU(nn.Module):
+    """The tanh form written out, as many have it from before PyTorch had it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + self.factor() * x**3)).tanh())
+
+    def factor(self) -> float:
+        return 0.044715
+
+
+class WrittenOut(GeluFeedForward):
+    act: NewGELU
+
+    def activation(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+def written_out(**config: Any) -> SimpleNamespace:
+    """The reference with its activation as a module of its own."""
+
+    def change(model: Transformer) -> None:
+        for module in model.modules():
+            if isinstance(module, GeluFeedForward):
+                module.__class__ = WrittenOut
+                module.act = NewGELU()
+
+    return changed(change, **config)
 
 
 def norm_with(model: Transformer, kind: type[Norm]) -> None:
@@ -109,6 +144,22 @@ def gain_added(model: Transformer) -> None:
             return x + self.weight + self.bias
 
     norm_with(model, Added)
+
+
+# -- activations
+
+
+@bug("gelu-written-wrong", "the GELU written out has x³ without its factor 0.044715",
+     caught_by=(ACTIVATION,), model=True, of=written_out)  # fmt: skip
+def gelu_written_wrong(model: Transformer) -> None:
+    class WithoutFactor(NewGELU):
+        def factor(self) -> float:
+            return 1.0
+
+    WithoutFactor.__name__ = NewGELU.__name__  # the name by which it is known
+    for module in model.modules():
+        if isinstance(module, NewGELU):
+            module.__class__ = WithoutFactor
 
 
 # -- attention
