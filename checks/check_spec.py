@@ -18,7 +18,7 @@ from checks.spec.scores import Scales
 from checks.spec.settling import FAMILIES, Settled, norm_form, settled, specimen
 from checks.spec.simulation import Simulated
 from checks.spec.stages import Explained, explain, part_from
-from checks.spec.tiny import parting_scale
+from checks.spec.tiny import odd_epsilon, parting_scale
 from checks.spec.trace import Parting
 from checks.where import locate
 
@@ -167,7 +167,7 @@ def check_tiny_activations_agree(subject: Any) -> None:
     found = agreeing(subject)
     scale = parting_scale(found)
     if scale is None:
-        return
+        return expect_usual_epsilon(found)
     forms = {name: str(norm_form(found.specimen, found.plan, name)) for name in ("attention_norm", "norm")}  # type: ignore[arg-type]
     fail(
         f"the logits agree, but not with embeddings multiplied by {scale.factor:g}: there {scale.norm} gives other "
@@ -177,6 +177,21 @@ def check_tiny_activations_agree(subject: Any) -> None:
         advice="x / sqrt(mean square + epsilon): no clamp, no maximum, no epsilon that depends on the input",
         norms=forms,
         factor=scale.factor,
+    )
+
+
+def expect_usual_epsilon(found: Settled) -> None:
+    odd = odd_epsilon(found)
+    if odd is None:
+        return
+    norm, module, eps = odd
+    fail(
+        f"{norm} adds an epsilon of {eps:.3g} to its mean square: that is no {NAMES[found.family]}'s, whose epsilons "
+        "are powers of ten (1e-5, 1e-6)",
+        where=locate(found.specimen.model, module) if module else None,
+        likely=("norm-epsilon-doubled",),
+        advice="what was published, or saved beside the weights, has its epsilon in the configuration",
+        epsilon=eps,
     )
 
 

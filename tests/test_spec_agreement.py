@@ -68,6 +68,15 @@ def test_an_epsilon_that_is_a_floor_shows_at_tiny_embeddings():
     assert tiny is not None and tiny.factor <= 1e-4
 
 
+def test_an_odd_epsilon_is_measured_and_a_power_of_ten_left_open():
+    found = verdict(all_bugs()["norm-epsilon-doubled"].subject(seed=0), "check_tiny_activations_agree")
+    assert found.outcome == "failed" and "epsilon of 2e-05" in found.says and found.where is not None
+    assert found.where.module == "norm"
+    for eps in (0.0, 1e-6, 1e-12, torch.finfo(torch.float32).eps):
+        subject = Subject("another epsilon", reference_parts(norm_eps=eps))
+        assert verdict(subject, "check_tiny_activations_agree").outcome == "passed", eps
+
+
 def test_a_head_that_starts_as_a_copy_is_no_tie():
     found = verdict(all_bugs()["head-is-a-copy"].subject(seed=0), "check_weights_are_the_familys")
     assert found.outcome == "failed" and "head.weight" in found.says and "embedding.weight" in found.says

@@ -40,6 +40,12 @@ def norm_epsilon_is_a_floor(model: Transformer) -> None:
         )
 
 
+@bug("norm-epsilon-doubled", "norms add 2e-5, where 1e-5 was meant", caught_by=(TINY,), model=True, **GPT2)
+def norm_epsilon_doubled(model: Transformer) -> None:
+    for norm in norms(model):
+        norm.eps = 2e-5  # type: ignore[assignment]
+
+
 @bug("weights-without-a-place", "every block holds a norm that nothing reads", caught_by=(WEIGHTS,), model=True, **GPT2)
 def weights_without_a_place(model: Transformer) -> None:
     for block in blocks(model):

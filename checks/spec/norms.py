@@ -11,6 +11,8 @@ from torch import Tensor
 
 SAME = 1e-7  # relative: the directions of a norm's output and of its input, and its averages, in float64
 NO_EPS = 1e-15  # below this an epsilon is none
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+USUAL_EPS = (*(float(f"1e-{n}") for n in range(3, 13)), *(torch.finfo(dtype).eps for dtype in DTYPES))
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,16 @@ def _measure(norm: Callable[[Tensor], Tensor], gain: Any, bias: Any, like: Tenso
     for inside in (True, False):
         eps = [_eps(f, squares / n, inside) for _, f, squares in (small, tiny)]
         if abs(eps[0] - eps[1]) <= 1e-3 * max(abs(eps[1]), 1e-12):
-            rounded = float(f"{eps[1]:.3g}")
-            return NormForm(large[0], over, rounded if rounded > NO_EPS else 0.0, inside)
+            return NormForm(large[0], over, _meant(eps[1]), inside)
     return None
+
+
+def _meant(measured: float) -> float:
+    """The epsilon that someone wrote: 0, a usual one, else one of three digits."""
+    if measured <= NO_EPS:
+        return 0.0
+    near = next((usual for usual in USUAL_EPS if abs(measured / usual - 1) < 1e-3), None)
+    return near if near is not None else float(f"{measured:.3g}")
 
 
 def _close(values: Tensor, number: float) -> bool:

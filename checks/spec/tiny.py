@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from checks.spec.inventory import Weight
+from checks.spec.norms import USUAL_EPS
 from checks.spec.oracle import norms_of
 from checks.spec.roles import Plan
-from checks.spec.settling import Settled, disagreement
+from checks.spec.settling import Settled, disagreement, norm_form
 from checks.spec.stages import STAGES, silenced
 
 FACTORS = (1e-2, 1e-3, 1e-4, 1e-6)  # deviations of what enters the first norm: around √1e-5, √1e-6, √1e-8, √1e-12
@@ -58,6 +59,20 @@ def scaled(plan: Plan, factor: float) -> Iterator[None]:
         finally:
             for tensor, value in zip(tables, before, strict=True):
                 tensor.copy_(value)
+
+
+def odd_epsilon(found: Settled) -> tuple[str, str, float] | None:
+    """The first norm with an epsilon that no one chooses: the norm, the subject's name of it, and its epsilon.
+
+    A family leaves open which power of ten it is, none at all, or a floating-point type's own.
+    """
+    plan = found.plan
+    assert plan is not None
+    for norm, name in NORMS.values():
+        form = norm_form(found.specimen, plan, name)
+        if form is not None and form.inside and form.eps not in (0.0, *USUAL_EPS):
+            return norm, _module(plan, name), form.eps
+    return None
 
 
 def _module(plan: Plan, name: str) -> str:
