@@ -257,7 +257,7 @@ def check_cached_rows_are_isolated(subject: Any) -> None:
     )
 
 
-@needs(DECODING)
+@needs(DECODING, PIECES)
 def check_cache_overflow_is_refused_or_slides(subject: Any) -> None:
     """More tokens than the block holds are refused, or answered as without a cache; a cache never wraps in silence."""
     read, block = reader(subject), subject.sizes.block_size

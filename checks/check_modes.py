@@ -30,6 +30,7 @@ from checks.where import first_breaking, first_changing, locate
 
 CONTRACT = ("check_contract.check_logits_have_shape",)
 TRACE = "check_contract.check_earlier_calls_leave_no_trace"
+REPEATS = "check_modes.check_eval_repeats_itself"
 RATE = 0.3  # the dropout asked for: large enough that no site can miss every unit of a small model
 ALMOST_NONE = 1e-6  # a rate at which hardly ever one unit in a small model drops
 ROWS = 3
@@ -83,7 +84,7 @@ def check_eval_repeats_itself(subject: Any) -> None:
         )  # fmt: skip
 
 
-@needs(*CONTRACT)
+@needs(*CONTRACT, REPEATS)
 def check_eval_leaves_random_state_alone(subject: Any) -> None:
     """A forward in evaluation mode neither draws from nor seeds a global random generator."""
     model, tokens = _model(subject), _tokens(subject)
@@ -317,7 +318,7 @@ def _expect_no_reseeding(subject: Any, model: nn.Module, tokens: Tensor) -> None
         )
 
 
-@needs(*CONTRACT)
+@needs(*CONTRACT, REPEATS)
 def check_dropout_obeys_its_rate(subject: Any) -> None:
     """A dropout of 0 drops nothing, one of almost 0 hardly anything, and what is kept keeps its mean."""
     _dropping(subject)

@@ -119,7 +119,8 @@ def sentence_sizes(subject: Any, task: SentenceTask) -> dict[str, Any]:
     for name, value in wanted.items():
         if name in ("vocab_size", "block_size") and name not in sizes and getattr(subject.sizes, name) < value:
             raise NotApplicable(
-                f"the sentence needs {name} {value}, and the model's is fixed at {getattr(subject.sizes, name)}",
+                f"the sentence needs {name} {value}, and the model's is fixed at {getattr(subject.sizes, name)}: let "
+                "its constructor, or a function build_model(vocab_size, block_size), take it",
                 **{name: getattr(subject.sizes, name)},
             )
     return sizes
@@ -303,13 +304,12 @@ def speaker(subject: Any, learned: Learned) -> Speak:
     try:
         own = replace(decoder(subject, model, learned.task.tokenizer.vocab_size), block_size=learned.task.block_size)
         own.wants("temperature")
+        theirs = functools.partial(own_words, own, model, subject.seed)
+        theirs(torch.full((1, 1), learned.task.tokenizer.begin, device=subject.device), 1, 0.0)
     except NotApplicable:
         return ours
-    theirs = functools.partial(own_words, own, model, subject.seed)
-    try:
-        theirs(torch.full((1, 1), learned.task.tokenizer.begin, device=subject.device), 1, 0.0)
     except Exception as error:  # a part that only its own script gives it, or a mistake: for the checks of generation
-        advise(f"{own.name} raises {type(error).__name__}: {error}; decoded by a loop of ours over the logits")
+        advise(f"generate raises {type(error).__name__}: {error}; decoded by a loop of ours over the logits")
         return ours
     return theirs
 

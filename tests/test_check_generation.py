@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -314,6 +315,14 @@ def test_no_generate_is_not_applicable_and_an_unknown_signature_says_what_settle
     for function, words in ((None, "brings no generate"), (lambda a, b, c, d, e: a, "max_new_tokens")):
         found = judge(CHECKS["check_generate_appends_tokens"], with_generate(function), {})
         assert found.outcome == "not_applicable" and words in found.says
+
+
+def test_a_tokenizer_that_only_stands_in_is_no_fault_of_the_model():
+    """Its constructor takes a tokenizer, of which nothing but sizes is known; its generate asks that one for ids."""
+    subject = Subject.meet(str(Path(__file__).parent / "conventions" / "tokenizer_argument.py"), seed=SEED)
+    found = judge(CHECKS["check_generate_appends_tokens"], subject, {})
+    assert found.outcome == "not_applicable", found.says
+    assert "tokenizer of the subject's own" in found.says and "'encode'" in found.says
 
 
 def test_a_generate_that_crashes_is_an_error_told_once():

@@ -13,6 +13,7 @@ from checks import check_sanity
 from checks.check_sanity import check_learns_only_unmasked_targets, check_memorizes_the_sentence
 from checks.subject import Subject, reference, reference_parts
 from checks.verdict import judge
+from transformer.data import SentenceTask
 
 BOTH = [check_memorizes_the_sentence, check_learns_only_unmasked_targets]
 LLAMA = dict(positions="rotary", norm="rms", feed_forward="swiglu", bias=False, tied=False)
@@ -150,3 +151,19 @@ def test_wrong_words_at_a_low_loss_show_both_texts():
     assert verdict.evidence["expected"] == "I love machine learning"
     assert verdict.evidence["said"] == "I" * 23
     assert "number 2" in verdict.says
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1])
+def test_a_generate_that_breaks_is_replaced_by_a_loop_over_the_logits(temperature):
+    """What is wrong with it is for the checks of generation to say: the sentence is read from the logits."""
+
+    def generate(model, prompt, max_new_tokens, temperature=1.0):
+        raise AttributeError("no tokenizer here")
+
+    parts = reference_parts()
+    parts.generate = generate
+    subject, task = Subject("breaks", parts, seed=3), SentenceTask()
+    model = subject.build(vocab_size=task.tokenizer.vocab_size, block_size=task.block_size)
+    learned = SimpleNamespace(trainer=SimpleNamespace(model=model), task=task)
+    said = check_sanity.speaker(subject, learned)(torch.full((1, 1), task.tokenizer.begin), 3, temperature)
+    assert len(said) == 1 and len(said[0]) == 3

@@ -199,6 +199,10 @@ class Filling:
         return given
 
 
+class Unset(AttributeError):
+    """A setting, or a part of a tokenizer that stands in for the subject's own, that no size gives."""
+
+
 class Settings(dict):
     """A configuration for code that says what it wants by asking: `cfg["n_layer"]` or `cfg.n_layer`."""
 
@@ -234,7 +238,7 @@ class Settings(dict):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"no value for the setting {name!r}") from None
+            raise Unset(f"no value for the setting {name!r}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checks.conventions.filling import Unset
 from checks.expect import NotApplicable
 
 # What a parameter is for, by the names it has in public code; case does not matter.
@@ -274,6 +275,12 @@ def learn_forms(known: Decoder, model: nn.Module) -> Decoder:
             except Exception as error:  # the wrong form, or a mistake inside: the first of these is told if none fits
                 first = first or error
     assert first is not None
+    if isinstance(first, Unset):  # a stand-in of ours: nothing that the model says
+        raise NotApplicable(
+            f"{known.name} asks a tokenizer of the subject's own that is not here: {first}. A wrapper settles it:\n"
+            "def generate(model, prompt, max_new_tokens):  # prompt [B, T] of ids\n"
+            f"    return {known.name}(...)  # [B, T + max_new_tokens]"
+        )
     raise first
 
 

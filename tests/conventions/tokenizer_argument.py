@@ -1,4 +1,4 @@
-"""The vocabulary comes from a tokenizer."""
+"""The vocabulary comes from a tokenizer, which its generate asks for the text's ids."""
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, tokenizer, block_size, n_embd, n_head, n_layer):
         super().__init__()
+        self.tokenizer = tokenizer
         self.tokens = nn.Embedding(tokenizer.vocab_size, n_embd)
         self.positions = nn.Embedding(block_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
@@ -35,3 +36,11 @@ class GPT(nn.Module):
 
     def forward(self, idx):
         return self.head(self.hidden(idx))
+
+    @torch.no_grad()
+    def generate(self, prompt: str, max_gen_len: int, temperature: float = 1.0) -> str:
+        ids = torch.tensor([self.tokenizer.encode(prompt)])
+        for _ in range(max_gen_len):
+            logits = self(ids)[:, -1] / temperature
+            ids = torch.cat((ids, logits.softmax(-1).multinomial(1)), dim=1)
+        return self.tokenizer.decode(ids[0].tolist())
