@@ -411,8 +411,8 @@ def check_tokens_matter_from_the_start(subject: Any) -> None:
         model = precise(subject, None)
     tokens, others = _few_tokens(subject), _few_tokens(subject).roll(1, dims=1)
     rounding = 1e-10 if precision(subject).inside == torch.float64 else 1e-6
-    if not any(p.requires_grad for p in model.parameters()):
-        raise NotApplicable("nothing is trained")
+    if waiting := _waiting(model, _drawn(subject)):
+        raise NotApplicable("there are weights to be loaded: frozen, or zero without being drawn", weights=waiting)
     if _depends(subject, model, tokens, others, rounding):
         return
     for _ in range(STEPS):
@@ -425,6 +425,15 @@ def check_tokens_matter_from_the_start(subject: Any) -> None:
         likely=("init-constant",),
         advice="draw the matrices at random: with equal weights all features are one, and a norm makes nothing of it",
     )
+
+
+def _waiting(model: nn.Module, drawn: set[str]) -> list[str]:
+    """Frozen matrices, and if none is drawn those that are no constant, as memory that nothing has filled yet."""
+    matrices = {name: value.detach() for name, value in model.named_parameters() if value.dim() > 1}
+    frozen = [name for name in matrices if not model.get_parameter(name).requires_grad]
+    if frozen or not drawn.isdisjoint(matrices):
+        return frozen
+    return [name for name, value in matrices.items() if not value.any() or bool((value != value.flatten()[0]).any())]
 
 
 def _step(model: nn.Module, loss: Tensor, rounding: float) -> None:

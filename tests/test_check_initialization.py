@@ -175,7 +175,22 @@ def last_norm_from_zero(model):
     nn.init.zeros_(model.norm.weight)
 
 
+def to_be_loaded(model):
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+
+
+def adapters_of_frozen_weights(model):
+    to_be_loaded(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    adapted(model)
+    nn.init.ones_(model.norm.weight)
+
+
 LEGITIMATE = {
+    "weights to be loaded": to_be_loaded,
+    "adapters of frozen weights": adapters_of_frozen_weights,
     "gains stored less one": one_plus,
     "a low-rank adaptation": adapted,
     "weights of unit size": of_class(InUnits),
