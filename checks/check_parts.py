@@ -431,7 +431,8 @@ def told(subject: Any, model: nn.Module, silence: Silence, only: int | None = No
         silence.found.clear()
         with silence:
             logits.append(call(subject, model, each)[:, -1])
-    return float((logits[0] - logits[1]).abs().max()) / spread(call(subject, model, tokens))
+    moves = float((logits[0] - logits[1]).abs().max()) / spread(call(subject, model, tokens))
+    return moves if math.isfinite(moves) else math.inf  # where silence breaks the model nothing is known
 
 
 def fail_lost(subject: Any, model: nn.Module, part: str, silence: Silence) -> None:
