@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from checks.expect import NotApplicable, Where, advise, fail, needs, note
+from checks.spec.drawing import draws
 from checks.spec.dropping import SITES, Dropped, dropped
 from checks.spec.gradients import slopes
 from checks.spec.initialization import Constant, Drawn, drawn
+from checks.spec.last import last_positions
+from checks.spec.remarks import remarks
 from checks.spec.scores import Scales
 from checks.spec.settling import FAMILIES, Settled, norm_form, settled, specimen
 from checks.spec.simulation import Simulated
@@ -28,6 +31,7 @@ AUTO_SECONDS = 1.5  # without a declaration
 CONTRACT = ("check_contract.check_logits_have_shape",)
 LOGITS = (*CONTRACT, "check_spec.check_logits_agree")
 GRADIENT = 1e-8  # of a tensor's largest gradient, in float64; correct models differ by 1e-14 of it
+PROBABILITY = 1e-6  # relative, of a token, in float64; correct models differ by 1e-13
 SCALE = 1e-6  # of the usual factor: one read off float64 numbers is exact to 1e-12
 
 
@@ -196,6 +200,55 @@ def expect_usual_epsilon(found: Settled) -> None:
 
 
 @needs(*LOGITS)
+def check_last_position_agrees(subject: Any) -> None:
+    """A call that answers for the last position alone gives the last position's logits of the declared architecture."""
+    found = agreeing(subject)
+    calls = last_positions(found)
+    if not calls:
+        raise NotApplicable("every call answers for all positions")
+    note(calls=sorted({call.how for call in calls}), largest=max(call.error for call in calls))
+    for call in calls:
+        if call.error > found.specimen.bound.size:
+            meant = call.meant(found.theirs[:, : call.tokens.shape[1]])
+            fail(
+                f"{call.how} does not answer with the logits of the last of {call.tokens.shape[1]} positions "
+                f"(difference {call.error:.3g} of the largest)" + (f": these are those of {meant}" if meant else ""),
+                likely=("last-position-is-the-first",) if meant == "position 0" else ("last-position-of-the-last-row",)
+                if "last row" in meant else (),
+                advice="logits = head(x[:, [-1], :]): the last position of every row, kept as an axis",
+                how=call.how,
+                these_are=meant or None,
+            )  # fmt: skip
+
+
+@needs(*LOGITS)
+def check_generation_draws_from_the_logits(subject: Any) -> None:
+    """What generate draws from at temperature 1 is the softmax of the declared architecture's last logits."""
+    found = agreeing(subject)
+    seen = draws(found)
+    note(
+        draws=len(seen),
+        kept=sorted({len(draw.theirs) for draw in seen}),
+        powers=sorted({round(d.power, 6) for d in seen}),
+    )
+    allowed = PROBABILITY if found.specimen.dtype == torch.float64 else 1e-4
+    wrong = next((draw for draw in seen if draw.error_of_power > allowed), None)
+    if wrong is not None:
+        place = int((wrong.theirs.log() - wrong.ours.log()).abs().argmax())
+        fail(
+            f"drawing token {wrong.step + 1} of row {wrong.row}, the token of rank {place + 1} has probability "
+            f"{float(wrong.theirs[place]):.3g}, and {float(wrong.ours[place]):.3g} in the softmax of a "
+            f"{NAMES[found.family]}'s logits after the same tokens",
+            likely=("generation-of-the-last-row", "generate-first-position-logits"),
+            advice="probabilities = (logits[:, -1] / temperature).softmax(-1), of each row's own last position",
+            step=wrong.step,
+            row=wrong.row,
+        )
+    if (odd := next((draw for draw in seen if draw.error > allowed), None)) is not None:
+        advise(f"asked for temperature 1, generate draws at {1 / odd.power:.4g}")
+
+
+@needs(*LOGITS)
 def check_weights_are_the_familys(subject: Any) -> None:
     """Every weight has a place in the declared architecture, and a head that starts as the embedding is tied to it."""
     found = agreeing(subject)
@@ -225,6 +278,8 @@ def check_weights_are_the_familys(subject: Any) -> None:
             advise(f"the head has a table of its own ({plan.head.numel:,} weights more): GPT-2's is its embedding")
     if plan.head_bias is not None:
         advise(f"the head has a bias ({plan.head_bias}), which neither GPT-2's nor Llama's has")
+    for remark in remarks(found):
+        advise(remark)
 
 
 @needs(*LOGITS)

@@ -5,6 +5,7 @@ Like those of architecture.py they break no law, and only a declared architectur
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 
 from checks.bugs import bug
 from checks.bugs.architecture import GELU, GPT2, LLAMA, LOGITS, blocks, norms, redefine
+from checks.bugs.generation import replace
+from checks.bugs.variants import KeepingTransformer, keeping
 from transformer.model import (
     Attention,
     Block,
@@ -26,6 +29,8 @@ from transformer.model import (
     Transformer,
 )
 
+LAST = "check_spec.check_last_position_agrees"
+DRAWS = "check_spec.check_generation_draws_from_the_logits"
 EXPLICIT_GPT2: dict[str, Any] = dict(GPT2, attention="explicit")
 EXPLICIT_LLAMA: dict[str, Any] = dict(LLAMA, attention="explicit")
 
@@ -416,3 +421,24 @@ def bias_not_added(model: Transformer) -> None:
 
     for block in blocks(model):
         redefine(block.feed_forward, forward=forward)
+
+
+# -- what decoding asks for
+
+
+@bug("last-position-is-the-first", "asked for the last position's logits alone, the model gives the first's",
+     caught_by=(LAST,), model=True, of=keeping, **GPT2)  # fmt: skip
+def last_position_is_the_first(model: KeepingTransformer) -> None:
+    redefine(model, keep=lambda self, logits, n: logits[:, :n] if n else logits)
+
+
+@bug("last-position-of-the-last-row", "asked for the last position's logits alone, every row gets the last row's",
+     caught_by=(LAST,), model=True, of=keeping, **GPT2)  # fmt: skip
+def last_position_of_the_last_row(model: KeepingTransformer) -> None:
+    redefine(model, keep=lambda self, logits, n: logits[-1:, -n:].expand(len(logits), -1, -1) if n else logits)
+
+
+@bug("generation-of-the-last-row", "every row's next token is drawn from the logits of the last row",
+     caught_by=(DRAWS,), **GPT2)  # fmt: skip
+def generation_of_the_last_row(parts: SimpleNamespace) -> None:
+    replace(parts, last_position=lambda logits: logits[-1:, -1].expand(len(logits), -1))

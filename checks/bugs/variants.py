@@ -228,3 +228,29 @@ def placed(**config: Any) -> SimpleNamespace:
         model.__class__ = PlacedTransformer
 
     return changed(change, **config)
+
+
+# -- logits of the latest positions only
+
+
+class KeepingTransformer(Transformer):
+    """Gives the logits of the last `logits_to_keep` positions, as decoding needs them; 0 for all."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        return self.keep(super().forward(tokens, mask, cache), logits_to_keep)
+
+    def keep(self, logits: Tensor, n: int) -> Tensor:
+        return logits[:, -n:]
+
+
+def keeping(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.__class__ = KeepingTransformer
+
+    return changed(change, **config)

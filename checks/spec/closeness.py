@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from checks.spec.agreement import apart
-from checks.spec.oracle import Variant, build, family_config, load, vary
+from checks.spec.oracle import Variant, build, family_config, load, undrawn, vary
 from checks.spec.roles import Plan
 from checks.spec.settling import Settled
 from checks.spec.trace import Step, checkpoints, depth, steps
@@ -29,7 +29,7 @@ MOST = 24  # plans and variants that are looked at further
 # What a family leaves open, in the order in which a forward pass meets it.
 CHOICES: tuple[Callable[[Plan, Variant], Any], ...] = (
     lambda plan, variant: variant.eps,
-    lambda plan, variant: (variant.positions, variant.rope_base, variant.mirrored),
+    lambda plan, variant: (variant.positions, variant.rope_base, variant.mirrored, variant.stretch),
     lambda plan, variant: plan.arrangement,
     lambda plan, variant: variant.tiled,
     lambda plan, variant: plan.gate_first,
@@ -63,7 +63,7 @@ def traced(found: Settled) -> tuple[Tensor, list[Step]]:
 
 def explicit(plan: Plan, variant: Variant) -> Transformer:
     """The reference with attention step by step."""
-    with torch.random.fork_rng(devices=[]):
+    with undrawn():
         model = Transformer(ModelConfig(**family_config(plan, variant), attention="explicit"))
     return vary(load(model, plan), variant)
 
@@ -86,14 +86,21 @@ class Closeness:
         """The disagreement in each stage."""
         key = key_of(plan, variant)
         if key not in self.known:
-            self.known[key] = {stage: self._disagreement(stage, plan, variant) for stage in STAGES}
+            self.known[key] = self._stages(build(plan, variant))
         return self.known[key]
 
-    def _disagreement(self, stage: str, plan: Plan, variant: Variant) -> float:
-        theirs = self.theirs[stage]
-        with silenced(plan, STAGES[stage]), torch.no_grad():
-            ours = build(plan, variant)(self.found.specimen.tokens)[..., : theirs.shape[-1]]
-        return apart(theirs, ours.double())
+    @torch.no_grad()
+    def _stages(self, ours: Transformer) -> dict[str, float]:
+        errors = {}
+        for stage, which in STAGES.items():
+            held = [(p, p.clone()) for block in ours.blocks for p in _outputs(block, which)]
+            for parameter, _ in held:
+                parameter.zero_()
+            theirs = self.theirs[stage]
+            errors[stage] = apart(theirs, ours(self.found.specimen.tokens)[..., : theirs.shape[-1]].double())
+            for parameter, value in held:
+                parameter.copy_(value)
+        return errors
 
     def agreeing(self, candidate: Candidate) -> int:
         """In how many stages."""
@@ -115,6 +122,11 @@ class Closeness:
             return best
         deepest = max(map(self.depth, best))
         return [one for one in best if self.depth(one) == deepest]
+
+
+def _outputs(block: Any, which: tuple[str, ...]) -> list[Tensor]:
+    parts = {"attention": block.attention.output, "feed-forward": block.feed_forward.output}
+    return [p for name in which for p in parts[name].parameters()]
 
 
 def key_of(plan: Plan, variant: Variant) -> tuple:

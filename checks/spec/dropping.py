@@ -12,13 +12,12 @@ from torch.overrides import TorchFunctionMode
 from checks.expect import NotApplicable, Where
 from checks.probes.randomness import seeded, set_rates
 from checks.spec.agreement import apart
-from checks.spec.oracle import family_config, load, vary
+from checks.spec.closeness import explicit
 from checks.spec.promotion import promoted
 from checks.spec.settling import Settled
 from checks.spec.trace import alike, checkpoints, sums
 from checks.subject import cast
 from checks.where import line_now
-from transformer.model import ModelConfig, Transformer
 
 RATE = 0.3
 DROPOUTS = {"dropout", "dropout_", "alpha_dropout", "feature_dropout", "native_dropout"}
@@ -77,7 +76,7 @@ def dropped(found: Settled) -> list[Dropped]:
         again = seen.subject.logits(model, tokens).double()
     if apart(first, again) > 0 or apart(first, found.theirs) > seen.bound.size:
         raise NotApplicable("the model drops by means of its own, which are not seen", difference=apart(first, again))
-    wanted = checkpoints(_reference(found), tokens)
+    wanted = checkpoints(explicit(found.plan, found.variant), tokens)  # type: ignore[arg-type]
     done, kernels = [], 0
     for given, rate, where in calm.seen:
         if given is None:
@@ -107,10 +106,3 @@ def _dropping(found: Settled) -> nn.Module:
     model.load_state_dict(seen.model.state_dict())
     set_rates(model, RATE)
     return model.train()
-
-
-def _reference(found: Settled) -> Transformer:
-    assert found.plan is not None and found.variant is not None
-    with torch.random.fork_rng(devices=[]):
-        ours = Transformer(ModelConfig(**family_config(found.plan, found.variant), attention="explicit"))
-    return vary(load(ours, found.plan), found.variant)

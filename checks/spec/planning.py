@@ -249,7 +249,7 @@ def arrangements(plan: Plan) -> list[str]:
     layer = plan.inventory.layers[0]
     names = [layer[m.at].name for m in plan.attention[:3]]
     fits = [p for p in letters if _sizes_fit(p, plan)]
-    fits.sort(key=lambda p: -sum(_is_called(name, letter) for name, letter in zip(names, p, strict=True)))
+    fits.sort(key=lambda p: -sum(called(name, letter) for name, letter in zip(names, p, strict=True)))
     return [
         f"{p}|{layout}" for layout in ("hd", "dh") for p in fits if not (layout == "dh" and plan.form == "per head")
     ]
@@ -264,7 +264,8 @@ def _sizes_fit(letters: str, plan: Plan) -> bool:
     )
 
 
-def _is_called(name: str, role: str) -> bool:
+def called(name: str, role: str) -> bool:
+    """Whether public code calls what is of this role so."""
     return re.search(CALLED[role], name.lower()) is not None
 
 
@@ -274,7 +275,7 @@ def _gates(plan: Plan) -> tuple[bool, ...]:
     names = [plan.inventory.layers[0][m.at].name for m in plan.feed_forward]
     if len(names) == 1:
         return (True, False)
-    swapped = _is_called(names[1], "gate") and not _is_called(names[0], "gate")
+    swapped = called(names[1], "gate") and not called(names[0], "gate")
     return (False, True) if swapped else (True, False)
 
 
@@ -287,10 +288,10 @@ def unsettled(plan: Plan) -> list[str]:
     if plan.settled:
         return []
     open_ = names if plan.form != "query and pair" else []
-    if plan.form == "split" and all(_is_called(n, letter) for n, letter in zip(names, plan.arrangement, strict=False)):
+    if plan.form == "split" and all(called(n, letter) for n, letter in zip(names, plan.arrangement, strict=False)):
         open_ = []
     inside = [layer[m.at].name for m in plan.feed_forward]
-    return open_ + (inside if len(inside) == 2 and not any(_is_called(name, "gate") for name in inside) else [])
+    return open_ + (inside if len(inside) == 2 and not any(called(name, "gate") for name in inside) else [])
 
 
 def _gated(plan: Plan, gate_first: bool) -> tuple[Matrix, ...]:

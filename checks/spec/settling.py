@@ -16,7 +16,7 @@ from checks.expect import Bound, NotApplicable, note
 from checks.spec.agreement import BOUNDS, apart
 from checks.spec.inventory import Inventory, Weight, take
 from checks.spec.norms import NormForm, measure
-from checks.spec.oracle import USUAL_BASES, USUAL_EPS, Variant, build, norms_of, variants
+from checks.spec.oracle import USUAL_BASES, USUAL_EPS, USUAL_STRETCHES, Stretch, Variant, build, norms_of, variants
 from checks.spec.planning import plans, unsettled
 from checks.spec.promotion import promoted
 from checks.spec.roles import NoPlan, Plan, Shape
@@ -34,6 +34,9 @@ TELLING: tuple[dict[str, int], ...] = (
 )
 LARGEST = 20_000_000  # weights: beyond this, float64 and many forward passes take minutes
 LARGEST_EPS = 1e-4  # a norm's epsilon beyond this is no longer left open
+FACTORS = ("factor", "rope_factor", "scale_factor", "rope_scale_factor", "scaling_factor")  # of stretched frequencies
+ORIGINALS = ("original_max_position_embeddings", "original_context_length", "old_context_len", "original_max_seq_len")
+FIRST = 16  # candidates that are tried before the choices are settled one by one
 SECONDS = 1.5  # for mapping and agreement
 
 
@@ -80,6 +83,7 @@ class Settled:
     tried: int = 0
     seconds: float = 0.0
     candidates: list[tuple[Plan, Variant]] = field(default_factory=list)
+    near: list[tuple[Plan, Variant, dict[str, float]]] | None = None  # see nearest
 
     @property
     def agrees(self) -> bool:
@@ -171,25 +175,45 @@ def settle(seen: Specimen, family: str) -> Settled:
     if found.why_not:
         return found
     with one_thread():
-        ways = variants(family, _eps(seen, candidates[0]), _bases(seen), candidates[0].n_kv_head != seen.shape.n_head)
+        grouped = candidates[0].n_kv_head != seen.shape.n_head
+        ways = variants(family, _eps(seen, candidates[0]), _bases(seen), grouped, _stretches(seen))
         if bool((found.theirs.logsumexp(-1).abs() < 1e-9).all()):
             ways = [replace(way, log_probabilities=True) for way in ways]
         found.candidates = [(plan, way) for plan in candidates for way in ways]
-        for plan, variant in found.candidates:
-            if found.tried > 2 * len(ways) and time.process_time() - start > SECONDS:
-                break
-            error = disagreement(seen, plan, variant, found.theirs)
-            found.tried += 1
-            if found.error is None or error < found.error:
-                found.plan, found.variant, found.error = plan, variant, error
-            if found.agrees:
-                break
+        _try(found, found.candidates[:FIRST])
+        if not found.agrees:
+            _try(found, [(plan, variant) for plan, variant, _ in nearest(found)])
+        if not found.agrees:
+            _try(found, found.candidates[FIRST:], until=start + SECONDS)
     found.seconds = time.process_time() - start
     return found
 
 
+def _try(found: Settled, candidates: list[tuple[Plan, Variant]], until: float = float("inf")) -> None:
+    """Up to the first that agrees; the best is kept."""
+    for plan, variant in candidates:
+        if found.agrees or time.process_time() > until:
+            return
+        error = disagreement(found.specimen, plan, variant, found.theirs)
+        found.tried += 1
+        if found.error is None or error < found.error:
+            found.plan, found.variant, found.error = plan, variant, error
+
+
+def nearest(found: Settled) -> list[tuple[Plan, Variant, dict[str, float]]]:
+    """The candidates that come nearest, with their disagreement in stages; found once."""
+    from checks.spec.closeness import promising  # which is made of what is here
+
+    if found.near is None:
+        found.near = promising(found)
+    return found.near
+
+
 def unlike(plan: Plan, family: str) -> str:
     """What of the weights cannot be this family's; "" if they can."""
+    if family == "gpt2" and plan.positions is None and not plan.gated:
+        T, C = plan.shape.block_size, plan.shape.n_embd
+        return f"no position embedding is found: no weight outside the layers is a table [{T}, {C}], and no buffer"
     if family == "gpt2" and plan.gated:
         return "its feed-forward has a gate (three matrices), and GPT-2's has none"
     if family == "llama" and not plan.gated:
@@ -230,12 +254,36 @@ def norm_form(seen: Specimen, plan: Plan, name: str) -> NormForm | None:
         return None
 
 
-def _bases(seen: Specimen) -> tuple[float, ...]:
-    """Rotary bases to try: what the model or its configuration says, then the usual ones."""
-    said = []
+def _numbers(seen: Specimen) -> Iterator[tuple[str, float]]:
+    """The numbers that the model and its configurations name, those inside a configuration's dicts included."""
     for module in seen.model.modules():
         for holder in (module, getattr(module, "config", None), getattr(module, "args", None)):
-            values = vars(holder) if hasattr(holder, "__dict__") else holder if isinstance(holder, dict) else {}
-            said += [float(v) for name, v in values.items()
-                     if isinstance(v, int | float) and ("theta" in name or "base" in name) and v > 1]  # fmt: skip
+            values = holder if isinstance(holder, dict) else _attributes(holder)
+            inside = [value for value in values.values() if isinstance(value, dict)]
+            for each in (values, *inside):
+                for name, value in each.items():
+                    if isinstance(name, str) and isinstance(value, int | float) and not isinstance(value, bool):
+                        yield name, float(value)
+
+
+def _attributes(holder: Any) -> dict[str, Any]:
+    """Of an object; of a configuration those of its class too, where some keep their values."""
+    kinds = () if holder is None or isinstance(holder, nn.Module) else type(holder).__mro__[-2::-1]
+    return {name: value for each in (*kinds, holder) for name, value in getattr(each, "__dict__", {}).items()}
+
+
+def _bases(seen: Specimen) -> tuple[float, ...]:
+    """Rotary bases to try: what the model or its configuration says, then the usual ones."""
+    said = [value for name, value in _numbers(seen) if ("theta" in name or "base" in name) and value > 1]
     return tuple(dict.fromkeys((*said, *USUAL_BASES)))
+
+
+def _stretches(seen: Specimen) -> tuple[Stretch, ...]:
+    """Stretched rotary frequencies to try: what a configuration says, and Llama 3.1's."""
+    said = dict(_numbers(seen))
+    factor = next((value for name, value in said.items() if name in FACTORS and value > 1), None)
+    original = next((value for name, value in said.items() if name in ORIGINALS), 8192.0)
+    if factor is None:
+        return USUAL_STRETCHES
+    low, high = said.get("low_freq_factor", 1.0), said.get("high_freq_factor", 4.0)
+    return tuple(dict.fromkeys((Stretch(factor, low, high, original), Stretch(factor), *USUAL_STRETCHES)))

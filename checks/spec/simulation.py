@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 from collections.abc import Iterator
@@ -11,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from checks.bugs import Bug, all_bugs
 from checks.spec.agreement import apart
-from checks.spec.oracle import Variant, build, family_config, vary
+from checks.spec.oracle import Variant, build, family_config, undrawn, vary
 from checks.spec.roles import Plan
 from checks.subject import reference_parts
 from transformer.model import GeluFeedForward, Transformer
@@ -125,18 +123,6 @@ def fill(model: Transformer, weights: dict[str, Tensor]) -> Transformer:
     return model
 
 
-class _Unfilled(TorchFunctionMode):
-    """Weights that are filled later need not be drawn now."""
-
-    DRAWING = ("normal_", "uniform_", "kaiming_uniform_")
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init" and func.__name__ in self.DRAWING:
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
 def damaged(bugs: list[Bug], config: dict[str, Any], variant: Variant) -> Transformer | None:
     """The reference of a variant, built with the damage; None if a bug is not of such models."""
     if not all(_applies(bug, config) for bug in bugs):
@@ -147,7 +133,7 @@ def damaged(bugs: list[Bug], config: dict[str, Any], variant: Variant) -> Transf
         return None
     parts = (others.pop() if others else reference_parts)(**{**config, **attention})
     try:
-        with _building():
+        with undrawn():
             for bug in bugs:
                 whole = parts.build_model
                 bug.damage(parts)
@@ -165,20 +151,6 @@ def _of_another_kind(model: Transformer, config: dict[str, Any]) -> bool:
     """Whether damage that was made for a GPT-2 has put its feed-forward where a gated one was."""
     gated = config["feed_forward"] == "swiglu"
     return gated and any(isinstance(module, GeluFeedForward) for module in model.modules())
-
-
-@contextlib.contextmanager
-def _building() -> Iterator[None]:
-    """In float64, with the random state as it was afterwards; `fork_rng` would take as long as the building."""
-    dtype, state = torch.get_default_dtype(), torch.get_rng_state()
-    torch.set_default_dtype(torch.float64)
-    torch.default_generator.manual_seed(0)
-    try:
-        with _Unfilled():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_rng_state(state)
 
 
 def _applies(bug: Bug, config: dict[str, Any]) -> bool:

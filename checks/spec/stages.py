@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from checks.spec.agreement import apart
-from checks.spec.closeness import STAGES, explicit, promising, silenced, traced
+from checks.spec.closeness import STAGES, explicit, silenced, traced
 from checks.spec.oracle import Variant, build
 from checks.spec.roles import Plan
-from checks.spec.settling import Settled, one_thread
+from checks.spec.settling import Settled, nearest, one_thread
 from checks.spec.simulation import Catalogue, Simulated, damaged, explanations, fill, logits
 from checks.spec.trace import Parting, checkpoints, parting
 
@@ -45,7 +45,7 @@ def explain(found: Settled, seconds: float) -> Explained | None:
 
 def _explain(found: Settled, until: float) -> Explained | None:
     bound = found.specimen.bound.size
-    ranked = promising(found)
+    ranked = nearest(found)
     if not ranked:
         return None
     first = Explained(*ranked[0][:2], parts=_over(ranked[0][2], bound))
