@@ -29,7 +29,8 @@ class GPT(nn.Module):
 
     def init_weights(self):
         for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.02)
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
 
     def hidden(self, idx):
         x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1], device=idx.device))
