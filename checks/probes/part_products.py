@@ -45,9 +45,10 @@ class WeightProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = multiplied(func, args)
+        known = known if known is not None and known[0].numel() and known[0].is_floating_point() else None
         rows = None if known is None else self.flat(known[0], known[2])
         result = func(*args, **(kwargs or {}))
-        if known is not None and rows is not None and isinstance(result, Tensor):
+        if known is not None and rows is not None and isinstance(result, Tensor) and result.numel():
             gives = self.flat(result, known[2])
             self.found.append(Mapped(rows, gives, line_now(self.names), known[1].data_ptr()))
             return gives.view(result.shape) if self.live and known[2] == -1 else result
@@ -73,6 +74,8 @@ def multiplied(func: Any, args: tuple) -> tuple[Tensor, Tensor, int] | None:
 
 def multiple(of: Tensor, x: Tensor) -> tuple[float, float] | None:
     """The factor and the constant that make x out of another tensor; None where no two numbers do."""
+    if not of.numel():
+        return None
     a, b = of.double(), x.double()
     da, db = a - a.mean(), b - b.mean()
     if not (bool(a.isfinite().all() and b.isfinite().all()) and float(da.abs().max()) > 0):
