@@ -23,6 +23,8 @@ from transformer.generation import generate
 from transformer.trainer import Trainer
 
 CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
+CAUSAL = "check_causality.check_future_cannot_change_past"
+PAST = "check_causality.check_past_reaches_every_later_position"
 BEGIN = 0
 PART = 4  # tokens of a beginning, of the middle and of an end
 SMALL = dict(n_layer=1, n_head=4, n_embd=64, dropout=0.0)
@@ -57,7 +59,7 @@ def check_memorizes_a_random_string(subject: Any) -> None:
     recite(subject, Task([tokens]))
 
 
-@needs(*CONTRACT, "check_memorization.check_memorizes_a_random_string")
+@needs(*CONTRACT, CAUSAL, PAST, "check_memorization.check_memorizes_a_random_string")
 def check_memorizes_two_strings_with_the_same_middle(subject: Any) -> None:
     """Two strings that share their middle are both said to their ends: what follows it depends on what came before."""
     part = PART if room(subject, "vocab_size", 5 * PART + 1) and room(subject, "block_size", 3 * PART) else PART - 1

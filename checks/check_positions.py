@@ -17,6 +17,7 @@ from checks.probes.influence import call, length, moved
 from checks.probes.precision import precise, spread
 from checks.subject import EXISTENCE
 
+PAST = "check_causality.check_past_reaches_every_later_position"
 SMALLEST = 1e-6  # standard deviations of the logits: what an exchange of tokens moves at least (clean models: 2e-3)
 LONG = 40  # tokens: past the powers of two at which positions may start again
 LONGER = 131  # of these only pairs with the first token and some neighbours are tried
@@ -27,7 +28,7 @@ NAMED = re.compile(r"(?<![a-z])(pos|position|positions|wpe|pe|freqs|alibi|rope|r
 KIND = re.compile(r"rotary|rope(?![a-z])|alibi|sinusoid|learnedpos", re.IGNORECASE)
 
 
-@needs(*CONTRACT)
+@needs(*CONTRACT, PAST)
 def check_order_of_tokens_matters(subject: Any) -> None:
     """In one block, exchanging two earlier tokens changes a later logit, wherever the two stand."""
     expect_causal(subject)

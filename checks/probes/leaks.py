@@ -11,12 +11,17 @@ from checks.expect import Bound, Where, fail
 from checks.probes.ablation import passed_by, replaced, siblings
 from checks.probes.attention_products import Attentions
 from checks.probes.influence import EVAL, Changes, Leak, Way, call, find_leak, measure
+from checks.probes.norm_modules import NAMED
 from checks.probes.precision import spread
 
 ADVICE = (
     "Print the causal mask that reaches attention (row t is True at columns 0 to t only), then the same in every layer "
     "and on every path: train and eval, with and without a padding mask."
 )
+FILLED = (
+    "Fill masked scores with float('-inf'), or with torch.finfo(scores.dtype).min: a score can outgrow another number."
+)
+NORMED = "A norm takes its mean over the features of one token, dim=-1 alone: over time it hears every later token."
 FAINT = 1e-2  # of what the past does: a fill that is not negative enough leaks less than no mask at all
 
 
@@ -39,12 +44,14 @@ def expect_no_leak(
     where = leak.site(subject, model)
     pairs = leak.pairs > 0
     seen, causes = attention_seen(subject, model, leak)
+    in_a_norm = where is not None and bool(NAMED.search(where.type))
+    likely = ("norm-over-sequence", *likely) if in_a_norm else likely
     causes = (*likely, *depth(subject, model, leak, where), *causes, *pattern(leak.pairs, moves))
     fail(
         f"{_sentence(leak, unit, int(pairs.sum()))}{f'. {seen}' if seen else ''}",
         where=where,
         likely=tuple(dict.fromkeys(causes)),
-        advice=ADVICE,
+        advice=NORMED if in_a_norm else FILLED if causes[0].startswith("mask-fill") else ADVICE,
         first={"t": leak.t, "s": leak.s},
         length=leak.length,
         size=_short(leak.size / unit),
