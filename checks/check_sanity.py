@@ -116,12 +116,12 @@ def sentence_sizes(subject: Any, task: SentenceTask) -> dict[str, Any]:
     """The homework's sizes where the subject takes them, else its own, if the sentence fits."""
     wanted = dict(vocab_size=task.tokenizer.vocab_size, block_size=task.block_size, **HOMEWORK)
     sizes = {name: value for name, value in wanted.items() if subject.can_vary(name)}
-    for name, value in wanted.items():
-        if name in ("vocab_size", "block_size") and name not in sizes and getattr(subject.sizes, name) < value:
+    for name, most in (("vocab_size", subject.sizes.vocab_size), ("block_size", subject.longest)):
+        if name not in sizes and most is not None and most < wanted[name]:
             raise NotApplicable(
-                f"the sentence needs {name} {value}, and the model's is fixed at {getattr(subject.sizes, name)}: let "
-                "its constructor, or a function build_model(vocab_size, block_size), take it",
-                **{name: getattr(subject.sizes, name)},
+                f"the sentence needs {name} {wanted[name]}, and the model's is fixed at {most}: let its constructor, "
+                "or a function build_model(vocab_size, block_size), take it",
+                **{name: most},
             )
     return sizes
 

@@ -272,6 +272,8 @@ class Run:
             terminalreporter.line(terminal.totals(summary))
             if not summary["executed"]:
                 terminalreporter.line("no check ran: this says nothing about the model", red=True)
+                for reason in dict.fromkeys(v["says"] for v in verdicts if v["outcome"] == "not_applicable"):
+                    terminalreporter.line(f"not applicable: {reason}")
             if start := terminal.where_to_start(verdicts):
                 terminalreporter.line(start, red=True)
         if self.measured or self.unmeasured:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import NotApplicable
+from checks.verdict import unwarned
 
 if TYPE_CHECKING:
     from checks.conventions.masks import MaskForm
@@ -87,7 +88,6 @@ class Subject:
         if isinstance(what, str) and (what == "transformer" or what.startswith("bug:")):
             return _own(what, parts, checkpoint, declared)
         from checks.conventions.meeting import meet
-        from checks.verdict import unwarned
 
         with unwarned():
             met = meet(what, device=device, causal=causal, checkpoint=checkpoint, parts=parts)
@@ -98,6 +98,7 @@ class Subject:
         return subject
 
     @property
+    @unwarned()
     def header(self) -> str:
         """One line of facts: what was met, how it is built and called, what it brings, what was assumed."""
         if self.met is None:
@@ -106,6 +107,7 @@ class Subject:
 
         return header_of(self.met)
 
+    @unwarned()
     def build(self, *, seed: int = 0, **sizes: Any) -> nn.Module:
         """A fresh model in eval mode, its weights drawn from the seed; sizes not given are those of `self.sizes`.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from checks.conventions import names
@@ -32,6 +34,22 @@ def sizes(model: nn.Module) -> dict[str, int | None]:
         found["block_size"] = positions if found["block_size"] is None else min(found["block_size"], positions)
     found["n_layer"] = _repeated(model) or found["n_layer"]
     return found
+
+
+def reach(model: nn.Module, most: int, device: Any) -> int | None:
+    """How many tokens a plain forward reads at most; None where it reads `most`, or not even two."""
+
+    def reads(T: int) -> bool:
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, T, dtype=torch.long, device=device))
+        except Exception:  # whatever a foreign forward raises
+            return False
+        return True
+
+    if reads(most) or not reads(2):
+        return None
+    return bisect.bisect_left(range(3, most), True, key=lambda T: not reads(T)) + 2
 
 
 def _declared(model: nn.Module) -> Iterator[tuple[str, int]]:

@@ -322,6 +322,9 @@ def _has_padding(recipe: Recipe) -> bool:
 def _met(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int | None, device: Any) -> Met:
     varies = frozenset(recipe.varies.values())
     measured = measuring.sizes(model)
+    if "block_size" not in varies and measured["block_size"] is None:
+        with recipe.home:
+            measured["block_size"] = measuring.reach(model, MOST_TOKENS, device)
     sizes = {k: asked[k] for k in names.SIZES}
     for size in names.SIZES:
         if size not in varies and measured.get(size) is not None:
@@ -409,7 +412,8 @@ def _try_instance(model: nn.Module, home: Home, device: Any, causal: bool, trial
         model = model.to(device)
         measured = measuring.sizes(model)
         sizes = {**names.DEFAULTS, **{k: v for k, v in measured.items() if v is not None}}
-        longest = measured.get("block_size")
+        with home:
+            longest = measured["block_size"] or measuring.reach(model, MOST_TOKENS, device)
         sizes["block_size"] = min(longest or names.DEFAULTS["block_size"], MOST_TOKENS)
         again = measuring.Restored(model)
         with contextlib.ExitStack() as stack:
