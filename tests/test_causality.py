@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from checks import checks_in
 from checks.bugs import all_bugs
-from checks.bugs.variants import alibi, no_positions, sinusoidal, sliding_window
+from checks.bugs.variants import alibi, changed, no_positions, sinusoidal, sliding_window
 from checks.probes.influence import TRAIN, Changes, call, changes, every_id, find_leak, moves_before, same_arithmetic
 from checks.probes.leaks import pattern
 from checks.subject import Subject, reference, reference_parts
@@ -369,3 +369,36 @@ def test_a_pattern_names_its_bug():
     assert first(upper * (torch.arange(T)[:, None] // 4 == torch.arange(T) // 4)) == "block-summary-leak"
     assert first(upper * (torch.arange(T) >= 5)) == "causal-hardcoded-length"
     assert first(upper.tril(4)) == "window-to-both-sides"
+
+
+def test_noise_of_as_many_tokens_as_chose_an_expert_is_no_sight_of_the_future():
+    """The dropout of one expert draws for its own tokens: another choice gives every later expert other noise."""
+
+    def change(model):
+        class Experts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                width = model.config.n_embd
+                self.router = nn.Linear(width, 3)
+                dropped = nn.Dropout(model.config.dropout)
+                self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, width), dropped) for _ in range(3))
+
+            def forward(self, x):
+                weight, chosen = self.router(x).softmax(-1).max(-1)
+                mixed = torch.zeros_like(x)
+                for index, expert in enumerate(self.experts):
+                    mixed[chosen == index] = expert(x[chosen == index])
+                return weight[..., None] * mixed
+
+        for block in model.blocks:
+            block.feed_forward = Experts()
+
+    subject = Subject("experts that drop", changed(change), seed=2)
+    model = subject.amplified(dropout=0.2)
+    tokens = subject.tokens(2, 9)
+    first, second = (
+        call(subject, model, x, way=TRAIN) for x in (tokens, torch.cat((tokens[:, :-1], tokens[:, :1]), 1))
+    )
+    assert not torch.equal(first[:, :-1], second[:, :-1])  # or this tests nothing
+    found = judge(CHECKS[f"{PAST}_in_training"], subject, {})
+    assert found.outcome == "passed", found.says

@@ -27,6 +27,7 @@ STACKED = 8192  # tokens in one call, at most
 SLOW_SHAPE = 0.1  # seconds; some implementations recompile for every new shape
 SUSPECTS = 4  # hits to confirm one by one
 # Operations after which equal shapes need not mean equal rounding: tokens are sent by value, or scaled by a maximum.
+DRAWS = ("dropout", "bernoulli", "rand", "normal", "uniform", "exponential", "multinomial")
 ROUTING = {"topk", "sort", "argsort", "nonzero", "argmax", "max", "amax", "aminmax", "multinomial", "bincount"}
 
 
@@ -268,6 +269,8 @@ def _confirm(subject: Any, model: nn.Module, tried: Changes, row: int, way: Way,
         repeats = torch.equal(one, run(tried.plain)) and torch.equal(other, run(tried.changed))
         if not repeats or not same_arithmetic(lambda: run(tried.plain), lambda: run(tried.changed)):
             return None
+    if way.training and not same_draws(lambda: run(tried.plain), lambda: run(tried.changed)):
+        return None
     t = int(hits[0])
     return Leak(t, int(tried.place[row]), float(early[t]), bound, way, tried, row)
 
@@ -295,6 +298,19 @@ def same_arithmetic(run: Callable[[], Any], again: Callable[[], Any]) -> bool:
         again()
     names = {name.split(".")[1] for name, *_ in one.log}
     return one.log == other.log and not names & ROUTING and not any("fft" in name for name in names)
+
+
+def same_draws(run: Callable[[], Any], again: Callable[[], Any]) -> bool:
+    """Whether two calls drew random numbers of the same shapes in the same order: from one seed, the same noise.
+
+    In a mixture of experts each drops of as many tokens as chose it: another token's choice is another noise for all.
+    """
+    logs = []
+    for one in (run, again):
+        with Operations() as operations:
+            one()
+        logs.append([entry for entry in operations.log if any(word in entry[0] for word in DRAWS)])
+    return logs[0] == logs[1]
 
 
 class Operations(TorchDispatchMode):
