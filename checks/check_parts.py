@@ -18,9 +18,9 @@ from checks.expect import NotApplicable, Where, advise, fail, needs, note
 from checks.probes.activations import FORMS, activated, activations
 from checks.probes.influence import call, length
 from checks.probes.norm_modules import LARGE, Norm, norms
-from checks.probes.part_products import Attended, Mapped, Weighed, WeightProducts, multiple, sharing
+from checks.probes.part_products import Attended, Weighed, sharing
 from checks.probes.precision import precise, spread
-from checks.probes.silent_parts import Silence, feed_forward_outputs, feed_forwards
+from checks.probes.silent_parts import FeedForward, Silence, feed_forwards, narrowing_in_blocks
 from checks.subject import EXISTENCE
 from checks.where import locate
 
@@ -322,30 +322,29 @@ def fail_called(model: nn.Module, norm: Norm, does: str, bug: str) -> None:
 
 @needs(*CONTRACT, FINITE)
 def check_feed_forward_is_not_linear(subject: Any) -> None:
-    """Between the matrix that widens a feed-forward's input and the one that narrows it again, something bends."""
+    """Between a matrix that widens a feed-forward's input and the one that narrows it again, something bends."""
     model = precise(subject, EXISTENCE[1])
-    with WeightProducts(model) as products:
-        call(subject, model, subject.tokens(3, length(subject), seed=subject.seed))
-    pairs = feed_forwards(products.found)
+    tokens = subject.tokens(3, length(subject), seed=subject.seed)
+    pairs = feed_forwards(model, lambda: subject.logits(model, tokens)) if tokens.shape[1] > 1 else []
     if not pairs:
-        raise NotApplicable("no product widens what another narrows again", products=len(products.found))
-    note(feed_forwards=len(pairs))
-    for wide, narrow in pairs:
-        known = multiple(wide.gives, narrow.rows)
-        if known is not None:
-            fail_linear(wide, narrow, *known)
+        raise NotApplicable("no product widens what another narrows again, token by token")
+    note(feed_forwards=len({pair.narrow.matrix for pair in pairs}))
+    for pair in pairs:
+        if pair.passed_on is not None:
+            fail_linear(pair, pair.passed_on)
 
 
-def fail_linear(wide: Mapped, narrow: Mapped, factor: float, constant: float) -> None:
-    outer, inner = wide.rows.shape[-1], wide.gives.shape[-1]
-    changed = "as they are" if factor == 1 and constant == 0 else f"times {factor:.4g} plus {constant:.4g}"
+def fail_linear(pair: FeedForward, factor: float) -> None:
+    outer, inner = pair.wide.rows.shape[-1], pair.wide.gives.shape[-1]
+    changed = "as it is" if factor == 1 else f"times {factor:.4g}"
     fail(
-        f"the matrix that narrows {inner} features to {outer} (at {narrow.where}) is given what the one that widens "
-        f"{outer} to {inner} (at {wide.where}) gives, {changed}: two linear maps in a row are one, and the wider width "
-        "is for nothing",
-        where=narrow.where,
-        likely=("mlp-no-activation", "activation-after-second-linear"),
-        advice="Put the activation between the two: output(gelu(input(x))).",
+        f"the matrix that narrows {inner} features to {outer} (at {pair.narrow.where}) is given what the one that "
+        f"widens {outer} to {inner} (at {pair.wide.where}) gives {changed}, whatever it is: two linear maps in a row "
+        "are one, and the wider width is for nothing",
+        where=pair.narrow.where,
+        likely=("mlp-no-activation", "activation-after-second-linear", "gate-added"),
+        advice="Put the activation between the two, output(gelu(input(x))); a gate multiplies: output(silu(gate(x)) * "
+        "input(x)).",
         widths=[outer, inner],
         factor=factor,
     )
@@ -410,9 +409,9 @@ def parts_to_silence(subject: Any, model: nn.Module) -> dict[str, Silence]:
     attention = Silence(model, T)
     with attention:
         call(subject, model, tokens)
-    outputs = feed_forward_outputs(model, lambda: subject.logits(model, tokens))
+    matrices = narrowing_in_blocks(model, lambda: subject.logits(model, tokens))
     parts = {"attention": attention} if attention.found else {}
-    return parts | ({"feed-forward": Silence(model, T, {p.matrix for p in outputs})} if outputs else {})
+    return parts | ({"feed-forward": Silence(model, T, matrices)} if matrices else {})
 
 
 def told(subject: Any, model: nn.Module, silence: Silence, only: int | None = None) -> float:

@@ -51,7 +51,7 @@ FOUND: dict[str, Told] = {
     "mlp-no-activation": (
         "feed_forward_is_not_linear",
         "blocks.0.feed_forward",
-        ("128 features to 32", "as they are"),
+        ("128 features to 32", "as it is"),
         "mlp-no-activation",
     ),
     "gelu-written-wrong": (
@@ -343,9 +343,9 @@ class TimesTwo(InPlace):
 @pytest.mark.parametrize(
     "feed_forward, told",
     [
-        (lambda C: nn.Sequential(nn.Linear(C, 4 * C), nn.Dropout(), nn.Linear(4 * C, C)), "as they are"),
-        (lambda C: nn.Sequential(nn.Linear(C, 4 * C), nn.Linear(4 * C, C), nn.GELU()), "as they are"),
-        (lambda C: Convolved(C, lambda x: x), "as they are"),
+        (lambda C: nn.Sequential(nn.Linear(C, 4 * C), nn.Dropout(), nn.Linear(4 * C, C)), "as it is"),
+        (lambda C: nn.Sequential(nn.Linear(C, 4 * C), nn.Linear(4 * C, C), nn.GELU()), "as it is"),
+        (lambda C: Convolved(C, lambda x: x), "as it is"),
         (TimesTwo, "times 2"),
     ],
 )

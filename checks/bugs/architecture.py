@@ -497,7 +497,7 @@ def sigmoid_for_silu(model: Transformer) -> None:
 @bug(
     "gate-added",
     "the gate is added to the value instead of multiplying it",
-    caught_by=(LOGITS,),
+    caught_by=(LOGITS, BENDS),
     model=True,
     **LLAMA,
 )

@@ -26,7 +26,7 @@ def names_of(model: nn.Module) -> dict[int, str]:
 class Mapped:
     """One product with a matrix of weights: rows [N, F] in, rows [N, G] out, and the line that asked for it.
 
-    With `live` they are those of the graph; `matrix` tells the weights again in another call.
+    Both are those of the graph; `matrix` tells the weights again in another call.
     """
 
     rows: Tensor
@@ -36,28 +36,29 @@ class Mapped:
 
 
 class WeightProducts(TorchFunctionMode):
-    """Every product with a matrix of weights. Copies are kept: an activation may work in place."""
+    """Every product with a matrix of weights. The model goes on with copies: an activation may work in place."""
 
-    def __init__(self, model: nn.Module, *, live: bool = False) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.names, self.live = names_of(model), live
+        self.names = names_of(model)
         self.found: list[Mapped] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = multiplied(func, args)
-        known = known if known is not None and known[0].numel() and known[0].is_floating_point() else None
-        rows = None if known is None else self.flat(known[0], known[2])
+        rows = None if known is None else _flat(known[0].movedim(known[2], -1).clone())
         result = func(*args, **(kwargs or {}))
-        if known is not None and rows is not None and isinstance(result, Tensor) and result.numel():
-            gives = self.flat(result, known[2])
-            self.found.append(Mapped(rows, gives, line_now(self.names), known[1].data_ptr()))
-            return gives.view(result.shape) if self.live and known[2] == -1 else result
-        return result
+        if known is None or rows is None or not (isinstance(result, Tensor) and result.numel()):
+            return result
+        moved = result.movedim(known[2], -1)
+        gives = moved.reshape(-1, moved.shape[-1])
+        if not gives.requires_grad and torch.is_grad_enabled():
+            gives = gives.detach().requires_grad_()  # a frozen matrix's
+        self.found.append(Mapped(rows, gives, line_now(self.names), known[1].data_ptr()))
+        return gives.clone().view(moved.shape).movedim(-1, known[2])
 
-    def flat(self, x: Tensor, features: int) -> Tensor:
-        x = x.movedim(features, -1)
-        x = x.reshape(-1, x.shape[-1])
-        return x if self.live else x.detach().double().clone()
+
+def _flat(x: Tensor) -> Tensor | None:
+    return x.reshape(-1, x.shape[-1]) if x.numel() and x.is_floating_point() else None
 
 
 def multiplied(func: Any, args: tuple) -> tuple[Tensor, Tensor, int] | None:

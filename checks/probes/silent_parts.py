@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from checks.expect import Where
 from checks.probes.ablation import siblings
 from checks.probes.part_products import Mapped, WeightProducts, multiplied, names_of
 from checks.where import line_now
+
+STRAIGHT = 1e-6  # relative: how far slopes may differ that are one, where the model computes in float32
 
 
 class Silence(TorchFunctionMode):
@@ -58,30 +61,59 @@ def within(where: Where | None, blocks: list[str]) -> bool:
     return where is not None and any(f"{where.module}.".startswith(f"{block}.") for block in blocks)
 
 
-def feed_forwards(products: list[Mapped]) -> list[tuple[Mapped, Mapped]]:
-    """Every product that narrows rows, with the last one before it that had widened as many from that width."""
-    found = []
-    for index, narrow in enumerate(products):
+@dataclass(frozen=True)
+class FeedForward:
+    """A product that narrows rows, one that had widened them from that width, and how the first depends on the second.
+
+    `slopes` [N, F] are those of the sum of what the narrowing one is given.
+    """
+
+    wide: Mapped
+    narrow: Mapped
+    slopes: Tensor
+
+    @property
+    def passed_on(self) -> float | None:
+        """The factor by which everything comes through, whatever it is; None where something bends it."""
+        first = self.slopes.flatten()[0]
+        alike = (self.slopes - first).abs().max() <= STRAIGHT * first.abs()
+        return float(first) if bool(alike) and float(first) else None
+
+
+def feed_forwards(model: nn.Module, run: Callable[[], Any]) -> list[FeedForward]:
+    """The products that widen what another narrows again, where that depends on the same token's rows alone.
+
+    Attention whose heads are together wider than the model is told from a feed-forward by that.
+    """
+    with torch.enable_grad(), WeightProducts(model) as products:
+        run()
+    found: list[FeedForward] = []
+    begin = 0
+    for index, narrow in enumerate(products.found):
         inner, outer = narrow.rows.shape[-1], narrow.gives.shape[-1]
-        before = [p for p in products[:index] if p.gives.shape == narrow.rows.shape and p.rows.shape[-1] == outer]
-        if inner > outer and before:
-            found.append((before[-1], narrow))
+        between = products.found[begin:index]
+        wide = [p for p in between if p.gives.shape == narrow.rows.shape and p.rows.shape[-1] == outer]
+        mine = [_joined(p, narrow) for p in wide] if inner > outer else []
+        found += [pair for pair in mine if pair is not None]
+        begin = index + 1 if any(mine) else begin
     return found
 
 
-def feed_forward_outputs(model: nn.Module, run: Callable[[], Any]) -> list[Mapped]:
-    """The narrowing products of feed-forwards in blocks: they are given what depends on the same token's widened rows.
+def _joined(wide: Mapped, narrow: Mapped) -> FeedForward | None:
+    if not narrow.rows.requires_grad:
+        return None
+    last, every = (
+        torch.autograd.grad(rows.sum(), wide.gives, retain_graph=True, allow_unused=True)[0]
+        for rows in (narrow.rows[-1], narrow.rows)
+    )
+    if last is None or not bool(last[-1].any()) or bool(last[:-1].any()):
+        return None
+    return FeedForward(wide, narrow, every)
 
-    Attention whose heads are together wider than the model is told from them by that.
-    """
-    with torch.enable_grad(), WeightProducts(model, live=True) as products:
-        run()
-    pairs = [(wide, narrow) for wide, narrow in feed_forwards(products.found) if within(narrow.where, blocks_of(model))]
-    return [narrow for wide, narrow in pairs if _same_row(wide.gives, narrow.rows)]
 
-
-def _same_row(wide: Tensor, rows: Tensor) -> bool:
-    if not (wide.requires_grad and rows.requires_grad):
-        return False
-    (slopes,) = torch.autograd.grad(rows[-1].sum(), wide, retain_graph=True, allow_unused=True)
-    return slopes is not None and bool(slopes[-1].any()) and not bool(slopes[:-1].any())
+def narrowing_in_blocks(model: nn.Module, run: Callable[[], Any]) -> set[int]:
+    """The narrowing matrices of feed-forwards in blocks that the model holds: others are made anew in every call."""
+    blocks = blocks_of(model)
+    found = {pair.narrow.matrix for pair in feed_forwards(model, run) if within(pair.narrow.where, blocks)}
+    held = [p.untyped_storage() for p in model.parameters()]
+    return {m for m in found if any(h.data_ptr() <= m < h.data_ptr() + h.nbytes() for h in held)}
