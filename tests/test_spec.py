@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch.nn import functional as F
 
 from checks.bugs import all_bugs
-from checks.bugs.architecture import LLAMA
+from checks.bugs.architecture import LLAMA, norms, redefine
 from checks.check_spec import check_logits_agree
-from checks.subject import Subject
+from checks.subject import Subject, reference_parts
 from checks.verdict import Verdict, judge
 from tests import variants  # noqa: F401  (adds its controls)
 from tests.controls import CONTROLS
@@ -140,3 +141,48 @@ def test_the_part_named_is_that_of_the_right_variant(monkeypatch):
     found = verdict(Subject("interleaved", parts), "llama")
     assert found.evidence["first_part_that_differs"] == "attention scores, mask or softmax of block 0"
     assert found.evidence["variant"][0].startswith("rotary positions in interleaved pairs")
+
+
+def test_the_part_named_is_that_of_the_right_gelu():
+    """An update of another size is no bug that is known: the exact GELU before it must not be blamed."""
+    parts = reference_parts()
+    build = parts.build_model
+
+    def half_again(**sizes):
+        model = build(**sizes)
+        for block in model.blocks:
+            redefine(block.feed_forward, activation=lambda self, x: F.gelu(x),
+                     forward=lambda self, x: 1.5 * self.output(self.activation(self.input(x))))  # fmt: skip
+        return model
+
+    parts.build_model = half_again
+    found = verdict(Subject("exact", parts, seed=0), "gpt2")
+    assert found.outcome == "failed" and found.likely == ()
+    assert found.evidence["variant"][0] == "exact GELU"
+    assert found.evidence["first_part_that_differs"] == "residual stream of block 0"
+
+
+def test_a_bug_of_one_norm_is_known_in_all():
+    parts = reference_parts()
+    all_bugs()["norm-over-sequence"].damage(parts)
+    build = parts.build_model
+
+    def everywhere(**sizes):
+        model = build(**sizes)
+        kind = type(model.blocks[0].feed_forward_norm)
+        for norm in norms(model):
+            norm.__class__ = kind
+        return model
+
+    parts.build_model = everywhere
+    found = verdict(Subject("over time", parts, seed=0), "gpt2")
+    assert found.likely == ("norm-over-sequence",) and "here in every norm" in found.says
+
+
+def test_what_only_agrees_without_gradients_is_not_named(monkeypatch):
+    """Without the scale's own entry, another that gives its numbers in one mode only must not stand in for it."""
+    known = {id: bug for id, bug in all_bugs().items() if id != "scale-missing"}
+    assert "other-scale-without-gradients" in known
+    subject = all_bugs()["scale-missing"].subject(seed=0)
+    monkeypatch.setattr("checks.spec.simulation.all_bugs", lambda: known)
+    assert verdict(subject, "gpt2").likely == ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from checks.verdict import Verdict, judge
 from tests import variants  # noqa: F401  (adds its controls)
 from tests.controls import CONTROLS
 
+HERE = Path(__file__).parent
 CHECKS = {check.__name__: check for check in checks_in("spec")}
 
 
@@ -140,3 +143,65 @@ def test_a_dropout_out_of_place_is_named(id, what):
 def test_an_unusual_scale_is_advice_without_a_declaration():
     found = verdict(CONTROLS["scale-by-width-of-head"](seed=0), "check_attention_scale_is_usual", "auto")
     assert found.outcome == "passed" and any("0.3162 times" in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize(
+    "id, what",
+    [("last-position-is-the-first", "position 0"), ("last-position-of-the-last-row", "last row of the batch")],
+)
+def test_a_last_position_that_is_another_is_named(id, what):
+    found = verdict(all_bugs()[id].subject(seed=0), "check_last_position_agrees")
+    assert found.outcome == "failed" and what in found.evidence["these_are"] and found.likely == (id,)
+    assert "logits_to_keep=1" in found.evidence["how"]
+
+
+def test_the_call_without_targets_is_compared_too():
+    right = Subject.meet(str(HERE / "foreign" / "last_position.py"), seed=0)
+    found = verdict(right, "check_last_position_agrees")
+    assert found.outcome == "passed" and found.evidence["calls"] == ["forward(idx) without targets"]
+
+
+def test_the_call_without_targets_may_be_wrong_alone(tmp_path):
+    text = (HERE / "foreign" / "last_position.py").read_text()
+    assert "x[:, [-1]]" in text
+    (tmp_path / "model.py").write_text(text.replace("x[:, [-1]]", "x[:, [0]]"))
+    wrong = Subject.meet(str(tmp_path / "model.py"), seed=0)
+    assert verdict(wrong, "check_logits_agree").outcome == "passed"
+    assert verdict(wrong, "check_last_position_agrees").evidence["these_are"] == "position 0"
+
+
+def test_what_generate_draws_from_is_caught():
+    right = verdict(Subject("transformer", reference_parts(), seed=0), "check_generation_draws_from_the_logits")
+    assert right.outcome == "passed" and right.evidence["draws"] == 6 and right.evidence["powers"] == [1.0]
+    wrong = verdict(all_bugs()["generation-of-the-last-row"].subject(seed=0), "check_generation_draws_from_the_logits")
+    assert wrong.outcome == "failed" and wrong.evidence["row"] == 0 and wrong.where is None
+
+
+def test_a_fixed_temperature_is_said_and_not_accused():
+    parts = reference_parts()
+    draw = parts.generate
+    parts.generate = lambda model, prompt, max_new_tokens, temperature=1.0: draw(
+        model, prompt, max_new_tokens, temperature=temperature * 0.8
+    )
+    found = verdict(Subject("cooler", parts, seed=0), "check_generation_draws_from_the_logits")
+    assert found.outcome == "passed" and any("draws at 0.8" in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize(
+    "name, spec, what",
+    [("fused_by_head", "gpt2", "holds keys, values, queries head by head"),
+     ("split_feature_first", "gpt2", "no biases"), ("llama_fused", "llama", "stored minus one"),
+     ("separate_heads", "gpt2", "the head has a bias")],
+)  # fmt: skip
+def test_what_published_weights_would_not_fit_is_said(name, spec, what):
+    found = verdict(Subject.meet(str(HERE / "foreign" / f"{name}.py"), seed=0), "check_weights_are_the_familys", spec)
+    assert found.outcome == "passed" and any(what in remark for remark in found.remarks), found.remarks
+
+
+def test_a_query_that_is_called_key_is_said(tmp_path):
+    text = (HERE / "foreign" / "llama_complex.py").read_text().replace("args.n_kv_heads", "args.n_heads")
+    assert "(self.wq, self.wk, self.wv)" in text
+    (tmp_path / "model.py").write_text(text.replace("(self.wq, self.wk, self.wv)", "(self.wk, self.wq, self.wv)"))
+    found = verdict(Subject.meet(str(tmp_path / "model.py"), seed=0), "check_weights_are_the_familys", "llama")
+    assert found.outcome == "passed"
+    assert any("wk.weight makes the queries" in remark for remark in found.remarks), found.remarks

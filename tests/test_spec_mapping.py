@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from checks.bugs.variants import no_positions
 from checks.spec import inventory
 from checks.spec.settling import Settled, settled
 from checks.subject import Subject
@@ -21,6 +22,7 @@ STYLES = {
     "conv1d_fused": ("fused", "qkv|3hd", ["tanh GELU", "epsilon 1e-05"]),
     "einsum_heads": ("split", "qkv|hd", ["tanh GELU", "epsilon 1e-05"]),
     "fused_by_head": ("fused", "kvq|h3d", ["exact GELU", "epsilon 1e-06"]),
+    "last_position": ("fused", "qkv|3hd", ["exact GELU", "epsilon 1e-05"]),
     "llama_complex": ("split", "qkv|hd", ["rotary positions in interleaved pairs, base 10000", "epsilon 1e-06"]),
     "llama_fused": ("fused", "qkv|3hd", ["rotary positions in halves, base 10000", "epsilon 1e-05"]),
     "separate_heads": ("per head", "kqv|hd", ["exact GELU", "epsilon 1e-05"]),
@@ -138,3 +140,26 @@ def test_a_librarys_model_agrees_without_a_table(name):
     assert plan.tied == tied
     assert (plan.output.bias is not None) == biased
     assert plan.unplaced == ()
+
+
+# -- stretched rotary frequencies
+
+
+STRETCHED = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "scaling, said",
+    [(STRETCHED, "frequencies stretched 8 times, as Llama 3.1's"),
+     (STRETCHED | {"factor": 5.0, "low_freq_factor": 2.0}, "frequencies stretched 5 times, as Llama 3.1's"),
+     ({"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}, "frequencies stretched 2 times, all alike")],
+)  # fmt: skip
+def test_stretched_rotary_frequencies_are_a_variant(scaling, said):
+    found = agrees(settled(Subject.meet(hf_llama(2, rope_parameters=scaling), seed=5), "llama"))
+    assert said in found.variant.words()
+
+
+def test_a_gpt2_without_a_position_table_is_told_so():
+    found = settled(Subject("no positions", no_positions(), seed=0), "gpt2")
+    assert not found.agrees and "no position embedding is found" in found.why_not
