@@ -164,4 +164,4 @@ class Attended(TorchFunctionMode):
 def sharing(x: Tensor) -> list[int]:
     """For every head of [..., H, S, D] the first one that holds the same numbers."""
     heads = x.transpose(0, -3).flatten(1)
-    return [next(i for i in range(h + 1) if torch.equal(heads[i], heads[h])) for h in range(len(heads))]
+    return [next((i for i in range(h) if torch.equal(heads[i], heads[h])), h) for h in range(len(heads))]
