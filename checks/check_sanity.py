@@ -169,8 +169,22 @@ def objective(subject: Any) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor
 
 
 def loss_of(subject: Any) -> Callable[..., Tensor]:
-    """loss(logits, targets, mask): the subject's own where it brings one, else ours."""
-    return met_loss(subject) if subject.brings("loss") else next_token_loss
+    """loss(logits, targets, mask): the subject's own where it brings one that can leave targets out, else ours."""
+    if not subject.brings("loss"):
+        return next_token_loss
+    try:
+        own = met_loss(subject)
+    except NotApplicable as reason:
+        advise(f"trained with a loss of ours, since of its own {reason.reason}")
+        return next_token_loss
+    return own if own.masks else _ours_where_masked(own)
+
+
+def _ours_where_masked(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        return own(logits, targets) if mask is None else next_token_loss(logits, targets, mask)
+
+    return loss
 
 
 def losses(subject: Any, learned: Learned) -> dict[str, float]:

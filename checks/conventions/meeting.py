@@ -20,6 +20,7 @@ from checks.conventions.calling import LENGTH, ROWS, Forward, Uncallable, meet_f
 from checks.conventions.choosing import COURSE, Named, asked_for, named, second_choice
 from checks.conventions.constructing import Recipe, Unfillable, recipes
 from checks.conventions.home import Home, SubjectHang
+from checks.conventions.losses import loss_in
 from checks.conventions.masks import MaskForm, mask_argument, meet_mask
 from checks.conventions.refusals import Trial, explain, label_of, nothing, several
 from checks.conventions.stubs import Stub
@@ -440,4 +441,8 @@ def parts_of(found: Named) -> dict[str, Any]:
         own = getattr(value, "__module__", None) == found.module.__name__ or data
         if value is not None and own and (callable(value) or data) and not isinstance(value, nn.Module | Stub):
             parts[name] = guarded(value, found.home)
+    other = None if "loss" in parts else loss_in(found.scope, found.module.__name__)
+    if other is not None:
+        parts["loss"] = guarded(found.scope[other], found.home)
+        found.home.remark(f"{other} is its loss")
     return parts

@@ -1,0 +1,50 @@
+"""Right homework in the styles that students write it: no check accuses one, and the two sanity checks decide."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from checks import check_model
+from checks.conventions.losses import loss_in
+
+HOMEWORK = Path(__file__).parent / "homework"
+FILES = sorted(HOMEWORK.glob("*.py"))
+TOO_SMALL = {"no_arguments"}  # for the sentence of the sanity checks: four words are all that it knows
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_right_homework_is_not_accused(file, tmp_path):
+    """In a folder of its own, as a student has it."""
+    report = check_model(str(shutil.copy(file, tmp_path)), seed=3)
+    assert not {v.check: v.says for v in report if v.outcome in ("failed", "error")}
+    sanity = [v.outcome for v in report if v.theme == "sanity"]
+    assert sanity == ["not_applicable" if file.stem in TOO_SMALL else "passed"] * 2
+
+
+def test_the_loss_is_found_by_what_it_takes(tmp_path):
+    """Called compute_loss; divided by all places instead of the unmasked, it is told so."""
+    source = (HOMEWORK / "post_norm_by_hand.py").read_text()
+    wrong = tmp_path / "homework.py"
+    wrong.write_text(source.replace("(loss * mask).sum() / mask.sum()", "(loss * mask).mean()"))
+    report = check_model(str(wrong), checks=["loss"], seed=3)
+    failed = {v.check: v.likely for v in report if v.outcome == "failed"}
+    assert failed == {"check_loss.check_value_is_the_closed_form": ("masked-mean-over-all-positions",)}
+
+
+@pytest.mark.parametrize(
+    ("found", "defined"),
+    [
+        ("masked_loss", "def full_loss(logits, targets): ...\ndef masked_loss(logits, targets, mask): ..."),
+        (None, "def first_loss(logits, targets): ...\ndef second_loss(logits, targets): ..."),
+        (None, "def plot_loss(outputs, targets): ..."),
+        (None, "def train_loss(model, batch): ..."),
+        ("cross_entropy", "def cross_entropy(pred, y): ..."),
+    ],
+)
+def test_of_several_losses_the_masked_one(found, defined):
+    scope = {"__name__": "homework"}
+    exec(defined, scope)
+    assert loss_in(scope, "homework") == found
