@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def baseline(what: str, spec: str, laws: tuple[str, ...]) -> dict[str, Any]:
     if family:
         declare(subject, family)
         verdicts |= {check: outcome for check, outcome, _ in outcomes(subject, ("spec",))}
-    return {"behaviour": seen, "outcomes": verdicts, "family": family, "functions": functions, "built": built(subject)}
+    return {"behaviour": seen, "outcomes": verdicts, "family": family, "functions": functions, "built": built(subject),
+            "open": left_open(subject, family)}  # fmt: skip
 
 
 def built(subject: Subject) -> str:
@@ -184,7 +186,37 @@ def judged(what: str, before: dict[str, Any], laws: tuple[str, ...]) -> dict[str
         for check, outcome, says in outcomes(subject, themes):
             if outcome in BROKEN and before["outcomes"].get(check) not in BROKEN:
                 return {"result": result, "check": check, "says": says[:300], "changed": changed[:3]}
-    return {"result": "survives", "changed": changed[:6]}
+    why = why_it_survives(changed, before["open"], left_open(subject, before["family"]))
+    return {"result": "survives", "changed": changed[:6], "why": why}
+
+
+def left_open(subject: Subject, family: str) -> dict[str, str]:
+    """What a family leaves to each of its models, as it was found in this one."""
+    found = settled(subject, family) if family else None
+    if found is None or not found.agrees or found.plan is None:
+        return {}
+    plan = found.plan
+    vectors = sum(w.trained and w.tensor.dim() == 1 for w in plan.inventory.weights)
+    return {
+        "the head": "tied" if plan.tied else "untied",
+        "biases and gains": f"{vectors}",
+        "the numbers": str(found.variant),
+        "queries, keys and values": plan.arrangement,
+    }
+
+
+def why_it_survives(changed: list[str], before: dict[str, str], now: dict[str, str]) -> str:
+    """What can be told of it mechanically; "" if nothing."""
+    different = [f"{name} ({before[name]} → {value})" for name, value in now.items() if before.get(name) != value]
+    if before and different:
+        return f"left open by the family: {', '.join(different)}"
+    if all(name.startswith("text") for name in changed):
+        return "a default of generate"
+    if changed == ["with targets"]:
+        return "the loss that the model returns counts other targets, or its logits differ there"
+    if now and not any("layers, " in name for name in changed):
+        return "the same function of weights that lie otherwise"
+    return ""
 
 
 # -- a process each
@@ -268,7 +300,7 @@ def _one(mutant: Mutant, file: Path, name: str, before: dict[str, Any], laws: tu
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    """Counts, shares, and the survivors by line."""
+    """Counts, shares, and the survivors by why they survive."""
     counts = {kind: sum(r["result"] == kind for r in results) for kind in RESULTS}
     live = counts["laws"] + counts["spec"] + counts["survives"]
     lines = [", ".join(f"{count} {kind}" for kind, count in counts.items())]
@@ -276,9 +308,10 @@ def report(results: list[dict[str, Any]]) -> str:
         both = counts["laws"] + counts["spec"]
         lines.append(f"of {live} live ones the laws alone catch {counts['laws']} ({counts['laws'] / live:.0%}), "
                      f"with a declared spec {both} ({both / live:.1%})")  # fmt: skip
-    lines += [
-        f"survives: {r['mutant']} (changes {', '.join(r['changed'])})" for r in results if r["result"] == "survives"
-    ]
+    survivors = sorted((r for r in results if r["result"] == "survives"), key=lambda r: r.get("why", ""))
+    for why, group in groupby(survivors, key=lambda r: r.get("why", "")):
+        lines.append(f"survive, {why or 'for no reason that is known'}:")
+        lines += [f"  {r['mutant']} (changes {', '.join(r['changed'])})" for r in group]
     return "\n".join(lines)
 
 

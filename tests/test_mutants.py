@@ -125,6 +125,37 @@ def test_mutants_are_judged_and_a_run_goes_on(few, tmp_path, capsys):
     assert "0 left to judge" in capsys.readouterr().out
 
 
+BEFORE = {"the head": "tied", "biases and gains": "9"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "now", "why"),
+    [
+        (
+            ["logits of 5"],
+            {"the head": "untied", "biases and gains": "9"},
+            "left open by the family: the head (tied → un",
+        ),
+        (["text", "text, hot"], BEFORE, "a default of generate"),
+        (["with targets"], BEFORE, "the loss that the model returns"),
+        (["logits of 5", "alone"], BEFORE, "the same function of weights that lie otherwise"),
+        (["2 layers, head.weight"], BEFORE, ""),
+        (["logits of 5"], {}, ""),
+    ],
+)
+def test_what_can_be_told_of_a_survivor(changed, now, why):
+    told = run.why_it_survives(changed, BEFORE if now else {}, now)
+    assert told.startswith(why) and bool(told) == bool(why)
+
+
+def test_survivors_are_reported_by_why_they_survive():
+    one, two, three = ({"result": "survives", "mutant": f"line {n}", "changed": ["text"]} for n in (1, 2, 3))
+    said = run.report([dict(one, why="a default of generate"), two, dict(three, why="a default of generate")])
+    lines = said.splitlines()[2:]
+    assert [line[:40] for line in lines[:2]] == ["survive, for no reason that is known:", "  line 2 (changes text)"]
+    assert lines[2:] == ["survive, a default of generate:", "  line 1 (changes text)", "  line 3 (changes text)"]
+
+
 def test_a_missing_file_is_named(capsys):
     with pytest.raises(SystemExit):
         run.main(["not_there.py:GPT"])
