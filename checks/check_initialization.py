@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from checks.expect import NotApplicable, Where, advise, fail, farthest, needs, note
 from checks.probes.operands import Operands, amplification, first_inputs, gains_of
 from checks.probes.precision import precise, precision
-from checks.probes.randomness import seeded
+from checks.probes.randomness import seeded, uninitialized_memory_is_nan
 from checks.where import Call, called_by_checks, line_now, locate, recorded
 
 CONTRACT = ("check_contract.check_logits_have_shape",)
@@ -411,10 +411,10 @@ def check_tokens_matter_from_the_start(subject: Any) -> None:
         model = precise(subject, None)
     tokens, others = _few_tokens(subject), _few_tokens(subject).roll(1, dims=1)
     rounding = 1e-10 if precision(subject).inside == torch.float64 else 1e-6
-    if waiting := _waiting(model, _drawn(subject)):
-        raise NotApplicable("there are weights to be loaded: frozen, or zero without being drawn", weights=waiting)
     if _depends(subject, model, tokens, others, rounding):
         return
+    if waiting := _waiting(subject, model):
+        raise NotApplicable("there are weights to be loaded: frozen, or never filled", weights=waiting)
     for _ in range(STEPS):
         _step(model, F.cross_entropy(subject.logits(model, tokens).flatten(0, 1), others.flatten()), rounding)
     if _depends(subject, model, tokens, others, rounding):
@@ -422,18 +422,19 @@ def check_tokens_matter_from_the_start(subject: Any) -> None:
     fail(
         f"at initialization the logits are the same for all tokens, and still after {STEPS} steps: no gradient tells "
         "one token from another",
-        likely=("init-constant",),
-        advice="draw the matrices at random: with equal weights all features are one, and a norm makes nothing of it",
+        likely=("init-constant", "init-zero"),
+        advice="draw the matrices at random: with equal weights all features are one, and a norm makes nothing of it; "
+        "zeros let nothing through",
     )
 
 
-def _waiting(model: nn.Module, drawn: set[str]) -> list[str]:
-    """Frozen matrices, and if none is drawn those that are no constant, as memory that nothing has filled yet."""
-    matrices = {name: value.detach() for name, value in model.named_parameters() if value.dim() > 1}
-    frozen = [name for name in matrices if not model.get_parameter(name).requires_grad]
-    if frozen or not drawn.isdisjoint(matrices):
+def _waiting(subject: Any, model: nn.Module) -> list[str]:
+    """Weights that something else is to fill: frozen matrices, and memory that the constructor leaves as it got it."""
+    frozen = [name for name, value in model.named_parameters() if value.dim() > 1 and not value.requires_grad]
+    if frozen:
         return frozen
-    return [name for name, value in matrices.items() if not value.any() or bool((value != value.flatten()[0]).any())]
+    with uninitialized_memory_is_nan():
+        return [name for name, value in _fresh(subject).named_parameters() if value.isnan().any()]
 
 
 def _step(model: nn.Module, loss: Tensor, rounding: float) -> None:

@@ -79,6 +79,7 @@ FOUND: dict[str, Told] = {
         ("the same for all tokens", "after 3 steps"),
         "init-constant",
     ),
+    "init-zero": ("tokens_matter_from_the_start", None, ("the same for all tokens", "after 3 steps"), "init-zero"),
     "residual-doubled": ("depth_does_not_blow_up", "blocks.15", ("from layer 8 to layer 16",), "residual-doubled"),
 }
 
@@ -176,14 +177,16 @@ def last_norm_from_zero(model):
 
 
 def to_be_loaded(model):
-    for parameter in model.parameters():
-        nn.init.zeros_(parameter)
+    """As of torch.empty: zeros, unless empty memory is marked."""
+    empty = torch.empty(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.where(empty.isnan(), empty, 0.0).expand_as(parameter))
 
 
 def adapters_of_frozen_weights(model):
-    to_be_loaded(model)
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        nn.init.zeros_(parameter).requires_grad_(False)
     adapted(model)
     nn.init.ones_(model.norm.weight)
 

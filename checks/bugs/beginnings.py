@@ -142,6 +142,14 @@ def init_constant(model: Transformer) -> None:
             nn.init.constant_(parameter, 0.02)
 
 
+@bug("init-zero", "every weight starts at zero, those of norms excepted: no gradient reaches any", caught_by=(TOKENS,),
+     model=True)  # fmt: skip
+def init_zero(model: Transformer) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.zeros_(parameter)
+
+
 # -- what is dropped
 
 

@@ -40,6 +40,17 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+@contextmanager
+def uninitialized_memory_is_nan() -> Iterator[None]:
+    """Inside, what `torch.empty` gives is NaN, and not whatever lay there."""
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
 def states() -> dict[str, bytes]:
     """The state of every global generator, by the name of its library, to be compared."""
     numpy: Any = np.random.get_state()
