@@ -68,6 +68,10 @@ FACTS = {
     "factory.py": ("build_model(vocab_size, block_size)", "brings loss"),
     "factory_with_a_name_of_its_own.py": ("make_model(vocab, max_len, d_model, h, N)", "the Assembled is the model"),
     "flat_logits.py": ("→ logits [B·T, V]",),
+    "folder_of_its_name/model/model.py": (
+        "Llama(vocab_size, dim, n_layers, max_position_embeddings)",
+        "forward(tokens)",
+    ),
     "guarded_import.py": ("forward(idx) → logits",),
     "half_precision_on_a_gpu.py": ("device='cpu'", "dtype=torch.float32"),
     "head_beside.py": ("generator(forward(idx)) → logits", "log-probabilities"),

@@ -163,9 +163,9 @@ class Recipe:
     def _initialize(self, model: nn.Module) -> None:
         """Calls what the class has for it and its constructor does not: weights on the meta device, or by hand."""
         name = next((n for n in INITIALIZERS if _by_hand(type(model), n, self.home)), None)
-        on_meta = any(p.is_meta for p in model.parameters())
-        if on_meta:
-            model.to_empty(device="cpu")
+        on_meta = [m for m in model.modules() if any(x.is_meta for x in (*m.parameters(False), *m.buffers(False)))]
+        for module in on_meta:  # what the constructor has given values keeps them
+            module.to_empty(device="cpu", recurse=False)
         if name is None and on_meta:
             raise NotAModel("its weights are on the meta device, and no init_weights() gives them values")
         if name is not None:

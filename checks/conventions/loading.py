@@ -255,8 +255,8 @@ def _loaded(home: Home, load: Callable[[], ModuleType], what: str) -> ModuleType
 
 
 def package_of(file: Path) -> tuple[Path, str]:
-    """The folder from which the file is imported and its dotted name: packages by __init__.py or relative imports."""
-    up = _relative_levels(file)
+    """The folder from which the file is imported and its dotted name: packages by __init__.py or by its imports."""
+    up = _levels(file)
     parts, folder = [file.stem], file.parent
     while (up > 0 or (folder / "__init__.py").exists()) and folder.name.isidentifier() and folder != folder.parent:
         parts.insert(0, folder.name)
@@ -264,12 +264,26 @@ def package_of(file: Path) -> tuple[Path, str]:
     return folder, ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def _relative_levels(file: Path) -> int:
+def _levels(file: Path) -> int:
+    """How many folders above the file its imports name as packages: `from ..parts`, `from model.parts` in model/."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
         return 0
-    return max((node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)), default=0)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    above = {folder.name: level for level, folder in reversed(list(enumerate(file.parents[:3], start=1)))}
+    named = [(above.get(first, 0), rest) for first, rest in (_halves(node.module or "") for node in imports)]
+    own = [level for level, rest in named if level and rest and _holds(file.parents[level - 1], rest)]
+    return max([*own, *(node.level for node in imports)], default=0)
+
+
+def _halves(module: str) -> tuple[str, str]:
+    first, _, rest = module.partition(".")
+    return first, rest.partition(".")[0]
+
+
+def _holds(folder: Path, name: str) -> bool:
+    return (folder / name).is_dir() or (folder / f"{name}.py").is_file()
 
 
 def _by_name(home: Home, file: Path, wanted: tuple[str, ...]) -> ModuleType:
