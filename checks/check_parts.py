@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from checks.check_causality import CAUSAL, CONTRACT
 from checks.expect import NotApplicable, Where, advise, fail, needs, note
-from checks.probes.activations import FORMS, activated, activations
+from checks.probes.activations import FORMS, Activation, activations
 from checks.probes.influence import call, length
 from checks.probes.norm_modules import LARGE, Norm, norms
 from checks.probes.part_products import Attended, Weighed, sharing
@@ -70,7 +70,7 @@ def _answer(judge: Callable[[nn.Module, Norm], Any], model: nn.Module, norm: Nor
         return None
 
 
-@needs(*CONTRACT, FINITE, CAUSAL, ROWS)
+@needs(*CONTRACT, FINITE, CAUSAL, ROWS, "check_gradients.check_rows_get_their_own_gradient")
 def check_norms_act_on_each_token_alone(subject: Any) -> None:
     """A norm's output for one token depends on no other token."""
     judged(*recognized(subject), expect_alone)
@@ -354,26 +354,28 @@ def fail_linear(pair: FeedForward, factor: float) -> None:
 def check_activations_are_what_they_are_called(subject: Any) -> None:
     """What the model's own code calls GELU, SiLU, Swish or ReLU gives the numbers of one, usual approximations too."""
     model = precise(subject, None)
+    tokens = subject.tokens(1, length(subject), seed=subject.seed)
     x = torch.linspace(-5, 5, 41, dtype=torch.float64)
     apart: dict[str, float] = {}
-    for name, module, kind in activations(model):
-        gives = activated(module, x)
+    for one in activations(model, lambda: call(subject, model, tokens)):
+        gives = one(x)
         if gives is not None:
-            apart[name] = min(float((gives - form(x)).abs().nan_to_num(torch.inf).max()) for form in FORMS[kind])
-            if apart[name] > FORMED:
-                fail_activation(model, name, x, gives, FORMS[kind][0](x))
+            farthest = min(float((gives - form(x)).abs().nan_to_num(torch.inf).max()) for form in FORMS[one.kind])
+            apart[one.named] = farthest
+            if farthest > FORMED:
+                fail_activation(one, x, gives)
     if not apart:
         raise NotApplicable("no activation of the model's own is called by a known name")
     note(apart=apart, bound=FORMED)
 
 
-def fail_activation(model: nn.Module, name: str, x: Tensor, gives: Tensor, wanted: Tensor) -> None:
-    at = int((gives - wanted).abs().nan_to_num(torch.inf).argmax())
+def fail_activation(one: Activation, x: Tensor, gives: Tensor) -> None:
+    wanted = FORMS[one.kind][0](x)
+    at, one_at = int((gives - wanted).abs().nan_to_num(torch.inf).argmax()), int((x - 1).abs().argmin())
     fail(
-        f"{name} is called {type(model.get_submodule(name)).__name__}, and makes {float(gives[at]):.4g} of "
-        f"{float(x[at]):g}, where that gives {float(wanted[at]):.4g}; at 1 it gives "
-        f"{float(gives[(x - 1).abs().argmin()]):.4g} instead of {float(wanted[(x - 1).abs().argmin()]):.4g}",
-        where=locate(model, name),
+        f"{one.named}, and it makes {float(gives[at]):.4g} of {float(x[at]):g}, where that gives "
+        f"{float(wanted[at]):.4g}; at 1 it gives {float(gives[one_at]):.4g} instead of {float(wanted[one_at]):.4g}",
+        where=one.where,
         likely=("gelu-written-wrong",),
         advice="nn.GELU() (approximate='tanh' for GPT-2's), nn.SiLU() and nn.ReLU() are there; "
         "GELU is 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))).",

@@ -394,6 +394,21 @@ class SiLU(nn.Module):
         return x * torch.tanh(x)
 
 
+def gelu_new(x: Tensor) -> Tensor:
+    return x * torch.erf(x)
+
+
+class ByFunction(InPlace):
+    def bend(self, x: Tensor) -> Tensor:
+        return gelu_new(x)
+
+
+def test_a_wrong_function_is_found_where_it_is_written():
+    verdict = verdicts(feed_forward=ByFunction)["activations_are_what_they_are_called"]
+    assert verdict.outcome == "failed" and "gelu_new" in verdict.says
+    assert verdict.where.line == gelu_new.__code__.co_firstlineno
+
+
 def test_a_wrong_activation_is_found_by_its_name():
     found = verdicts(feed_forward=lambda C: nn.Sequential(nn.Linear(C, 4 * C), SiLU(), nn.Linear(4 * C, C)))
     assert set(accused(found)) == {"activations_are_what_they_are_called"}

@@ -1,14 +1,20 @@
-"""Activations of a model's own, known by their class's name, and the numbers that such a name promises."""
+"""Activations of a model's own, known by the name of a class or a function, and the numbers that this promises."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from checks.expect import Where
+from checks.where import TORCH, locate, shown
 
 BEFORE = "new|fast|quick|accurate|approximate|approx|tanh|exact|my|custom|py|torch|bert|openai|gpt2?"
 BEHIND = "tanh|new|fast|exact|approximation|approximate|approx|activation|function|python|layer"
@@ -27,26 +33,59 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
 }
 
 
-def kind_of(module: nn.Module) -> str | None:
-    """gelu, silu, swish or relu, where its class says nothing else and it has nothing to learn."""
-    known = KNOWN.fullmatch(type(module).__name__)
-    torchs = type(module).__module__.startswith("torch.")
-    return None if torchs or known is None or any(True for _ in module.parameters()) else known[1].lower()
+@dataclass(frozen=True)
+class Activation:
+    """A module or a function, the name of its kind, and how it is called in a sentence."""
+
+    apply: Callable[[Tensor], Any]
+    kind: str  # gelu, silu, swish or relu
+    named: str
+    where: Where
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """What it makes of numbers [N], given as [1, 1, N]; None where it takes no such tensor."""
+        try:
+            with torch.no_grad():
+                result = self.apply(x[None, None])
+        except Exception:  # whatever foreign code raises for what it does not expect
+            return None
+        return result.flatten().double() if isinstance(result, Tensor) and result.numel() == x.numel() else None
 
 
-def activations(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name, module, kind) of each."""
+def activations(model: nn.Module, run: Callable[[], Any]) -> list[Activation]:
+    """Those of the model's own: modules that have nothing to learn, and functions of one argument that run."""
+    found = []
     for name, module in model.named_modules():
-        kind = kind_of(module)
-        if kind is not None:
-            yield name, module, kind
+        kind = _kind(type(module).__name__)
+        if kind and not type(module).__module__.startswith("torch.") and not any(True for _ in module.parameters()):
+            found.append(Activation(module, kind, f"{name} is called {type(module).__name__}", locate(model, name)))
+    for function in _called(run):
+        kind, code = _kind(function.__name__), function.__code__
+        if kind and code.co_argcount == 1 and not code.co_kwonlyargcount:
+            place = Where(function.__name__, "function", shown(code.co_filename), code.co_firstlineno)
+            found.append(Activation(function, kind, f"the function is called {function.__name__}", place))
+    return found
 
 
-def activated(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What it makes of numbers [N], given as [1, 1, N]; None where it takes no such tensor."""
+def _kind(name: str) -> str | None:
+    known = KNOWN.fullmatch(name)
+    return known[1].lower() if known else None
+
+
+def _called(run: Callable[[], Any]) -> list[Any]:
+    """The functions of Python's modules, not methods and not torch's, that a call runs."""
+    found: dict[int, Any] = {}
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        code = frame.f_code
+        function = frame.f_globals.get(code.co_name) if event == "call" else None
+        if getattr(function, "__code__", None) is code and not code.co_filename.startswith(TORCH):
+            found[id(function)] = function
+
+    before = sys.getprofile()
+    sys.setprofile(note)
     try:
-        with torch.no_grad():
-            result = module(x[None, None])
-    except Exception:  # whatever a foreign module raises for what it does not expect
-        return None
-    return result.flatten().double() if isinstance(result, Tensor) and result.numel() == x.numel() else None
+        run()
+    finally:
+        sys.setprofile(before)
+    return list(found.values())
