@@ -79,7 +79,8 @@ def _called(run: Callable[[], Any]) -> list[Any]:
     def note(frame: Any, event: str, argument: Any) -> None:
         code = frame.f_code
         function = frame.f_globals.get(code.co_name) if event == "call" else None
-        if getattr(function, "__code__", None) is code and not code.co_filename.startswith(TORCH):
+        same = getattr(function, "__code__", None) is code
+        if same and not code.co_filename.startswith(TORCH):
             found[id(function)] = function
 
     before = sys.getprofile()
