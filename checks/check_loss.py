@@ -6,6 +6,7 @@ loss_conventions.py; a reduction or a shift that is usual is no failure unless t
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +31,13 @@ from checks.loss.cases import (
 from checks.loss.conventions import met_loss
 from checks.loss.explained import misread_mask, spans
 from checks.loss.formula import USUAL, cross_entropy, expected_gradient
-from checks.loss.placing import refuse_crossings, refuse_other_symbols, refuse_shift, refuse_strays
+from checks.loss.placing import (
+    refuse_crossings,
+    refuse_other_symbols,
+    refuse_shift,
+    refuse_strays,
+    refuse_what_teaches_nothing,
+)
 from checks.loss.reading import NoGradient, gradient, read
 from checks.loss.returned import answers, leaves, slopes
 from checks.probes.precision import spread
@@ -51,14 +58,16 @@ def check_targets_give_a_loss(subject: Any) -> None:
     if found.losses:
         return
     wrong = {key: value for key, value in found.filled.items() if not _integers(value)}
+    if not found.optional:  # what comes without them is not known
+        wrong = {key: value for key, value in wrong.items() if callable(value) or isinstance(value, ModuleType)}
     if len(found.given) == 1 and not any(isinstance(value, Tensor) for value in leaves([*found.given.values()])):
         wrong = found.given
     if not wrong or all(value is None for value in wrong.values()):
         raise NotApplicable(f"forward takes {found.name} and gives what it gives without", gives=list(found.given))
     key, value = next(iter(wrong.items()))
     fail(
-        f"handed {found.name}, forward gives {_described(value)}{f' as {_place(key)}' if key else ''}, where without "
-        "them it gives nothing: this is no loss, and nothing else is",
+        f"handed {found.name}, forward gives {_described(value)}{f' as {_place(key)}' if key else ''}"
+        f"{', where without them it gives nothing' if found.optional else ''}: this is no loss, and nothing else is",
         where=locate(found.model, type(found.model).__name__),
         likely=("loss-never-computed", "loss-is-a-function"),
         advice="return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1)): is it called at all?",
@@ -125,7 +134,11 @@ def check_the_loss_trains_what_makes_the_logits(subject: Any) -> None:
     """Every weight that the logits depend on has a gradient of the loss that the model returns."""
     found = answers(subject)
     losses = [x for x in found.losses if isinstance(x, Tensor) and x.requires_grad]
-    alone = [x for x in leaves([*found.alone.values()]) if isinstance(x, Tensor) and x.requires_grad]
+    alone = [
+        x
+        for x in leaves([*found.alone.values()] if found.optional else [])
+        if isinstance(x, Tensor) and x.requires_grad
+    ]
     if not losses or not alone:
         raise NotApplicable("no loss with a gradient comes with targets, or no logits without")
     makes = slopes(found.model, sum(x.double().square().sum() for x in alone))  # type: ignore[arg-type]
@@ -154,6 +167,7 @@ def check_a_place_is_trained_on_its_own_target(subject: Any) -> None:
         advise(f"{other} runs too, but is no cross entropy: the loss is right only as {loss.says}")
     reading = loss.reading
     if reading is None:
+        refuse_what_teaches_nothing(loss)
         raise NotApplicable("the gradient is not that of a cross entropy, so no place can be told", called=loss.says)
     refuse_other_symbols(loss)
     if reading.crossings:

@@ -51,6 +51,9 @@ SAID = [
     ("loss-detached", PLACE, ["no gradient"]),
     ("loss-of-scaled-logits", VALUE, ["logits multiplied by 0.5"]),
     ("loss-of-other-ids", PLACE, ["a target of token id 1 trains token id 0", "16 of 17"]),
+    ("loss-negated", PLACE, ["minus a cross entropy", "every target improbable"]),
+    ("loss-without-targets", PLACE, ["the same whatever the targets"]),
+    ("loss-returns-logits", PLACE, ["a tensor [14, 17]", "as many numbers as there are logits"]),
     ("loss-never-computed", "check_targets_give_a_loss", ["a tensor [21, 17] as output[1]", "no loss"]),
     ("loss-is-a-function", "check_targets_give_a_loss", ["the function cross_entropy as output[1]"]),
     ("loss-of-hidden-states", SAME_LOGITS, ["[3, 7, 32]", "[3, 7, 17]", "32 numbers for 17 symbols"]),
@@ -296,6 +299,29 @@ def test_ways_to_return_a_loss_are_not_accused(name):
 def test_what_is_no_loss_is_described(plain, full, fact):
     found = judge(RETURNED[0], answering(plain, full), {})
     assert found.outcome == "failed" and fact in found.says, found.says
+
+
+class Demanding(nn.Module):
+    """A model that must be handed targets, and gives a function for their loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(17, 8), nn.Linear(8, 17)
+
+    def forward(self, idx, targets):
+        return self.head(self.embedding(idx)), nn.functional.cross_entropy
+
+
+def test_of_a_model_that_must_be_handed_targets_only_what_is_surely_no_loss_is_told():
+    found = judge(RETURNED[0], Subject("demanding", vars_of(None, lambda **sizes: Demanding())), {})
+    assert found.outcome == "failed" and "the function cross_entropy as output[1]" in found.says
+    assert "without" not in found.says
+
+
+@pytest.mark.parametrize("given", [None, nn.functional])
+def test_a_loss_that_gives_no_number_is_told_what_it_gives(given):
+    found = judge(CHECKS[PLACE], Subject("own", vars_of(lambda logits, targets: given)), {})
+    assert found.outcome == "failed" and f"gives {'None' if given is None else 'a module'}" in found.says
 
 
 @pytest.mark.parametrize("place", [-2, 0])

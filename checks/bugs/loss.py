@@ -371,6 +371,25 @@ def labels_smoothed(parts: SimpleNamespace) -> None:
     parts.loss = loss
 
 
+@bug("loss-negated", "the log-probabilities of the targets are averaged and not negated", caught_by=(PLACE,))
+def loss_negated(parts: SimpleNamespace) -> None:
+    parts.loss = lambda logits, targets, mask=None: -next_token_loss(logits, targets, mask)
+
+
+@bug("loss-without-targets", "the loss is the entropy of what is predicted: no target enters it", caught_by=(PLACE,))
+def loss_without_targets(parts: SimpleNamespace) -> None:
+    def loss(logits, targets, mask=None):
+        chance = logits.softmax(-1)
+        return mean(-(chance * logits.log_softmax(-1)).sum(-1), kept(targets, mask))
+
+    parts.loss = loss
+
+
+@bug("loss-returns-logits", "the loss gives back the logits, and no number", caught_by=(PLACE,))
+def loss_returns_logits(parts: SimpleNamespace) -> None:
+    parts.loss = lambda logits, targets, mask=None: logits.flatten(0, 1)
+
+
 # -- the loss that a model returns
 
 

@@ -10,6 +10,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -272,7 +273,15 @@ def first_line(error: Exception) -> str:
 
 
 def in_domain(raw: Loss, into: Callable[[Tensor], Tensor]) -> Loss:
-    return lambda logits, labels, mask: scalar(raw(into(logits).contiguous(), labels.contiguous(), mask))
+    def call(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+        result = raw(into(logits).contiguous(), labels.contiguous(), mask)
+        if result is None or callable(result) or isinstance(result, ModuleType):
+            raise NoGradient(f"it gives {'None' if result is None else f'a {type(result).__name__}'}, not a number")
+        if isinstance(result, Tensor) and result.dim() > 1 and result.numel() == logits.numel():
+            raise NoGradient(f"it gives a tensor {list(result.shape)}, as many numbers as there are logits")
+        return scalar(result)
+
+    return call
 
 
 def masking_labels(call: Loss, ignored: int) -> Loss:

@@ -1,4 +1,4 @@
-"""On which target, of which row and with which token id, the logits of a place must not be trained."""
+"""On what the logits of a place must not be trained: another's target, another token id, nothing, its opposite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,30 @@ from torch import Tensor
 
 from checks.expect import fail
 from checks.loss.conventions import MetLoss
-from checks.loss.reading import Reading, gradient
+from checks.loss.reading import EXACT, Reading, gradient, read
+
+
+def refuse_what_teaches_nothing(loss: MetLoss) -> None:
+    """Fails, of a loss that is no cross entropy, if its gradient is the same whatever the targets, or the opposite."""
+    logits = torch.randn(2, loss.places, loss.V, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    targets = loss.symbols[torch.arange(2 * loss.places).view(2, -1) % len(loss.symbols)]
+    one, other = (gradient(loss, logits, labels, None) for labels in (targets, targets.roll(1, dims=1)))
+    if len(loss.symbols) > 1 and not loss.inside_model and torch.equal(one, other):  # a model's may be an auxiliary one
+        fail(
+            "the gradient of the loss is the same whatever the targets are: they do not enter it, and nothing is "
+            "learned from them",
+            likely=("loss-without-targets",),
+            advice="F.cross_entropy(logits.flatten(0, 1), targets.flatten()) reads both: is another tensor returned?",
+        )
+    if (
+        read(lambda x, labels, mask: -loss.call(x, labels, mask), loss.symbols, loss.V, places=loss.places).error
+        < EXACT
+    ):
+        fail(
+            "the loss is minus a cross entropy: to make it small is to make every target improbable",
+            likely=("loss-negated",),
+            advice="log-probabilities are negated once: -log_probs[target], or nll_loss, which does it itself.",
+        )
 
 
 def refuse_strays(reading: Reading, shift: int, when: str) -> None:

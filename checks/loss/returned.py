@@ -26,6 +26,7 @@ class Answers:
     alone: dict[str, Any]
     given: dict[str, Any]
     left: Any  # what the call with targets left in `last_loss`
+    optional: bool  # targets may be left out; where not, nothing is known of what comes without
 
     @property
     def filled(self) -> dict[str, Any]:
@@ -69,19 +70,22 @@ class Answers:
 def answers(subject: Any) -> Answers:
     """Raises NotApplicable for a model that takes no targets, or not beside tokens alone."""
     parameter = taken(subject, TARGETS)
-    if parameter is None or parameter.default is not None:
-        raise NotApplicable("forward takes no targets that may be left out")
+    if parameter is None or parameter.default not in (None, parameter.empty):
+        raise NotApplicable("forward takes no targets")
+    optional = parameter.default is None
     model = subject.amplified(EXISTENCE[1], seed=subject.seed, dtype=torch.float32)
     B, T = ROWS, min(LENGTH, subject.sizes.block_size)
     tokens, targets = (subject.tokens(B, T, seed=subject.seed + n) for n in (1, 2))
     try:
-        alone = slots(model(tokens))
+        alone = slots(model(tokens)) if optional else {}
         given = slots(model(tokens, **{parameter.name: targets}))
     except Exception as error:
         raise NotApplicable(
             f"forward takes {parameter.name}, but not beside tokens alone", error=f"{type(error).__name__}: {error}"
         ) from None
-    return Answers(model, parameter.name, tokens, in_place(alone, given), given, getattr(model, "last_loss", None))
+    return Answers(
+        model, parameter.name, tokens, in_place(alone, given), given, getattr(model, "last_loss", None), optional
+    )
 
 
 def slots(output: Any) -> dict[str, Any]:
