@@ -96,6 +96,10 @@ FACTS = {
     "positions_required.py": ("forward(idx, input_pos) → logits",),
     "preset_or_sizes.py": ("GPTConfig(", "model_type=None"),
     "presets.py": ("GPT(n_layer, n_head, n_embd)",),
+    "presets_in_configuration.py": (
+        "a configuration with what it reads(",
+        "vocab_size, n_embd, context_size",
+    ),
     "project/pkg/model.py": (
         "Config(vocab_size, seq_len, d_model, n_heads, n_layers)",
         "PackageNotFoundError at import",

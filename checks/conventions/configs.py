@@ -224,12 +224,21 @@ def asked_by(home: Home) -> Asked:
 
 
 def _inner(node: ast.AST) -> set[str]:
-    """The key of a configuration whose value is read by keys in turn."""
+    """The key of a configuration whose value is read by keys in turn, or is asked for one of them."""
+    if isinstance(node, ast.Subscript) and not isinstance(node.slice, ast.Constant | ast.Slice):
+        return _table(node.value)  # config["presets"][name]
+    if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
+        return _table(node.comparators[0])
     outer = node.value if isinstance(node, ast.Attribute) else key[0] if (key := _key(node)) is not None else None
     if isinstance(outer, ast.Attribute) and _is_config(outer.value):
         return {outer.attr} if _key(node) is not None or node.attr not in METHODS else set()  # type: ignore[attr-defined]
     inner = _key(outer) if outer is not None else None
     return {inner[1]} if inner is not None and _is_config(inner[0]) and _key(node) is not None else set()
+
+
+def _table(node: ast.expr) -> set[str]:
+    key = _key(node)
+    return {key[1]} if key is not None and _is_config(key[0]) else set()
 
 
 METHODS = frozenset(dir(str)) | frozenset(dir(dict)) | {"type", "dtype", "shape", "append"}

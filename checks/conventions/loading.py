@@ -20,7 +20,7 @@ from typing import Any
 
 from checks.conventions import names
 from checks.conventions.home import Home, installed, random_state_kept
-from checks.conventions.stubs import Stub, stub_for
+from checks.conventions.stubs import NOT_RUN, Stub, left_out, stub_for
 from checks.conventions.taking import STUB, SoftImports, definitions, dropped, is_main_guard, is_script
 from checks.conventions.usage import UsageError, namesake, own_frames, place, shown, what_happened
 
@@ -170,7 +170,7 @@ def _define(statement: ast.stmt, filename: str, flags: int, module: ModuleType) 
 
 def _assumed(name: str) -> Any:
     size = names.size_of(name)
-    return names.DEFAULTS[size] if size else Stub(name, "its line was not run")
+    return names.DEFAULTS[size] if size else Stub(name, NOT_RUN)
 
 
 def _compile(tree: ast.AST, filename: str, flags: int = 0) -> Any:
@@ -222,7 +222,12 @@ class _Stands:
         if not name:
             return top if top is not None else stub_for(module.partition(".")[0], "", error)
         real = sys.modules.get(module)
-        return getattr(real, name) if real is not None and hasattr(real, name) else stub_for(module, name, error)
+        if real is not None and hasattr(real, name):
+            return getattr(real, name)
+        source = self.home.sources.get(module)
+        if source is not None and source.assigns(name):
+            return left_out(module, name, shown(source.filenames[0]))
+        return stub_for(module, name, error)
 
 
 # -- the three kinds of source

@@ -13,7 +13,7 @@ from checks.conventions.constructing import Recipe, Unfillable
 from checks.conventions.filling import signature_of
 from checks.conventions.home import Home, SubjectWaits
 from checks.conventions.reading import Unreadable
-from checks.conventions.stubs import MissingLibrary
+from checks.conventions.stubs import LeftOut, MissingLibrary
 from checks.conventions.usage import own_frames, shown, what_happened
 
 OTHER_FRAMEWORKS = {"jax", "haiku", "flax", "tensorflow", "keras", "mlx", "tinygrad", "paddle", "mindspore"}
@@ -102,6 +102,10 @@ def _remedy(error: Exception, home: Home) -> str:
     """What settles an error that no other way of building or calling would avoid; "" for any other."""
     if isinstance(error, MissingLibrary):
         return "  what settles it: that library, or a model that does without"
+    if isinstance(error, LeftOut):
+        return factory("…  # with that value set first") + (
+            "\n  a file that reads data or trains when it is imported is not run: only its definitions are taken"
+        )
     if isinstance(error, SubjectWaits):
         return "  what settles it: that line taken out"
     if any(word in str(error).lower() for word in ("cuda", "nvidia")):
@@ -109,6 +113,9 @@ def _remedy(error: Exception, home: Home) -> str:
             "  what settles it: --gpu where there is one, or that line on the device of its input "
             "(device=tokens.device in place of .cuda())"
         )
+    if "conventions.stubs" in str(error):
+        gone = ", ".join(remark.split()[0] for remark in home.remarks if "could not be imported" in remark)
+        return f"  what settles it: {gone} installed (a stand-in of it was computed with), or a model that does without"
     mine = next(iter(reversed(list(own_frames(error, home)))), None) is not None
     if isinstance(error, NotImplementedError) and mine:
         return "  what settles it: that part is still to be written"

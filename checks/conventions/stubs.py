@@ -15,6 +15,13 @@ class MissingLibrary(ImportError):
     """The subject computes with something that could not be imported."""
 
 
+class LeftOut(ImportError):
+    """The subject computes with a value of its own whose line was not run."""
+
+
+NOT_RUN = "its line was not run"
+
+
 class _Open(type):
     """Of classes that derive from a stand-in: what they would inherit is a stand-in too."""
 
@@ -89,6 +96,8 @@ class Stub:
         return next(a for a in _flat((args, kwargs or {})) if isinstance(a, Stub))._refuse()
 
     def _refuse(self, *args: Any) -> NoReturn:
+        if self._why.startswith(NOT_RUN):
+            raise LeftOut(f"the model computes with {self._name}: {self._why}")
         library = self._name.partition(".")[0].partition("(")[0]
         raise MissingLibrary(
             f"the model computes with {self._name}, which is not to be had here ({self._why}); install {library} "
@@ -113,3 +122,8 @@ def stub_for(module: str, name: str, error: BaseException) -> Stub:
     """What an import that failed binds in place of `module` or of `name` from it."""
     full = f"{module}.{name}" if name else module
     return Stub(full, f"{type(error).__name__}: {error}")
+
+
+def left_out(module: str, name: str, file: str) -> Stub:
+    """What an import binds of a file of the subject's that was not run as it stands."""
+    return Stub(f"{module}.{name}", f"{NOT_RUN} in {file}")

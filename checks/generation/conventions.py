@@ -145,8 +145,9 @@ class Decoder:
             asked["top_k"] = self.vocab_size
         if self.defaults.get("top_p", ...) not in (None, 1.0):
             asked["top_p"] = 1.0
-        if self.defaults.get("end", ...) not in (None, (), []):
-            asked["end"] = () if isinstance(self.defaults.get("end"), tuple | list) else None
+        end = self.defaults.get("end", ...)
+        if end not in (None, (), []):  # some make a tensor of a number, which None is not
+            asked["end"] = () if isinstance(end, tuple | list) else -1 if isinstance(end, int) else None
         if "end" not in self.defaults:
             asked["end"] = -1  # has to be given, and is never said
         asked |= {role: value for role, value in (("pad", 0), ("use_cache", False)) if role not in self.defaults}
