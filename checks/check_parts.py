@@ -25,10 +25,8 @@ from checks.subject import EXISTENCE
 from checks.where import locate
 
 ROWS = "check_masking.check_rows_do_not_touch"
-FINITE = "check_contract.check_logits_are_finite"
 ALONE = "check_parts.check_norms_act_on_each_token_alone"
 SCALE = "check_parts.check_norms_take_out_the_scale"
-REPEATS = "check_modes.check_eval_repeats_itself"
 REACHES = "check_causality.check_past_reaches_every_later_position"
 MATTERS = "check_contract.check_every_block_matters"
 
@@ -70,7 +68,7 @@ def _answer(judge: Callable[[nn.Module, Norm], Any], model: nn.Module, norm: Nor
         return None
 
 
-@needs(*CONTRACT, FINITE, CAUSAL, ROWS, "check_gradients.check_rows_get_their_own_gradient")
+@needs(*CONTRACT, CAUSAL, ROWS, "check_gradients.check_rows_get_their_own_gradient")
 def check_norms_act_on_each_token_alone(subject: Any) -> None:
     """A norm's output for one token depends on no other token."""
     judged(*recognized(subject), expect_alone)
@@ -99,7 +97,7 @@ def expect_alone(model: nn.Module, norm: Norm) -> float:
     )
 
 
-@needs(*CONTRACT, FINITE, ALONE)
+@needs(*CONTRACT, ALONE)
 def check_norms_take_out_the_scale(subject: Any) -> None:
     """A norm gives the same for a large input and for several times it, and takes away the whole mean or none of it."""
     judged(*recognized(subject), expect_scale_taken_out)
@@ -181,7 +179,7 @@ def fail_mean(model: nn.Module, norm: Norm, share: float) -> None:
     )
 
 
-@needs(*CONTRACT, FINITE, ALONE, SCALE)
+@needs(*CONTRACT, ALONE, SCALE)
 def check_epsilon_does_not_rule_a_norm(subject: Any) -> None:
     """What a norm gives for what the model feeds it as initialized is decided by that input, not by its epsilon."""
     judged(*recognized(subject), expect_small_epsilon)
@@ -221,7 +219,7 @@ def share_of_full(norm: Norm, x: Tensor) -> float:
     return float((sizes[0] / sizes[1]).nanmedian())
 
 
-@needs(*CONTRACT, FINITE, ALONE)
+@needs(*CONTRACT, ALONE)
 def check_gain_multiplies_and_bias_adds(subject: Any) -> None:
     """A norm's gain multiplies what depends on the input, and its bias is added whatever the input is."""
     judged(*recognized(subject), expect_factors)
@@ -273,7 +271,7 @@ def fail_factor(model: nn.Module, norm: Norm, name: str, does: str, start: int) 
     )
 
 
-@needs(*CONTRACT, FINITE, ALONE, SCALE, "check_parts.check_gain_multiplies_and_bias_adds")
+@needs(*CONTRACT, ALONE, SCALE, "check_parts.check_gain_multiplies_and_bias_adds")
 def check_norms_are_what_they_are_called(subject: Any) -> None:
     """What is called an RMS norm leaves the mean, and like a layer norm it gives numbers of its gain's size."""
     judged(*recognized(subject), expect_as_called)
@@ -320,7 +318,7 @@ def fail_called(model: nn.Module, norm: Norm, does: str, bug: str) -> None:
     )
 
 
-@needs(*CONTRACT, FINITE)
+@needs(*CONTRACT)
 def check_feed_forward_is_not_linear(subject: Any) -> None:
     """Between a matrix that widens a feed-forward's input and the one that narrows it again, something bends."""
     model = precise(subject, EXISTENCE[1])
@@ -383,7 +381,7 @@ def fail_activation(one: Activation, x: Tensor, gives: Tensor) -> None:
     )
 
 
-@needs(*CONTRACT, FINITE, REACHES, MATTERS)
+@needs(*CONTRACT, REACHES, MATTERS)
 def check_tokens_get_past_a_silent_part(subject: Any) -> None:
     """With every attention giving zeros a token still reaches its logits; with every feed-forward, the past does."""
     if length(subject) < 2:
@@ -454,7 +452,7 @@ def fail_lost(subject: Any, model: nn.Module, part: str, silence: Silence) -> No
     )
 
 
-@needs(*CONTRACT, FINITE, CAUSAL, ROWS, REPEATS)
+@needs(*CONTRACT, CAUSAL, ROWS)
 def check_attention_weights_sum_to_one(subject: Any) -> None:
     """What a softmax weighs the values by sums to one over the keys of every query, in evaluation mode."""
     seen = [attended(subject, scheme).weighed for scheme in (None, EXISTENCE[1])]
@@ -496,7 +494,7 @@ def fail_sum(seen: Weighed) -> None:
     )
 
 
-@needs(*CONTRACT, FINITE)
+@needs(*CONTRACT)
 def check_heads_that_share_keys_share_values(subject: Any) -> None:
     """Where query heads share key-value heads, those that share keys share values, and equally many share each."""
     pairs = attended(subject, EXISTENCE[1]).pairs
