@@ -85,9 +85,10 @@ def exchanges(subject: Any, model: nn.Module, T: int, pairs: list[tuple[int, int
 
 
 def positions_held(model: nn.Module) -> str | None:
-    """The name of whatever tells the model positions: a table, angles, a module called after a known kind."""
-    tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    tensors += [held.name for held in held_outside(model)]
+    """The name of whatever tells the model positions: a table, angles, a module called after a known kind; no ids."""
+    held: list[tuple[str, Any]] = [(held.name, held.value) for held in held_outside(model)]
+    named = [*model.named_parameters(), *model.named_buffers(), *held]
+    tensors = [name for name, x in named if isinstance(x, nn.Module) or x.is_floating_point() or x.is_complex()]
     kinds = [
         (name.rpartition(".")[2], type(m).__name__, f"{name} ({type(m).__name__})") for name, m in model.named_modules()
     ]

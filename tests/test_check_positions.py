@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from checks.bugs.variants import NoPositions, changed
+from checks.check_positions import check_order_of_tokens_matters
+from checks.subject import Subject
+from checks.verdict import judge
 from tests.messages import Told, expect_told
 
 FOUND: dict[str, Told] = {
@@ -45,3 +50,15 @@ FOUND: dict[str, Told] = {
 @pytest.mark.parametrize("bug", FOUND)
 def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
     expect_told("positions", bug, FOUND[bug])
+
+
+def test_ids_of_positions_that_are_only_held_are_no_positions():
+    """Rotary positions that are off by default leave the ids of positions behind, which nothing turns into angles."""
+
+    def change(model):
+        model.positions = NoPositions()
+        for name in ("position_ids", "token_positions"):
+            setattr(model.blocks[0], name, torch.arange(13))
+
+    found = judge(check_order_of_tokens_matters, Subject("ids", changed(change), seed=3), {})
+    assert found.outcome == "passed" and "NoPE" in found.remarks[0]
