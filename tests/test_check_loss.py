@@ -278,6 +278,9 @@ RIGHT = {
     "probabilities for use": answering(lambda x: x.softmax(-1), lambda logits, loss: (logits, loss.mean())),
     "targets that are not used": answering(same, lambda logits, loss: logits),
     "more logits with targets": answering(lambda x: x[:, -1:], lambda logits, loss: logits),
+    "a noisy router": answering(
+        lambda x: x + torch.randn_like(x), lambda logits, loss: (logits + torch.randn_like(logits), loss.mean())
+    ),
     "a shift inside": answering(same, lambda logits, loss: (logits[:, :-1], loss[:, 1:].mean())),
 }
 

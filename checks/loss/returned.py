@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from checks.expect import NotApplicable
 from checks.probes.arguments import TARGETS, taken
+from checks.probes.randomness import seeded
 from checks.subject import EXISTENCE
 
 ROWS, LENGTH = 3, 7  # of a call; all sizes differ
@@ -76,16 +77,27 @@ def answers(subject: Any) -> Answers:
     model = subject.amplified(EXISTENCE[1], seed=subject.seed, dtype=torch.float32)
     B, T = ROWS, min(LENGTH, subject.sizes.block_size)
     tokens, targets = (subject.tokens(B, T, seed=subject.seed + n) for n in (1, 2))
+    more = {parameter.name: targets}
     try:
-        alone = slots(model(tokens)) if optional else {}
-        given = slots(model(tokens, **{parameter.name: targets}))
+        alone = slots(_drawing(model, tokens)) if optional else {}
+        given, again = (slots(_drawing(model, tokens, seed, **more)) for seed in (0, 1))
     except Exception as error:
         raise NotApplicable(
             f"forward takes {parameter.name}, but not beside tokens alone", error=f"{type(error).__name__}: {error}"
         ) from None
-    return Answers(
-        model, parameter.name, tokens, in_place(alone, given), given, getattr(model, "last_loss", None), optional
-    )
+    if any(not torch.equal(one, two) for one, two in zip(_tensors(given), _tensors(again), strict=True)):
+        raise NotApplicable("in evaluation mode forward draws random numbers: two calls cannot be compared")
+    left = getattr(model, "last_loss", None)
+    return Answers(model, parameter.name, tokens, in_place(alone, given), given, left, optional)
+
+
+def _drawing(model: nn.Module, tokens: Tensor, seed: int = 0, **more: Any) -> Any:
+    with seeded(seed):
+        return model(tokens, **more)
+
+
+def _tensors(found: dict[str, Any]) -> list[Tensor]:
+    return [x for x in leaves([*found.values()]) if isinstance(x, Tensor)]
 
 
 def slots(output: Any) -> dict[str, Any]:
