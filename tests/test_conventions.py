@@ -94,6 +94,7 @@ FACTS = {
     "past_given_back.py": ("cache ✓ (past=, given back)",),
     "positional_odd_order.py": ("GPT(heads, emb_dim, ctx_len, num_tokens, depth)",),
     "positions_required.py": ("forward(idx, input_pos) → logits",),
+    "preset_factory.py": ("preset_factory.py:GPT · GPT(vocab_size, block_size, n_embd)",),
     "preset_or_sizes.py": ("GPTConfig(", "model_type=None"),
     "presets.py": ("GPT(n_layer, n_head, n_embd)",),
     "presets_in_configuration.py": (

@@ -123,13 +123,24 @@ def asked_for(found: Named) -> list[Any]:
     candidates = classes or instances or _tops(found, others) or _tops(found, arrays)
     if not candidates and not factories and callable(scope.get(COURSE)):
         return [scope[COURSE]]
+    if classes:  # create_model(preset="tiny") gives a model at its own sizes: its class may take any
+        factories = [function for function in factories if _takes_sizes(function)]
     return list(dict.fromkeys([*factories, *candidates]))
 
 
 def second_choice(found: Named, tried: list[Any]) -> list[Any]:
-    """Classes of the module that others use, for a module whose others cannot be built."""
-    classes = [v for v in found.scope.values() if _is_model_class(v) and v.__module__ == found.module.__name__]
-    return [] if found.name else [cls for cls in sorted(classes, key=lambda c: -_likeness(c)) if cls not in tried]
+    """What is left of the module where that could not be built: factories at their own sizes, classes others use."""
+    own = [(k, v) for k, v in found.scope.items() if getattr(v, "__module__", "") == found.module.__name__]
+    factories = [v for k, v in own if inspect.isfunction(v) and _is_factory(k, v, found)]
+    classes = sorted((v for _, v in own if _is_model_class(v)), key=lambda cls: -_likeness(cls))
+    return [] if found.name else [left for left in (*factories, *classes) if left not in tried]
+
+
+def _takes_sizes(function: Callable) -> bool:
+    """Whether a factory is told of its sizes, one by one, as a configuration or by whatever it passes on."""
+    parameters = signature_of(function)
+    told = any(names.size_of(p.name, required=True) or p.is_config for p in parameters.parameters)
+    return told or parameters.takes_anything or parameters.asks_kwargs or not parameters.parameters
 
 
 def inspect_file(cls: type) -> str:
