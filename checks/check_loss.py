@@ -99,8 +99,8 @@ def check_targets_leave_the_logits_as_they_are(subject: Any) -> None:
         raise NotApplicable("no logits [B, T, V] or of the last position come without targets")
     key, want = alone
     got = found.beside(key, want.shape[-1])
-    if got is None:
-        raise NotApplicable(f"with {found.name} no logits come back")
+    if got is None or not found.losses:
+        raise NotApplicable(f"with {found.name} no logits come back, or no loss beside them", gives=list(found.given))
     where = locate(found.model, type(found.model).__name__)
     if got.shape[-1] != want.shape[-1]:
         fail(

@@ -281,6 +281,7 @@ RIGHT = {
     "a noisy router": answering(
         lambda x: x + torch.randn_like(x), lambda logits, loss: (logits + torch.randn_like(logits), loss.mean())
     ),
+    "a condition that is no target": answering(same, lambda logits, loss: logits + 1 + logits.square()),
     "a shift inside": answering(same, lambda logits, loss: (logits[:, :-1], loss[:, 1:].mean())),
 }
 
