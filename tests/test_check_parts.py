@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from checks import checks_in
 from checks.subject import Subject
 from checks.verdict import Verdict, judge
-from tests.messages import Told, expect_told
+from tests.messages import BUGS, Told, expect_told
 
 BLOCK = "blocks.0.attention_norm"
 FOUND: dict[str, Told] = {
@@ -451,6 +451,16 @@ def test_weights_that_are_scaled_are_found():
 
 
 # -- the residual stream
+
+
+def test_what_attention_found_and_the_stream_never_got_is_told():
+    verdict = judge(
+        {c.__name__: c for c in checks_in("parts")}["check_tokens_get_past_a_silent_part"],
+        BUGS["residual-from-the-blocks-input"].subject(seed=3),
+        {},
+    )
+    assert verdict.outcome == "failed" and "not what attention has found" in verdict.says
+    assert "residual-from-the-blocks-input" in verdict.likely
 
 
 def test_a_model_without_any_residual_is_told_so_and_not_accused():

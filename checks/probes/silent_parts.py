@@ -38,7 +38,7 @@ class Silence(TorchFunctionMode):
         known = None if self.matrices is None else multiplied(func, args)
         meant = self.attends(func, result) if self.matrices is None else known and known[1].data_ptr() in self.matrices
         where = line_now(self.names) if meant else None
-        if where is None or not within(where, self.blocks):
+        if where is None or block_of(where, self.blocks) is None:
             return result
         self.found.append(where)
         if self.only not in (None, len(self.found) - 1):
@@ -57,8 +57,9 @@ def blocks_of(model: nn.Module) -> list[str]:
     return next(iter(siblings(model)), [])
 
 
-def within(where: Where | None, blocks: list[str]) -> bool:
-    return where is not None and any(f"{where.module}.".startswith(f"{block}.") for block in blocks)
+def block_of(where: Where | None, blocks: list[str]) -> str | None:
+    """The block that a line runs in; None outside of all."""
+    return next((block for block in blocks if where is not None and f"{where.module}.".startswith(f"{block}.")), None)
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,12 @@ def feed_forwards(model: nn.Module, run: Callable[[], Any]) -> list[FeedForward]
     with torch.enable_grad(), WeightProducts(model) as products:
         run()
     found: list[FeedForward] = []
-    begin = 0
+    blocks, begin = blocks_of(model), 0
     for index, narrow in enumerate(products.found):
         inner, outer = narrow.rows.shape[-1], narrow.gives.shape[-1]
         between = products.found[begin:index]
         wide = [p for p in between if p.gives.shape == narrow.rows.shape and p.rows.shape[-1] == outer]
+        wide = [p for p in wide if block_of(p.where, blocks) == block_of(narrow.where, blocks)]
         mine = [_joined(p, narrow) for p in wide] if inner > outer else []
         found += [pair for pair in mine if pair is not None]
         begin = index + 1 if any(mine) else begin
@@ -114,6 +116,6 @@ def _joined(wide: Mapped, narrow: Mapped) -> FeedForward | None:
 def narrowing_in_blocks(model: nn.Module, run: Callable[[], Any]) -> set[int]:
     """The narrowing matrices of feed-forwards in blocks that the model holds: others are made anew in every call."""
     blocks = blocks_of(model)
-    found = {pair.narrow.matrix for pair in feed_forwards(model, run) if within(pair.narrow.where, blocks)}
+    found = {pair.narrow.matrix for pair in feed_forwards(model, run) if block_of(pair.narrow.where, blocks)}
     held = [p.untyped_storage() for p in model.parameters()]
     return {m for m in found if any(h.data_ptr() <= m < h.data_ptr() + h.nbytes() for h in held)}
