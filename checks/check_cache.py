@@ -283,11 +283,12 @@ def clearly_refused(error: Exception, block: int) -> None:
 def judge_overflow(read: Reader, tokens: Tensor, got: Tensor, pieces: Sequence[int]) -> None:
     """What came out past the block size is what the model says to the latest tokens, or to all, read whole."""
     T, block = tokens.shape[1], read.subject.sizes.block_size
+    readers = [(read, block), *((one, T) for one in (read, longer(read)) if one is not None)]
     for position in range(block, T):
         answers = []
-        for window in (block, position + 1):
+        for one, window in readers:
             try:
-                answers.append(read.whole(tokens[:, position + 1 - window : position + 1])[:, -1])
+                answers.append(one.whole(tokens[:, max(position + 1 - window, 0) : position + 1])[:, -1])
             except Exception:
                 continue
         here = got[:, position : position + 1]
@@ -302,3 +303,17 @@ def judge_overflow(read: Reader, tokens: Tensor, got: Tensor, pieces: Sequence[i
             block_size=block,
             pieces=list(pieces),
         )
+
+
+def longer(read: Reader) -> Reader | None:
+    """The same weights at twice the block size, where no table is as long as the block: rotary positions go on."""
+    if not read.subject.can_vary("block_size"):
+        return None
+    other = read.sharp(block_size=2 * read.subject.sizes.block_size)
+    own, theirs = dict(read.model.named_parameters()), dict(other.model.named_parameters())
+    if {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in theirs.items()}:
+        return None
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            parameter.copy_(own[name])
+    return other

@@ -100,7 +100,9 @@ def fail_alike(alike: list[tuple[int, int]], pairs: list[tuple[int, int]], T: in
     (a, b), all_of_them = alike[0], len(alike) == len(pairs)
     likely: tuple[str, ...] = ("positions-start-again", "positions-clamped", "rope-half-precision")
     if all_of_them:
-        likely = ("position-constant", "rope-on-the-wrong-axis", "rope-only-on-q", "prefill-all-same-position")
+        likely = ("rope-on-the-wrong-axis", "rope-only-on-q", "prefill-all-same-position")
+        if not KIND.search(mechanism or ""):
+            likely = ("position-not-added", "position-constant", *likely)
     fail(
         f"in one block, exchanging tokens {a} and {b} of {T} moves no later logit by more than {SMALLEST:.0e} standard "
         f"deviations, and so for {'all' if all_of_them else len(alike)} of {len(pairs)} pairs that "

@@ -7,9 +7,11 @@ import torch
 
 from checks import checks_in
 from checks.bugs import all_bugs
+from checks.bugs.variants import changed
 from checks.probes.cached import Coarsest, distances, first_wrong
 from checks.subject import Subject, reference_parts
 from checks.verdict import Verdict, check_id, judge
+from transformer.model import Transformer
 
 CHECKS = {check.__name__: check for check in checks_in("cache")}
 SEED = 3
@@ -90,6 +92,28 @@ def test_a_cache_that_stays_on_the_model_is_found_by_the_second_text():
 def test_an_overflow_is_named_with_both_lengths():
     found = verdict("cache-overflow", "check_cache_overflow_is_refused_or_slides")
     assert "15 tokens" in found.says and "block size is 13" in found.says and found.evidence["position"] == 13
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_rotary_positions_may_go_on_behind_the_block_and_a_token_lost_there_is_found(lost):
+    """Read whole, more tokens than the block holds are refused: a model of the same weights and a longer block says."""
+
+    def change(model):
+        class GoesOn(Transformer):
+            def new_cache(self, batch_size, capacity):
+                return super().new_cache(batch_size, 2 * capacity)
+
+            def refuse_bad_input(self, tokens, mask, cache):
+                if cache is None:
+                    super().refuse_bad_input(tokens, mask, cache)
+                elif cache.length == self.config.block_size:
+                    cache.length -= lost
+
+        model.__class__ = GoesOn
+
+    subject = Subject("goes on", changed(change, positions="rotary"), seed=SEED)
+    found = judge(CHECKS["check_cache_overflow_is_refused_or_slides"], subject, {})
+    assert found.outcome == ("failed" if lost else "passed"), found.says
 
 
 @pytest.mark.parametrize(

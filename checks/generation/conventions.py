@@ -328,7 +328,7 @@ HOLDS = ("sequences", "generated_ids", "output_ids", "tokens", "ids", "token_ids
 def read_ids(ids: Tensor) -> Rows:
     if ids.is_floating_point() or ids.dim() not in (1, 2):
         raise Unreadable(f"an answer of shape {list(ids.shape)} and {ids.dtype} is not understood")
-    return ids.reshape(-1, ids.shape[-1]).tolist()
+    return ids.tolist() if ids.dim() == 2 else [ids.tolist()]
 
 
 def read_list(items: list) -> Rows:
