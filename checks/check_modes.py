@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from checks.expect import NotApplicable, advise, expect_close, expect_same, fail, farthest, needs, note
 from checks.probes.dropout_sites import Trial, silent_sites
+from checks.probes.expectation import Averaged, unscaled
 from checks.probes.holdings import buffers_kept, renormalized
 from checks.probes.precision import precise, precision, spread
 from checks.probes.randomness import (
@@ -31,6 +32,7 @@ from checks.where import first_breaking, first_changing, locate
 CONTRACT = ("check_contract.check_logits_have_shape",)
 TRACE = "check_contract.check_earlier_calls_leave_no_trace"
 REPEATS = "check_modes.check_eval_repeats_itself"
+HALF = 0.5  # a rate at which as many are kept as dropped
 RATE = 0.3  # the dropout asked for: large enough that no site can miss every unit of a small model
 ALMOST_NONE = 1e-6  # a rate at which hardly ever one unit in a small model drops
 ROWS = 3
@@ -498,3 +500,47 @@ def check_dropout_differs_between_rows(subject: Any) -> None:
                 likely=("dropout-mask-shared-by-rows",),
                 advice="draw the mask in the shape of what it multiplies",
             )
+
+
+@needs(*CONTRACT, "check_modes.check_training_computes_what_evaluation_does")
+def check_dropout_keeps_the_average(subject: Any) -> None:
+    """On average over what is dropped, each part computes in training what it does in evaluation."""
+    rate: dict[str, Any] = dict(dropout=HALF) if subject.can_vary("dropout") else {}
+    model, tokens = precise(subject, **rate), _tokens(subject)
+    set_rates(model, HALF)
+    want = _run(subject, model, tokens)
+
+    dropout = Averaged()
+
+    def averaged(mode: bool, seed: int = 1) -> Tensor:
+        model.train(mode)
+        with dropout:
+            return _run(subject, model, tokens, seed)
+
+    one, drawn_again = averaged(True), averaged(True, 2)
+    if not dropout.calls and not _differ(one, drawn_again):
+        raise NotApplicable("nothing is dropped in training")
+    if odd := _mode_by_design(model):
+        raise NotApplicable(f"{odd} may compute something else in training mode by design")
+    if not _differ(one, drawn_again):
+        expect_close(
+            one,
+            want,
+            bound=precision(subject).bound(want),
+            says=f"with a dropout of {HALF:g} that gives its average, its own input, training computes other logits "
+            "than evaluation: what is kept is scaled once more, or by another rate",
+            where=lambda: first_breaking(model, lambda: averaged(False), lambda: averaged(True), _clearly_differ),
+            likely=("dropout-rescaled-twice",),
+            advice="PyTorch's dropout divides by 1 - p itself: nothing is left to scale",
+        )
+        return
+    name = unscaled(model.eval(), lambda: _run(subject, model, tokens), precision(subject).bound(want).size)
+    if name is None:
+        raise NotApplicable("training draws random numbers beside PyTorch's dropout, and no mask of them only silences")
+    fail(
+        f"{name} silences entries by a mask of its own and leaves the others as they are: at a rate of p what it gives "
+        "in training is on average 1 - p times what it gives in evaluation",
+        where=locate(model, name),
+        likely=("dropout-without-rescaling",),
+        advice="multiply what is kept by 1 / (1 - p)",
+    )

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from checks.bugs import bug
 from checks.bugs.masking import CAUSAL, ROWS, attend_with
-from transformer.model import Attention, ExplicitAttention, Transformer
+from transformer.model import Attention, ExplicitAttention, Transformer, causal_mask
 
 PREFIX = "check_causality.check_prefix_gives_the_same_logits"
 THROWN_AWAY = "check_contract.check_nothing_projected_is_thrown_away"
 HEADS = "check_contract.check_every_head_matters"
 REACH = "check_gradients.check_every_parameter_gets_a_gradient"
 SLOPES = "check_gradients.check_gradients_equal_finite_differences"
+AVERAGE = "check_modes.check_dropout_keeps_the_average"
 
 
 # -- softmax
@@ -191,3 +192,33 @@ def output_not_applied(model: Transformer) -> None:
             return self.merge_heads(self.attend(q, self.share(k), self.share(v), visible))
 
     attend_with(model, NotApplied)
+
+
+# -- dropout of the weights
+
+
+@bug("dropout-rescaled-twice", "F.dropout divides by 1 - p, and so does the line behind it",
+     caught_by=(AVERAGE,), model=True, attention="explicit")  # fmt: skip
+def rescaled_twice(model: Transformer) -> None:
+    class Twice(ExplicitAttention):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+            y = super().attend(q, k, v, visible)
+            return y / (1 - self.dropout) if self.training else y
+
+    attend_with(model, Twice)
+
+
+@bug("dropout-by-hand-not-rescaled", "weights are multiplied by a mask drawn by hand, and not divided by 1 - p",
+     caught_by=(AVERAGE,), model=True, attention="explicit")  # fmt: skip
+def dropped_by_hand(model: Transformer) -> None:
+    class ByHand(ExplicitAttention):
+        def weights(self, scores: Tensor) -> Tensor:
+            weights = super().weights(scores)
+            return weights * (torch.rand_like(weights) >= self.dropout) if self.training else weights
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+            if visible is None:
+                visible = causal_mask(q.shape[2], k.shape[2], q.device)
+            return self.weights(self.mask(self.scores(q, k), visible)) @ v
+
+    attend_with(model, ByHand)
