@@ -53,6 +53,7 @@ EXTREME = 20  # times every weight
 REACH = 1e6  # of the logits' spread: beyond it, without norms, scores reach any finite fill, however right
 LONG = 131  # tokens: past the powers of two at which tables, masks and caches are cut
 LONGER = 521  # past more of them; only around these is looked
+FARTHEST = 1031  # past the last at which a mask is commonly cut: two cuts see every pair on both sides of one
 LONGEST_TRIED = 1024
 WINDOWS = ("window-ignored", "window-off-by-one", "window-sign-error")
 PRINT_MASK = "Print the mask of each layer: row t is True at columns t - window + 1 to t."
@@ -164,6 +165,8 @@ def check_future_cannot_change_past_in_long_sequences(subject: Any) -> None:
     if varies and T < LONGER:
         late = [place for place in telling_places(LONGER) if place > T]
         expect_no_leak(subject, precise(subject, block_size=LONGER), cuts(subject, LONGER, late), likely=likely)
+        few = cuts(subject, FARTHEST, [LONGER, 1024])
+        expect_no_leak(subject, precise(subject, block_size=FARTHEST), few, likely=likely)
 
 
 def cuts(subject: Any, T: int, places: list[int]) -> Changes:

@@ -171,6 +171,16 @@ def unmasked_beyond_256(model: Transformer) -> None:
     attend_with(model, Tabled)
 
 
+@bug("unmasked-beyond-1000", "the mask is a table of 1000 tokens: for a longer sequence there is none",
+     caught_by=(LONG,), model=True, attention="explicit")  # fmt: skip
+def unmasked_beyond_1000(model: Transformer) -> None:
+    class Tabled(ExplicitAttention):
+        def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
+            return super().mask(scores, visible if scores.shape[-1] <= 1000 else torch.ones_like(visible))
+
+    attend_with(model, Tabled)
+
+
 @bug("one-position-leaks", "position 5 sees token 6, which comes next; all other pairs are right",
      caught_by=(CAUSAL,), model=True, attention="explicit")  # fmt: skip
 def one_position_leaks(model: Transformer) -> None:
