@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from checks.expect import Bound, NotApplicable, advise, expect_close, fail, needs, note, slow
 from checks.probes import two_processes
 from checks.probes.precision import precision
+from checks.probes.randomness import seeded
 from checks.probes.two_processes import Logits, Refused, batches, gradients, model_of, train_in_two
 
 WHOLE = "two processes, each with half of a batch, average to another gradient than one with all of it"
@@ -33,7 +34,9 @@ def check_two_processes_train_as_one(subject: Any) -> None:
         raise NotApplicable("a model that is one instance has no way to a new process")
     model = model_of(subject)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    want = gradients(Logits(subject, model), model, batches(subject))
+    with seeded(subject.seed):
+        want = gradients(Logits(subject, model), model, batches(subject))
+    refuse_chance(subject, model, want)
     found = in_two(subject, weights, want)
     ends = [buffers for _, buffers in found]
     parted = [name for name, b in ends[0].items() if not torch.equal(b, ends[1][name])]
@@ -45,6 +48,16 @@ def check_two_processes_train_as_one(subject: Any) -> None:
     for number, expected in enumerate(want, start=1):
         for rank, (got, _) in enumerate(found):
             expect_whole(got[number - 1], expected, number, rank, parted, Bound(factor * largest, "of the largest"))
+
+
+def refuse_chance(subject: Any, model: nn.Module, want: list[dict[str, Tensor]]) -> None:
+    """What is drawn in training, beside dropout, each process draws for itself."""
+    with seeded(subject.seed + 1):
+        again = gradients(Logits(subject, model), model, batches(subject))
+    for one, other in zip(want, again, strict=True):
+        if one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one):
+            continue
+        raise NotApplicable("training draws random numbers that no declared rate silences")
 
 
 def in_two(subject: Any, weights: dict[str, Tensor], want: list[dict[str, Tensor]]) -> list[Any]:
