@@ -83,7 +83,9 @@ def expect_pads_unread(subject: Any, model: nn.Module, side: str, way: Way) -> N
 def likely_readers(
     subject: Any, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor, way: Way, row: int
 ) -> tuple[str, ...]:
-    """A row that is clean by itself gets another row's mask."""
+    """A mask that changes nothing is not used; a row that is clean by itself gets another row's mask."""
+    if torch.equal(call(subject, model, tokens[0], mask, way), call(subject, model, tokens[0], None, way)):
+        return "pad-mask-ignored", "pad-mask-on-queries"
     one, other = (call(subject, model, x[row : row + 1], mask[row : row + 1], way)[0] for x in tokens)
     if torch.equal(one[mask[row]], other[mask[row]]):
         return "mask-repeated-in-wrong-head-batch-order", "pad-mask-on-queries"
