@@ -31,6 +31,7 @@ from checks.loss.cases import (
 from checks.loss.conventions import met_loss
 from checks.loss.explained import misread_mask, spans
 from checks.loss.formula import USUAL, cross_entropy, expected_gradient
+from checks.loss.given import cross_entropy_line, gives
 from checks.loss.placing import (
     refuse_crossings,
     refuse_other_symbols,
@@ -518,20 +519,21 @@ def check_low_precision_logits_keep_the_loss(subject: Any) -> None:
 @needs(UNDERSTOOD)
 def check_loss_takes_what_the_model_gives(subject: Any) -> None:
     """A loss of log-probabilities is given log-probabilities, and a loss of logits is not given probabilities."""
+    given = gives(subject)
+    if given == "probabilities" and not subject.brings("loss") and (line := cross_entropy_line(subject)):
+        fail(
+            f"the model gives probabilities, and {line.module} takes logits: the softmax is made twice",
+            where=line,
+            likely=("softmax-twice",),
+            advice="return the head's outputs without a softmax: cross_entropy makes it",
+        )
     loss = met_loss(subject)
     if loss.inside_model:
         raise NotApplicable("the model computes its loss itself")
-    with torch.no_grad():
-        logits = subject.logits(subject.build(), subject.tokens(2, min(5, subject.sizes.block_size))).double()
-    gives = "logits"
-    if logits.logsumexp(-1).abs().max() < 1e-3:
-        gives = "log-probabilities"
-    elif logits.min() >= 0 and (logits.sum(-1) - 1).abs().max() < 1e-3:
-        gives = "probabilities"
-    note(model_gives=gives, loss_takes=loss.domain)
-    if gives != loss.domain and (gives, loss.domain) != ("log-probabilities", "logits"):
+    note(model_gives=given, loss_takes=loss.domain)
+    if given != loss.domain and (given, loss.domain) != ("log-probabilities", "logits"):
         fail(
-            f"the model gives {gives}, the loss takes {loss.domain}: "
+            f"the model gives {given}, the loss takes {loss.domain}: "
             + ("the softmax is made twice" if loss.domain == "logits" else "the softmax is never made"),
             likely=("softmax-twice",) if loss.domain == "logits" else ("nll-of-raw-logits",),
             advice="cross_entropy takes raw logits; nll_loss takes log_softmax(logits).",

@@ -22,7 +22,11 @@ from transformer.data import Batch, SentenceTask, pad_batch
 from transformer.generation import generate
 from transformer.trainer import Trainer
 
-CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
+CONTRACT = (
+    "check_contract.check_logits_have_shape",
+    "check_contract.check_logits_are_finite",
+    "check_loss.check_loss_takes_what_the_model_gives",
+)
 CAUSAL = "check_causality.check_future_cannot_change_past"
 PAST = "check_causality.check_past_reaches_every_later_position"
 BEGIN = 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from checks.expect import NotApplicable, advise, fail, keep, needs, note
 from checks.generation.conventions import Decoder, decoder
 from checks.loss.conventions import met_loss
+from checks.loss.given import cross_entropy_line, gives
 from checks.probes.influence import needs_one_token
 from checks.training.runs import refuse_chance
 from transformer.data import Batch, SentenceTask
@@ -103,7 +104,7 @@ def learn(subject: Any, task: SentenceTask) -> Learned:
         tried.append(f"{recipe} recipe: loss {learned.loss:.2g} after {learned.trainer.steps_done} steps")
         if best is None or learned.loss < best.loss:
             best = learned
-        if best.loss <= LEARNED:
+        if best.loss <= LEARNED or gives(subject) == "probabilities":  # which no recipe makes learn
             break
     assert best is not None
     best.tried = tried
@@ -163,9 +164,17 @@ def objective(subject: Any) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor
     def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         count = batch.loss_mask.sum()
         mask = None if bool(batch.loss_mask.all()) else batch.loss_mask
-        return loss(subject.logits(model, batch.tokens), batch.targets, mask) * count, count
+        return loss(logits_of(subject, model, batch.tokens), batch.targets, mask) * count, count
 
     return objective
+
+
+def logits_of(subject: Any, model: nn.Module, tokens: Tensor) -> Tensor:
+    """[B, T, V]; of a model that means to give probabilities (nothing in its file takes them for logits) their log."""
+    given: Tensor = subject.logits(model, tokens)
+    if subject.returns == "probabilities" and cross_entropy_line(subject) is None:
+        return given.clamp_min(torch.finfo(given.dtype).tiny).log()
+    return given
 
 
 def loss_of(subject: Any) -> Callable[..., Tensor]:
@@ -205,7 +214,7 @@ def split_losses(subject: Any, learned: Learned, texts: list[str]) -> dict[str, 
     batch = learned.task.batch(list(dict.fromkeys(texts))).to(subject.device)
     model = learned.trainer.model
     with learned.trainer.eval_mode(), torch.no_grad():
-        logits = subject.logits(model, batch.tokens).detach()
+        logits = logits_of(subject, model, batch.tokens).detach()
     kinds = {"unmasked": batch.loss_mask, "masked": ~batch.loss_mask & batch.mask, "all": batch.mask}
     return {
         name: float(next_token_loss(logits, batch.targets, mask)) if mask.any() else math.nan
@@ -221,6 +230,14 @@ def expect_learned(subject: Any, learned: Learned) -> None:
         return
     refuse_chance(subject, learned.trainer.model.train())
     start = learned.before["train"]
+    if gives(subject) == "probabilities":
+        fail(
+            f"the model does not learn: from loss {start:.3g} to {learned.loss:.3g}, wanted {LEARNED:g}. It gives "
+            "probabilities, and cross entropy makes a softmax of them again",
+            where=cross_entropy_line(subject),
+            likely=("softmax-twice",),
+            advice="return the head's outputs without a softmax: cross_entropy makes it",
+        )
     slowly = learned.loss < 0.1 * start
     verdict = "learns, but too slowly" if slowly else "does not learn"
     fail(

@@ -34,6 +34,21 @@ def test_the_loss_is_found_by_what_it_takes(tmp_path):
     assert failed == {"check_loss.check_value_is_the_closed_form": ("masked-mean-over-all-positions",)}
 
 
+def test_a_softmax_before_cross_entropy_is_told_once(tmp_path):
+    """Where the script names the loss, at its line; the model that means to give probabilities is trained on them."""
+    source = (HOMEWORK / "encoder_layer.py").read_text()
+    source = source.replace("src_mask=mask))", "src_mask=mask)).softmax(-1)")
+    twice, meant = tmp_path / "twice.py", tmp_path / "meant.py"
+    twice.write_text(source)
+    meant.write_text(
+        source.replace("nn.CrossEntropyLoss()", "lambda p, t: -torch.log(p.gather(-1, t[:, None])).mean()")
+    )
+    checks = ["check_loss_takes_what_the_model_gives", "check_memorizes_the_sentence"]
+    told = check_model(str(twice), checks=checks, seed=3)
+    assert [(v.outcome, v.likely, v.where.line) for v in told] == [("failed", ("softmax-twice",), 29)] * 2
+    assert not [v for v in check_model(str(meant), checks=checks, seed=3) if v.likely]
+
+
 @pytest.mark.parametrize(
     ("found", "defined"),
     [

@@ -44,3 +44,18 @@ def past_not_seen(model: Transformer) -> None:
 
     for block in model.blocks:
         block.attention.__class__ = Itself
+
+
+@bug(
+    "probabilities-for-logits",
+    "the model ends in a softmax, and cross entropy makes another",
+    source="https://discuss.pytorch.org/t/do-i-need-to-use-softmax-before-nn-crossentropyloss/16739",
+    caught_by=(SENTENCE,),
+    model=True,
+)
+def probabilities_for_logits(model: Transformer) -> None:
+    class Softmax(Transformer):
+        def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+            return super().forward(tokens, mask, cache).softmax(-1)
+
+    model.__class__ = Softmax

@@ -96,7 +96,7 @@ def refuse_chance(subject: Any, model: nn.Module) -> None:
     Two passes that draw differently cannot be compared, and reseeding both would undo what a trainer does.
     """
     before = states()
-    subject.logits(model, subject.tokens(1, 2, seed=subject.seed))
+    subject.logits(model, subject.tokens(1, 2, seed=subject.seed, vocab_size=2))
     if drawn := [name for name, state in states().items() if state != before[name]]:
         raise NotApplicable("training draws random numbers that no dropout rate stops", generators=drawn)
 

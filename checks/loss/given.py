@@ -1,0 +1,43 @@
+"""What a model gives its loss: logits, log-probabilities or probabilities, and where its code makes a loss of them."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checks.expect import Where
+from checks.where import shown
+
+OF_LOGITS = {"CrossEntropyLoss", "cross_entropy"}
+CLOSE = 1e-3  # of a sum of probabilities, in whatever type they were computed
+
+
+def gives(subject: Any) -> str:
+    """What stands for logits: "logits", "log-probabilities" or "probabilities"."""
+    with torch.no_grad():
+        out: Tensor = subject.logits(subject.build(), subject.tokens(2, min(5, subject.sizes.block_size))).double()
+    if out.logsumexp(-1).abs().max() < CLOSE:
+        return "log-probabilities"
+    return "probabilities" if out.min() >= 0 and (out.sum(-1) - 1).abs().max() < CLOSE else "logits"
+
+
+def cross_entropy_line(subject: Any) -> Where | None:
+    """The line of the subject's code that names PyTorch's cross entropy, which takes logits.
+
+    None where there is none, or where a logarithm is taken by hand: probabilities may then be meant.
+    """
+    if subject.met is None:
+        return None
+    found: Where | None = None
+    home = subject.met.home
+    for source in (source for name, source in home.sources.items() if name not in home.looked_into):
+        for node in source.nodes:
+            word = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+            if word in ("log", "nll_loss", "NLLLoss"):
+                return None
+            if word in OF_LOGITS and found is None:
+                found = Where(word, "", shown(source.filenames[0]), node.lineno)
+    return found
