@@ -120,7 +120,8 @@ class Toy(nn.Module):
         self.tokens, self.places = nn.Embedding(V, C), nn.Embedding(T, C)
         for table in (self.tokens, self.places):
             nn.init.normal_(table.weight, std=other.get("embedding", 0.02))
-        self.layers = nn.ModuleList(ToyBlock(C, sizes["n_head"], norm, feed_forward, weights) for _ in range(2))
+        block = other.get("block", ToyBlock)
+        self.layers = nn.ModuleList(block(C, sizes["n_head"], norm, feed_forward, weights) for _ in range(2))
         self.ln_f, self.out = norm(C), nn.Linear(C, V)
         self.residual = other.get("residual", True)
 
@@ -451,6 +452,42 @@ def test_weights_that_are_scaled_are_found():
 
 
 # -- the residual stream
+
+
+class WideHeads(nn.Module):
+    """Heads that are together wider than the model, and queries that are made last."""
+
+    def __init__(self, C: int, H: int, shared: bool):
+        super().__init__()
+        self.H, self.D = H, C
+        self.values = nn.Linear(C, C if shared else H * C)
+        self.keys, self.queries = nn.Linear(C, C if shared else H * C), nn.Linear(C, H * C)
+        self.out = nn.Linear(H * C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        v, k, q = (f(x).view(B, T, -1, self.D).transpose(1, 2) for f in (self.values, self.keys, self.queries))
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        mixed = plain_weights(q @ k.transpose(-2, -1) / self.D**0.5, future) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_wide_heads_are_no_feed_forward(shared):
+    class WideBlock(ToyBlock):
+        def __init__(self, C: int, H: int, norm: Callable, feed_forward: Callable, weights: Callable):
+            super().__init__(C, H, norm, feed_forward, weights)
+            self.attention = WideHeads(C, H, shared)
+            del self.qkv, self.proj
+
+        def forward(self, x: Tensor, residual: bool) -> Tensor:
+            x = x + self.attention(self.ln1(x))
+            return x + self.mlp(self.ln2(x))
+
+    found = verdicts(block=WideBlock)
+    assert not accused(found)
+    assert found["feed_forward_is_not_linear"].evidence["feed_forwards"] == 2
+    assert len(found["tokens_get_past_a_silent_part"].evidence["changes"]) == 2
 
 
 def test_what_attention_found_and_the_stream_never_got_is_told():

@@ -14,6 +14,7 @@ from checks.expect import Where
 from checks.where import line_now
 
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+MIXING = {F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.cumsum, Tensor.cumsum}
 CONVOLUTIONS = {torch.conv1d, F.conv1d}
 EXACT = 1e-6  # relative: what a factor and a constant may leave unexplained, of what is computed in float32
 
@@ -42,8 +43,11 @@ class WeightProducts(TorchFunctionMode):
         super().__init__()
         self.names = names_of(model)
         self.found: list[Mapped] = []
+        self.mixed: list[int] = []  # how many were found when tokens were mixed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if mixes(func, args):
+            self.mixed.append(len(self.found))
         known = multiplied(func, args)
         rows = None if known is None else _flat(known[0].movedim(known[2], -1).clone())
         result = func(*args, **(kwargs or {}))
@@ -55,6 +59,15 @@ class WeightProducts(TorchFunctionMode):
             gives = gives.detach().requires_grad_()  # a frozen matrix's
         self.found.append(Mapped(rows, gives, line_now(self.names), known[1].data_ptr()))
         return gives.clone().view(moved.shape).movedim(-1, known[2])
+
+
+def mixes(func: Any, args: tuple) -> bool:
+    """Whether it is a part of attention, or of what does its work: products of activations, sums and convolutions."""
+    given = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(a, Tensor)]
+    if func in CONVOLUTIONS:
+        return len(given) > 1 and given[1].shape[-1] > 1
+    products = func in PRODUCTS or func in (torch.einsum, torch.baddbmm)
+    return func in MIXING or (products and sum(a.dim() > 2 for a in given) > 1)
 
 
 def _flat(x: Tensor) -> Tensor | None:

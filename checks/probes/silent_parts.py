@@ -84,7 +84,7 @@ class FeedForward:
 def feed_forwards(model: nn.Module, run: Callable[[], Any]) -> list[FeedForward]:
     """The products that widen what another narrows again, where that depends on the same token's rows alone.
 
-    Attention whose heads are together wider than the model is told from a feed-forward by that.
+    Both are in one block, with nothing between that mixes tokens: the heads of attention may be wider than the model.
     """
     with torch.enable_grad(), WeightProducts(model) as products:
         run()
@@ -92,12 +92,13 @@ def feed_forwards(model: nn.Module, run: Callable[[], Any]) -> list[FeedForward]
     blocks, begin = blocks_of(model), 0
     for index, narrow in enumerate(products.found):
         inner, outer = narrow.rows.shape[-1], narrow.gives.shape[-1]
-        between = products.found[begin:index]
-        wide = [p for p in between if p.gives.shape == narrow.rows.shape and p.rows.shape[-1] == outer]
+        begin = max([begin, *(m for m in products.mixed if m <= index)])
+        wide = [p for p in products.found[begin:index] if p.gives.shape == narrow.rows.shape]
+        wide = [p for p in wide if p.rows.shape[-1] == outer < inner]
         wide = [p for p in wide if block_of(p.where, blocks) == block_of(narrow.where, blocks)]
-        mine = [_joined(p, narrow) for p in wide] if inner > outer else []
-        found += [pair for pair in mine if pair is not None]
-        begin = index + 1 if any(mine) else begin
+        joined = [_joined(p, narrow) for p in wide]
+        found += [pair for pair in joined if pair is not None]
+        begin = index + 1 if any(joined) else begin
     return found
 
 
