@@ -29,7 +29,7 @@ from checks.probes.randomness import (
 from checks.subject import EXISTENCE
 from checks.where import first_breaking, first_changing, locate
 
-CONTRACT = ("check_contract.check_logits_have_shape",)
+CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 TRACE = "check_contract.check_earlier_calls_leave_no_trace"
 REPEATS = "check_modes.check_eval_repeats_itself"
 HALF = 0.5  # a rate at which as many are kept as dropped
@@ -74,16 +74,31 @@ def check_eval_repeats_itself(subject: Any) -> None:
     for given, mask in _masks(subject, tokens):
         again = partial(_run, subject, model, tokens, mask=mask)
         first = again(1)
+        drops, likely = _dropping_in_evaluation(subject, model, tokens, mask)
         expect_same(
             again(2),
             first,
-            says=f"in evaluation mode two calls with the same tokens {given} give different logits",
+            says=f"in evaluation mode two calls with the same tokens {given} give different logits{drops}",
             where=partial(first_breaking, model, partial(again, 1), partial(again, 2), _differ),
-            likely=("attn-dropout-in-eval", "resid-dropout-in-eval", "dropout-module-built-in-forward",
-                    "dropout-in-a-plain-list"),
+            likely=likely,
             advice="every F.dropout needs training=self.training, every dropout_p a 0 in evaluation mode, and every "
             "nn.Dropout must be made in __init__",
         )  # fmt: skip
+
+
+def _dropping_in_evaluation(
+    subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor | None
+) -> tuple[str, tuple[str, ...]]:
+    """The first dropout that drops in evaluation mode, with its rate and line, and the bugs that are so."""
+    attention = "attn-dropout-in-eval"
+    likely = ("resid-dropout-in-eval", "dropout-module-built-in-forward", "dropout-in-a-plain-list")
+    with seeded(subject.seed), torch.no_grad(), Draws() as draws:
+        subject.logits(model, tokens, mask)
+    if not draws.dropped:
+        return "", (attention, *likely)
+    line = f", {draws.line.file}:{draws.line.line}" if draws.line is not None else ""
+    first = (attention, *likely) if draws.dropped[0].startswith("scaled") else (*likely, attention)
+    return f" ({draws.dropped[0]}{line}, drops in it)", first
 
 
 @needs(*CONTRACT, REPEATS)

@@ -15,11 +15,16 @@ from tests.messages import Told, expect_told
 from transformer.model import Transformer
 
 FOUND: dict[str, Told] = {
-    "attn-dropout-in-eval": ("eval_repeats_itself", "blocks.0.attention", ("without a mask",), "attn-dropout-in-eval"),
+    "attn-dropout-in-eval": (
+        "eval_repeats_itself",
+        "blocks.0.attention",
+        ("without a mask", "scaled_dot_product_attention with a rate of"),
+        "attn-dropout-in-eval",
+    ),
     "resid-dropout-in-eval": (
         "eval_repeats_itself",
         "blocks.1",
-        ("two calls with the same tokens",),
+        ("two calls with the same tokens", "(dropout with a rate of", "modes.py:"),
         "resid-dropout-in-eval",
     ),
     "forward-reseeds": (
