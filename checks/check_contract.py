@@ -118,11 +118,13 @@ def expect_finite(subject: Any, model: nn.Module, tokens: Tensor, which: str) ->
     bad = (~logits.isfinite()).nonzero()
     if len(bad):
         row, t, symbol = (int(i) for i in bad[0])
+        every_first = not bool(bad[:, 1].any()) and len(bad[:, 0].unique()) == len(tokens)
+        likely = ("mask-positive-inf", "first-token-masked-out", "causal-excludes-self")
         fail(
             f"the logit of symbol {symbol} at position {t} is {float(logits[row, t, symbol])} {which}, after "
             f"the tokens {tokens[row, : t + 1].tolist()}; {len(bad)} of {logits.numel()} logits are not finite",
             where=first_bad(model, lambda: call(subject, model, tokens), lambda x: bool(x.isnan().any())),
-            likely=("mask-positive-inf", "first-token-masked-out", "causal-excludes-self"),
+            likely=likely[::-1] if every_first else likely,
             advice="Print the scores before the softmax: each row needs at least one that is not -inf, and none +inf.",
             first={"t": t, "symbol": symbol},
             tokens=tokens[row].tolist(),
@@ -244,6 +246,8 @@ def expect_unchanged(name: str, before: Tensor, after: Tensor) -> None:
 @needs(SHAPE, "check_contract.check_every_length_is_read")
 def check_too_long_a_sequence_is_no_silent_error(subject: Any) -> None:
     """Beyond the block size there is an error, or the same logits as before for the tokens that fit."""
+    if subject.longest is None:
+        raise NotApplicable("the model has no limit of length that is known")
     model, block = precise(subject), subject.sizes.block_size
     tokens = subject.tokens(2, block + 2, seed=subject.seed)
     fits = call(subject, model, tokens[:, :block].contiguous())

@@ -20,7 +20,7 @@ from checks.probes.randomness import seeded
 from checks.subject import ABSENCE, EXISTENCE
 from checks.where import Call, each, locate, recorded
 
-CONTRACT = ("check_contract.check_logits_have_shape",)
+CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 ROWS = 4
 MOST = 24  # parameters whose gradient is compared
 STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)

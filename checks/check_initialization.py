@@ -21,7 +21,7 @@ from checks.probes.precision import precise, precision
 from checks.probes.randomness import seeded, uninitialized_memory_is_nan
 from checks.where import Call, called_by_checks, line_now, locate, recorded
 
-CONTRACT = ("check_contract.check_logits_have_shape",)
+CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 SEEDS = 5
 FAILURE, HIGH, LOW = 2.0, 0.5, -0.05  # nats above ln V
 SHALLOW, DEEP = 4, 16  # layers

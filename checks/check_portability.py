@@ -22,7 +22,7 @@ from checks.probes.precision import precise, precision, spread
 from checks.probes.randomness import seeded
 from checks.where import first_breaking
 
-CONTRACT = ("check_contract.check_logits_have_shape",)
+CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 REPEATS = "check_modes.check_eval_repeats_itself"  # else two paths differ as two calls on one path do
 COMPILED = 1e-4  # standard deviations of the logits in float32; correct models: 2e-6
 ROWS = 3

@@ -28,7 +28,7 @@ from checks.where import locate
 NAMES = {"gpt2": "GPT-2", "llama": "Llama"}
 SIMULATION_SECONDS = 5.0  # of processor time, as all here
 AUTO_SECONDS = 1.5  # without a declaration
-CONTRACT = ("check_contract.check_logits_have_shape",)
+CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 LOGITS = (*CONTRACT, "check_spec.check_logits_agree")
 GRADIENT = 1e-8  # of a tensor's largest gradient, in float64; correct models differ by 1e-14 of it
 PROBABILITY = 1e-6  # relative, of a token, in float64; correct models differ by 1e-13

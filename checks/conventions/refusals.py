@@ -116,6 +116,11 @@ def _remedy(error: Exception, home: Home) -> str:
     if "conventions.stubs" in str(error):
         gone = ", ".join(remark.split()[0] for remark in home.remarks if "could not be imported" in remark)
         return f"  what settles it: {gone} installed (a stand-in of it was computed with), or a model that does without"
+    if "2D attn_mask is" in str(error):
+        return (
+            "  what settles it: batch_first=True, where nn.MultiheadAttention or nn.TransformerEncoderLayer is made: "
+            "without it\n  they read [T, B, C], and [B, T, C] attends from row to row of the batch"
+        )
     mine = next(iter(reversed(list(own_frames(error, home)))), None) is not None
     if isinstance(error, NotImplementedError) and mine:
         return "  what settles it: that part is still to be written"
