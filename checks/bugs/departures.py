@@ -187,6 +187,12 @@ def position_scaled(model: Transformer) -> None:
     redefine(model.positions, add=lambda self, x, positions: x + self.table(positions) * x.shape[-1] ** 0.5)
 
 
+@bug("position-divided", "the position vectors are divided by √C before they are added, as in x-transformers",
+     caught_by=(LOGITS,), model=True, **GPT2)  # fmt: skip
+def position_divided(model: Transformer) -> None:
+    redefine(model.positions, add=lambda self, x, positions: x + self.table(positions) * x.shape[-1] ** -0.5)
+
+
 # -- attention
 
 

@@ -57,8 +57,8 @@ def silenced(plan: Plan, which: tuple[str, ...]) -> Iterator[None]:
 
 def traced(found: Settled) -> tuple[Tensor, list[Step]]:
     """Two rows of tokens, and every number that the subject computes of them."""
-    tokens = found.specimen.tokens[:2].contiguous()
-    return tokens, steps(found.specimen.model, lambda: found.specimen.logits(tokens), tokens.numel())
+    seen, tokens = found.specimen, found.specimen.tokens[:2].contiguous()
+    return tokens, steps(seen.model, lambda: seen.logits(tokens), tokens.numel())
 
 
 def explicit(plan: Plan, variant: Variant) -> Transformer:
@@ -142,7 +142,8 @@ def promising(found: Settled) -> list[tuple[Plan, Variant, dict[str, float]]]:
     for _ in range(2):  # the second time with what comes later settled too
         for index in range(len(CHOICES)):
             best = closeness.nearest(_choices(index, best, found.candidates))[0]
-    around = sorted((_choices(index, best, found.candidates) for index in range(len(CHOICES))), key=len)
+    around = [_choices(index, best, found.candidates) for index in range(len(CHOICES))]
+    around.sort(key=lambda choices: (len({id(plan) for plan, _ in choices}) > 1, len(choices)))  # plans go by names
     near = closeness.nearest([one for choices in around for one in choices])
     return [(*one, closeness.stages(*one)) for one in {key_of(*one): one for one in (best, *near)}.values()][:MOST]
 

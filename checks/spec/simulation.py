@@ -63,16 +63,21 @@ class Catalogue:
         built = {id(one.bug) for one in self.models}
         for bug in all_bugs().values():
             if id(bug) not in built and bug.id not in self.idle:
-                new = self._build(bug)
-                self.models += new
-                yield from new
+                yield from self._build(bug)
         self.whole = True
 
-    def _build(self, bug: Bug) -> list[Simulated]:
+    def _build(self, bug: Bug) -> Iterator[Simulated]:
+        """As catalogued, and in more places unless it has done nothing so."""
         model = damaged([bug], self.config, self.variant)
         if model is None:
-            return []
-        return [Simulated(bug, model), *_spread(model, bug, self.config, self.variant)]
+            return
+        first = Simulated(bug, model)
+        self.models.append(first)
+        yield first
+        if id(first) not in self.dead:
+            for wider in _spread(model, bug, self.config, self.variant):
+                self.models.append(wider)
+                yield wider
 
 
 def explanations(

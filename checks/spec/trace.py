@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -112,9 +112,28 @@ class Steps(TorchFunctionMode):
 
 
 def steps(model: nn.Module, run: Callable[[], Any], smallest: int) -> list[Step]:
-    with torch.no_grad(), Steps(model, smallest) as seen:
+    """Every result of at least `smallest` numbers; of one that reads its tokens in pieces, of all at once."""
+    starts: list[int] = []
+    seen = Steps(model, smallest)
+    hook = model.register_forward_pre_hook(lambda *_: starts.append(len(seen.found)))
+    with torch.no_grad():
         run()
-    return seen.found
+        seen.smallest, pieces = smallest // max(len(starts), 1), len(starts)
+        starts.clear()
+        with seen:
+            run()
+    hook.remove()
+    return folded(seen.found, starts) if pieces > 1 else seen.found
+
+
+def folded(found: list[Step], starts: list[int]) -> list[Step]:
+    """The same step of every piece as one: sums over entries add up. As they are where the pieces differ."""
+    length = starts[1] - starts[0]
+    parts = [found[start : start + length] for start in starts]
+    if len({tuple(step.function for step in part) for part in parts}) > 1:
+        return found
+    return [replace(same[-1], sums=torch.stack([step.sums for step in same]).sum(0))
+            for same in zip(*parts, strict=True)]  # fmt: skip
 
 
 def checkpoints(model: Transformer, tokens: Tensor) -> list[Checkpoint]:
@@ -189,7 +208,12 @@ def depth(seen: list[Step], wanted: list[Checkpoint], logits: Tensor) -> int:
 
 
 def parting(seen: list[Step], wanted: list[Checkpoint], logits: Tensor) -> Parting | None:
-    """Where the steps leave the reference; None where every part that must be there is, and the logits are the last."""
+    """Where the steps leave the reference; None where every part that must be there is, and the logits are the last.
+
+    None too where nothing that it computes is of the embedding's size: it reads its tokens in another way.
+    """
+    if all(step.sums[0] != wanted[0].sums[0] for step in seen):
+        return None
     first_seen, musts = matched(seen, wanted, logits), required(wanted)
     agreed = max((index for index in musts if index in first_seen), default=-1)
     missing = [index for index in musts if index > agreed]
