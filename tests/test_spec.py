@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from torch.nn import functional as F
 
 from checks.bugs import all_bugs
 from checks.bugs.architecture import LLAMA, norms, redefine
 from checks.check_spec import check_logits_agree
+from checks.spec.trace import alike, steps
 from checks.subject import Subject, reference_parts
 from checks.verdict import Verdict, judge
 from tests import variants  # noqa: F401  (adds its controls)
@@ -186,3 +189,13 @@ def test_what_only_agrees_without_gradients_is_not_named(monkeypatch):
     subject = all_bugs()["scale-missing"].subject(seed=0)
     monkeypatch.setattr("checks.spec.simulation.all_bugs", lambda: known)
     assert verdict(subject, "gpt2").likely == ()
+
+
+def test_pieces_of_a_sequence_are_followed_as_a_whole():
+    """A model that reads its tokens one at a time computes the reference's numbers, a position in each call."""
+    model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 5), nn.Tanh()).double()
+    tokens = torch.arange(8).reshape(2, 4) % 7
+    whole = steps(model, lambda: model(tokens), tokens.numel())
+    pieces = steps(model, lambda: [model(tokens[:, t : t + 1]) for t in range(4)], tokens.numel())
+    assert [step.function for step in whole] == [step.function for step in pieces] == ["embedding", "linear", "tanh"]
+    assert all(alike(one.sums, other.sums) for one, other in zip(pieces, whole, strict=True))
