@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from checks.check_causality import CONTRACT, expect_causal, telling_places
-from checks.expect import NotApplicable, advise, fail, needs, note
+from checks.expect import NotApplicable, Where, advise, fail, needs, note
 from checks.probes.ablation import one_block
 from checks.probes.attention_products import key_products, mentions_rotary
 from checks.probes.holdings import held_outside
 from checks.probes.influence import call, length, moved
 from checks.probes.precision import precise, spread
 from checks.subject import EXISTENCE
+from checks.where import locate
 
 PAST = "check_causality.check_past_reaches_every_later_position"
 SMALLEST = 1e-6  # standard deviations of the logits: what an exchange of tokens moves at least (clean models: 2e-3)
@@ -62,7 +63,7 @@ def pairs_to_exchange(T: int) -> list[tuple[int, int]]:
 
 
 def expect_far_places_differ(subject: Any, mechanism: str | None) -> None:
-    pairs = [(0, b) for b in range(LONG, LONGER - 1, 3)]
+    pairs = [(0, b) for b in range(LONG, LONGER - 1, 3)] + [(0, 64), (1, 65), (0, 128), (1, 129)]
     pairs += [(place - 1, place) for place in telling_places(LONGER) if LONG < place < LONGER - 1]
     moves = exchanges(subject, one_block(subject, EXISTENCE[1], block_size=LONGER), LONGER, pairs)
     alike = [pair for pair, move in zip(pairs, moves.tolist(), strict=True) if not move > SMALLEST]
@@ -124,22 +125,28 @@ def check_rotary_angle_depends_on_distance(subject: Any) -> None:
         raise NotApplicable("no module mentions rotary positions")
     tokens = subject.tokens(1, 1, seed=subject.seed).expand(1, T).contiguous()
     products = key_products(subject, model, tokens)
-    if products is None or T <= SETTLED + 2:
+    if not products or T <= SETTLED + 2:
         raise NotApplicable("no product of queries and keys was seen, or the tokens entered attention with a position")
-    drift = {name: toeplitz_drift(scores) for name, scores in products.items()}
-    note(drift={name: float(d.max()) for name, d in drift.items()}, bound=TURNED)
-    least = min(drift.values(), key=lambda d: float(d.max()))
-    if float(least.max()) > TURNED:
-        t, s = (int(i) for i in (least > TURNED).nonzero()[0][-2:])
-        t, s = t + SETTLED, s + SETTLED
-        fail(
-            f"with the same token everywhere, the score of query {t} and key {s} differs from that of query {t - 1} "
-            f"and key {s - 1}, which are as far apart; by up to {float(least.max()):.3g} of a cosine, allowed "
-            f"{TURNED:.0e}: the rotation is not relative",
-            likely=("rope-opposite-signs", "rope-only-on-q", "rope-only-on-k", "rope-pairing-mismatch"),
-            advice="Turn queries and keys by the same function; cosines and sines must be laid out as the pairs are.",
-            first={"t": t, "s": s},
-        )
+    drifts = {}
+    for block, measures in products.items():
+        drifts[block] = min(map(toeplitz_drift, measures.values()), key=lambda drift: float(drift.max()))
+    note(drift={block: float(drift.max()) for block, drift in drifts.items()}, bound=TURNED)
+    for block, drift in drifts.items():
+        if float(drift.max()) > TURNED:
+            t, s = (int(i) for i in (drift > TURNED).nonzero()[0][-2:])
+            fail_turned(locate(model, block), float(drift.max()), t + SETTLED, s + SETTLED)
+
+
+def fail_turned(where: Where, drift: float, t: int, s: int) -> None:
+    fail(
+        f"in {where.module}, with the same token everywhere, the score of query {t} and key {s} differs from that of "
+        f"query {t - 1} and key {s - 1}, which are as far apart; by up to {drift:.3g} of a cosine, allowed "
+        f"{TURNED:.0e}: the rotation is not relative",
+        where=where,
+        likely=("rope-opposite-signs", "rope-only-on-q", "rope-only-on-k", "rope-pairing-mismatch"),
+        advice="Turn queries and keys by the same function; cosines and sines must be laid out as the pairs are.",
+        first={"t": t, "s": s},
+    )
 
 
 def toeplitz_drift(scores: Tensor) -> Tensor:

@@ -484,6 +484,17 @@ def float_added(model: Transformer) -> None:
     model.__class__ = Adds
 
 
+@bug("int-mask-read-otherwise", "a mask is inverted by 1 - mask where it is of integers, and read as if it were not",
+     caught_by=(TYPES,), model=True)  # fmt: skip
+def integers_inverted(model: Transformer) -> None:
+    class Inverts(Transformer):
+        def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+            integers = mask is not None and mask.dtype == torch.int64
+            return super().forward(tokens, 1 - mask if mask is not None and integers else mask, cache)
+
+    model.__class__ = Inverts
+
+
 @bug("first-read-into-a-cache-sees-one-more", "with a cache each position is shown one key more than it may see",
      caught_by=(CACHED,), model=True)  # fmt: skip
 def cache_shows_one_more(model: Transformer) -> None:

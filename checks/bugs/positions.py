@@ -64,6 +64,16 @@ def angles_start_again(model: Transformer) -> None:
     model.positions.__class__ = Cyclic
 
 
+@bug("positions-start-again-at-128", "positions are held in 7 bits: token 128 stands where token 0 does",
+     caught_by=(ORDER,), model=True)  # fmt: skip
+def positions_in_seven_bits(model: Transformer) -> None:
+    class Cyclic(Transformer):
+        def token_positions(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
+            return super().token_positions(mask, T, S, device) % 128
+
+    model.__class__ = Cyclic
+
+
 @bug("positions-clamped", "positions beyond 100 are all taken for 100", caught_by=(ORDER,), model=True)
 def positions_clamped(model: Transformer) -> None:
     class Clamped(Transformer):
@@ -142,6 +152,16 @@ def only_keys_turned(model: Transformer) -> None:
             return q, rotate(k)
 
     attend_with(model, OnlyK)
+
+
+@bug("rope-only-on-q-in-one-layer", "the last layer turns its queries and leaves its keys; the others are right",
+     caught_by=(ANGLE,), model=True, positions="rotary")  # fmt: skip
+def only_queries_of_the_last(model: Transformer) -> None:
+    class OnlyQ(Attention):
+        def place(self, q: Tensor, k: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor]:
+            return rotate(q), k
+
+    attend_with(model, OnlyQ, slice(-1, None))
 
 
 @bug("rope-opposite-signs", "keys are turned backwards: the score depends on the sum of the places",

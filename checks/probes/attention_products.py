@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from checks.probes.ablation import siblings
 from checks.probes.influence import call
-from checks.where import recorded
+from checks.where import Call, recorded
 
 ROTARY = re.compile(r"rotary|rotate_half|\brope\b|apply_rope|freqs_cis|rotate_every", re.IGNORECASE)
 WIDE = ("no-causal-mask", "bool-mask-added-as-float", "mask-multiplied-after-softmax")
@@ -104,40 +104,49 @@ def opened(seen: Tensor) -> tuple[str, ...]:
 
 
 class Products(TorchFunctionMode):
-    """Keeps the queries and keys of the first product of [.., T, D] and [.., D, T], or of the first fused attention."""
+    """Keeps the queries and keys of every product of [.., T, D] and [.., D, T], and of every fused attention."""
 
     def __init__(self, T: int) -> None:
         super().__init__()
         self.T = T
-        self.found: tuple[Tensor, Tensor] | None = None
+        self.found: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.found is None and len(args) >= 2 and all(isinstance(x, Tensor) for x in args[:2]):
+        if len(args) >= 2 and all(isinstance(x, Tensor) for x in args[:2]):
             self.look(func, *args[:2])
         return func(*args, **(kwargs or {}))
 
     def look(self, func: Any, q: Tensor, k: Tensor) -> None:
         if func is F.scaled_dot_product_attention:
-            self.found = q.detach(), k.detach()
+            self.found.append((q.detach(), k.detach()))
         elif func in PRODUCTS and q.dim() >= 3 and q.shape[-2] == self.T == k.shape[-1] and q.shape[-1] == k.shape[-2]:
-            self.found = q.detach(), k.detach().transpose(-2, -1)
+            self.found.append((q.detach(), k.detach().transpose(-2, -1)))
 
 
-def key_products(subject: Any, model: nn.Module, tokens: Tensor) -> dict[str, Tensor] | None:
-    """The first layer's products of queries and keys [.., T, T], in units of their mean length, and as cosines.
+def key_products(subject: Any, model: nn.Module, tokens: Tensor) -> dict[str, dict[str, Tensor]]:
+    """By block, its first product of queries and keys [.., T, T], in units of their mean length, and as cosines.
 
-    None where there is none, or where equal tokens enter the first block as different vectors.
+    Of the blocks that equal tokens enter as equal vectors; of the first alone where products are not so many a block.
     """
     with recorded(model) as calls, Products(tokens.shape[1]) as products:
         call(subject, model, tokens)
     blocks = next(iter(siblings(model)), [])
-    first = next((done for done in calls if done.module in blocks[:1]), None)
-    if products.found is None or first is None or not first.inputs:
-        return None
-    x = first.inputs[0]
-    if x.dim() != 3 or x.shape[1] != tokens.shape[1] or not torch.allclose(x, x[:, :1], atol=1e-12):
-        return None
-    q, k = products.found
+    each, left = divmod(len(products.found), len(blocks) or 1)
+    told = blocks if each and not left else blocks[: len(products.found)][:1]
+    alike = [name for name in told if enters_alike(calls, name, tokens.shape[1])]
+    given = {name: compared(*products.found[each * blocks.index(name)]) for name in alike}
+    return {name: products for name, products in given.items() if products is not None}
+
+
+def enters_alike(calls: list[Call], block: str, T: int) -> bool:
+    """Whether every token enters the block as the same vector."""
+    done = next((done for done in calls if done.module == block and done.inputs), None)
+    x = None if done is None else done.inputs[0]
+    return x is not None and x.dim() == 3 and x.shape[1] == T and torch.allclose(x, x[:, :1], atol=1e-12)
+
+
+def compared(q: Tensor, k: Tensor) -> dict[str, Tensor] | None:
+    """Queries against keys, two ways; None where either is 0."""
     if q.shape[:-2] != k.shape[:-2]:
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
     if not (bool(q.any()) and bool(k.any())):
