@@ -27,12 +27,12 @@ from transformer.model import (
 )
 
 
-def variant(name: str, *, cache: bool = True, **config: Any) -> Callable:
-    """A change of the built reference. `cache=False` where the change does not know about caches."""
+def variant(name: str, *, cache: bool = True, causal: bool = True, **config: Any) -> Callable:
+    """A change of the built reference. `cache=False` where it does not know about caches; `causal` is declared."""
 
     def mark(change: Callable[[Transformer], None]) -> Callable:
         def make(**declared: Any) -> Subject:
-            parts = changed(change, **config)
+            parts, declared = changed(change, **config), {"causal": causal, **declared}
             if cache:
                 return Subject(name, parts, **declared)
             build = parts.build_model
@@ -150,6 +150,15 @@ def rotary_table_on_first_use(model: Transformer) -> None:
     model.positions.__class__ = Cached
 
 
+@variant("rotary-turned-backwards", **LLAMA)
+def rotary_backwards(model: Transformer) -> None:
+    class Backwards(RotaryPositions):
+        def angles(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+            return -super().angles(positions, dtype)
+
+    model.positions.__class__ = Backwards
+
+
 @variant("dropout-on-positions")
 def dropout_on_positions(model: Transformer) -> None:
     class Dropped(LearnedPositions):
@@ -173,6 +182,62 @@ def sliding_window(model: Transformer) -> None:
             return near if full is None else near & full
 
     model.__class__ = Windowed
+
+
+@variant("encoder", cache=False, causal=False)
+def encoder(model: Transformer) -> None:
+    sees_all_of_the_first(model, model.config.block_size)
+
+
+@variant("prefix-model", cache=False, causal=False)
+def prefix_model(model: Transformer) -> None:
+    sees_all_of_the_first(model, 3)
+
+
+def sees_all_of_the_first(model: Transformer, count: int) -> None:
+    """As T5 reads its prefix: the first tokens are seen by each other, whichever comes first."""
+
+    class Prefix(Transformer):
+        def visible(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
+            mask = torch.ones(1, S, dtype=torch.bool, device=device) if mask is None else mask
+            causal, itself = (
+                torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T),
+                torch.eye(T, S, device=device),
+            )
+            first = (mask.cumsum(1) <= self.read_whole)[:, None, None, :]
+            return (causal | first) & mask[:, None, None, :] | itself.bool()
+
+    model.__class__ = Prefix
+    model.read_whole = count
+
+
+@variant("dropout-by-hand", attention="explicit")
+def dropout_by_hand(model: Transformer) -> None:
+    class ByHand(ExplicitAttention):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+            if visible is None:
+                visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+            weights = self.weights(self.mask(self.scores(q, k), visible))
+            if self.training:
+                weights = weights * (torch.rand_like(weights) >= self.dropout) / (1 - self.dropout)
+            return weights @ v
+
+    swap(attentions(model), ByHand)
+
+
+@variant("keys-dropped-before-the-softmax", attention="explicit")
+def keys_dropped(model: Transformer) -> None:
+    """DropKey (Li et al. 2022): what is left sums to 1 again by itself, and each token keeps its own key."""
+
+    class DropsKeys(ExplicitAttention):
+        def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
+            if not self.training:
+                return super().mask(scores, visible)
+            kept = torch.rand_like(scores) >= self.dropout
+            itself = torch.eye(*scores.shape[-2:], dtype=torch.bool, device=scores.device)
+            return super().mask(scores, visible & (kept | itself))
+
+    swap(attentions(model), DropsKeys)
 
 
 @variant("scale-by-width-of-head")
@@ -444,6 +509,16 @@ def log_probabilities(model: Transformer, times: int) -> None:
 
 variant("log-probabilities")(functools.partial(log_probabilities, times=1))
 variant("log-softmax-twice")(functools.partial(log_probabilities, times=2))
+
+
+@variant("padding-gives-zeros")
+def padding_gives_zeros(model: Transformer) -> None:
+    class Zeros(Transformer):
+        def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+            logits = super().forward(tokens, mask, cache)
+            return logits if mask is None else logits * mask.bool()[..., None]
+
+    model.__class__ = Zeros
 
 
 @variant("frozen-embedding", tied=False)
