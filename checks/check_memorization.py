@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checks.check_sanity import LEARNED, RECIPES, objective
+from checks.check_sanity import LEARNED, READ_ALONE, RECIPES, objective
 from checks.expect import NotApplicable, advise, fail, needs, note
 from checks.probes.influence import needs_one_token
 from checks.training.runs import refuse_chance
@@ -56,7 +56,7 @@ class Task:
         return pad_batch([[BEGIN, *string] for string in strings], self.skip)
 
 
-@needs(*CONTRACT)
+@needs(*CONTRACT, *READ_ALONE)
 def check_memorizes_a_random_string(subject: Any) -> None:
     """A random string of distinct tokens is learned by heart and said again from its beginning."""
     tokens = draw(subject, 3 * PART)
