@@ -466,7 +466,7 @@ def tie_trials(subject: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]
     yield "after .double()", model.double()
 
 
-@needs(SHAPE)
+@needs(SHAPE, "check_contract.check_logits_are_finite")
 def check_every_block_matters(subject: Any) -> None:
     """Passing by any block, or silencing any of several heads kept in a list, changes the logits."""
     names = called_siblings(subject, subject.build(seed=subject.seed))

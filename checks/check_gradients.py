@@ -343,7 +343,7 @@ def _wrong_by_itself(module: nn.Module, call: Call, seed: int, exact: bool) -> b
         return False
 
 
-@needs(*CONTRACT)
+@needs(*CONTRACT, "check_masking.check_rows_do_not_touch")
 def check_rows_get_their_own_gradient(subject: Any) -> None:
     """The loss of one row has no gradient with respect to the embeddings of another."""
     model, tokens = _finest(subject), _tokens(subject)
