@@ -237,7 +237,7 @@ def expect_factors(model: nn.Module, norm: Norm) -> dict[str, str] | None:
     for name, does in acts.items():
         start = norm.vectors[name].detach()
         word = name.lower().strip("_")
-        if does == "adds" and word in GAINS and bool((start == 1).all()):
+        if does == "adds" and bool((start == 1).all()) and (word in GAINS or is_constant(norm)):
             fail_factor(model, norm, name, "is added, whatever the input is, and multiplies nothing", 1)
         if does == "multiplies" and word in BIASES and bool((start == 0).all()) and is_constant(norm):
             fail_factor(model, norm, name, "multiplies what depends on the input, and starts at zero", 0)
@@ -330,10 +330,11 @@ def check_feed_forward_is_not_linear(subject: Any) -> None:
     note(feed_forwards=len({pair.narrow.matrix for pair in pairs}))
     for pair in pairs:
         if pair.passed_on is not None:
-            fail_linear(pair, pair.passed_on)
+            gated = sum(other.narrow is pair.narrow for other in pairs) > 1
+            fail_linear(pair, pair.passed_on, gated)
 
 
-def fail_linear(pair: FeedForward, factor: float) -> None:
+def fail_linear(pair: FeedForward, factor: float, gated: bool) -> None:
     outer, inner = pair.wide.rows.shape[-1], pair.wide.gives.shape[-1]
     changed = "as it is" if factor == 1 else f"times {factor:.4g}"
     fail(
@@ -341,7 +342,7 @@ def fail_linear(pair: FeedForward, factor: float) -> None:
         f"widens {outer} to {inner} (at {pair.wide.where}) gives {changed}, whatever it is: two linear maps in a row "
         "are one, and the wider width is for nothing",
         where=pair.narrow.where,
-        likely=("mlp-no-activation", "activation-after-second-linear", "gate-added"),
+        likely=("gate-added",) if gated else ("mlp-no-activation", "activation-after-second-linear"),
         advice="Put the activation between the two, output(gelu(input(x))); a gate multiplies: output(silu(gate(x)) * "
         "input(x)).",
         widths=[outer, inner],

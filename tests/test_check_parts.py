@@ -54,6 +54,7 @@ FOUND: dict[str, Told] = {
         ("128 features to 32", "as it is"),
         "mlp-no-activation",
     ),
+    "gate-added": ("feed_forward_is_not_linear", "blocks.0.feed_forward", ("88 features to 32",), "gate-added"),
     "gelu-written-wrong": (
         "activations_are_what_they_are_called",
         "blocks.0.feed_forward.act",
@@ -269,6 +270,17 @@ class NormAddsGain(Own):
         return (x - x.mean(-1, keepdim=True)) / self.deviation(x) + self.gamma + self.beta
 
 
+class NormStartsSwapped(Own):
+    """The gain starts at zero and the bias at one."""
+
+    def __init__(self, C: int):
+        super().__init__(C)
+        self.gamma, self.beta = self.beta, self.gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / self.deviation(x) * self.gamma + self.beta
+
+
 class NormOverRows(Own):
     def forward(self, x: Tensor) -> Tensor:
         return (x - x.mean(0, keepdim=True)) / (x.var(0, keepdim=True) + 1e-5).sqrt() * self.gamma + self.beta
@@ -280,6 +292,7 @@ class NormOverRows(Own):
         (SquaredNorm, "norms_take_out_the_scale"),
         (LayerNormForgetsToDivide, "norms_take_out_the_scale"),
         (NormAddsGain, "gain_multiplies_and_bias_adds"),
+        (NormStartsSwapped, "gain_multiplies_and_bias_adds"),
         (NormOverRows, "norms_act_on_each_token_alone"),
         (lambda C: nn.LayerNorm(C, eps=0.5), "epsilon_does_not_rule_a_norm"),
     ],
