@@ -116,6 +116,7 @@ def _by_part(
             continue
         with silenced(plan, which):
             ties, _ = explanations(catalogue, plan, seen.tokens, seen.logits(), bound, until)
+            ties = confirmed(found, plan, catalogue.variant, ties)
         if not ties:
             return []
         if not any({one.bug.id for one in ties} & {one.bug.id for one in group} for group in groups):
