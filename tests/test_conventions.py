@@ -81,6 +81,7 @@ FACTS = {
     "keywords.py": ("GPT(hidden_size, num_hidden_layers, num_attention_heads, vocab_size, max_position_embeddings)",),
     "log_probabilities.py": ("· log-probabilities",),
     "loss_on_the_model.py": ("forward(tokens, targets) → logits",),
+    "mask_in_place_of_its_own.py": ("padding mask: mask [B, 1, T, T] bool, true keeps",),
     "missing_libraries.py": ("wandb_of_nowhere could not be imported: a stand-in is used",),
     "module_globals.py": ("GPT(block_size, n_embd, n_head, n_layer, vocab_size)",),
     "nested_config.py": ("Config(vocab_size, max_len, width, heads, layers)",),

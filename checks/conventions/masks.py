@@ -118,8 +118,25 @@ def meet_mask(argument: str, read: Read, tokens: Tensor, vocabulary: int) -> tup
         found = next((f for f in forms(argument) if f.shape == "[B, T]" and runs(read, f, tokens)), None)
     if found is None:
         return ()
+    if "pad" not in names.squash(argument) and found.shape == "[B, 1, 1, T]":
+        found = _beside_causal(read, found, tokens, vocabulary) or found
     others = [] if found.additive else [replace(found, dtype=d) for d in (torch.bool, torch.int64, torch.float32)]
     return (found, *(form for form in others if form != found and runs(read, form, tokens)))
+
+
+def _beside_causal(read: Read, found: MaskForm, tokens: Tensor, vocabulary: int) -> MaskForm | None:
+    """The form that holds the causal mask as well, where the found one takes that of the model away and this does not.
+
+    Such an argument is the mask of attention: what is given stands in place of the one that the model makes.
+    """
+    whole = replace(found, shape="[B, 1, T, T]", with_causal=True)
+    ones, none = torch.ones_like(tokens, dtype=torch.bool), read(tokens)
+
+    def changes(form: MaskForm) -> bool:
+        return not torch.allclose(read(tokens, **{argument: form.encode(ones)}), none, rtol=0, atol=UNREAD)
+
+    argument = found.argument
+    return whole if changes(found) and _tried(read, whole, tokens, vocabulary) and not changes(whole) else None
 
 
 def _tried(read: Read, form: MaskForm, tokens: Tensor, vocabulary: int) -> bool:
