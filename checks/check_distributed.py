@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from checks.expect import Bound, NotApplicable, advise, expect_close, fail, needs, note, slow
 from checks.probes import two_processes
@@ -36,7 +36,7 @@ def check_two_processes_train_as_one(subject: Any) -> None:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with seeded(subject.seed):
         want = gradients(Logits(subject, model), model, batches(subject))
-    refuse_chance(subject, model, want)
+    refuse_chance(subject, weights, want)
     found = in_two(subject, weights, want)
     ends = [buffers for _, buffers in found]
     parted = [name for name, b in ends[0].items() if not torch.equal(b, ends[1][name])]
@@ -50,8 +50,9 @@ def check_two_processes_train_as_one(subject: Any) -> None:
             expect_whole(got[number - 1], expected, number, rank, parted, Bound(factor * largest, "of the largest"))
 
 
-def refuse_chance(subject: Any, model: nn.Module, want: list[dict[str, Tensor]]) -> None:
+def refuse_chance(subject: Any, weights: dict[str, Tensor], want: list[dict[str, Tensor]]) -> None:
     """What is drawn in training, beside dropout, each process draws for itself."""
+    model = model_of(subject, weights)
     with seeded(subject.seed + 1):
         again = gradients(Logits(subject, model), model, batches(subject))
     for one, other in zip(want, again, strict=True):
