@@ -517,7 +517,11 @@ def check_dropout_differs_between_rows(subject: Any) -> None:
             )
 
 
-@needs(*CONTRACT, "check_modes.check_training_computes_what_evaluation_does")
+@needs(
+    *CONTRACT,
+    "check_modes.check_eval_repeats_itself",
+    "check_modes.check_training_computes_what_evaluation_does",
+)
 def check_dropout_keeps_the_average(subject: Any) -> None:
     """On average over what is dropped, each part computes in training what it does in evaluation."""
     rate: dict[str, Any] = dict(dropout=HALF) if subject.can_vary("dropout") else {}
