@@ -519,8 +519,7 @@ def check_low_precision_logits_keep_the_loss(subject: Any) -> None:
 @needs(UNDERSTOOD)
 def check_loss_takes_what_the_model_gives(subject: Any) -> None:
     """A loss of log-probabilities is given log-probabilities, and a loss of logits is not given probabilities."""
-    given = gives(subject)
-    if given == "probabilities" and not subject.brings("loss") and (line := cross_entropy_line(subject)):
+    if not subject.brings("loss") and (line := cross_entropy_line(subject)) and gives(subject) == "probabilities":
         fail(
             f"the model gives probabilities, and {line.module} takes logits: the softmax is made twice",
             where=line,
@@ -530,6 +529,7 @@ def check_loss_takes_what_the_model_gives(subject: Any) -> None:
     loss = met_loss(subject)
     if loss.inside_model:
         raise NotApplicable("the model computes its loss itself")
+    given = gives(subject)
     note(model_gives=given, loss_takes=loss.domain)
     if given != loss.domain and (given, loss.domain) != ("log-probabilities", "logits"):
         fail(

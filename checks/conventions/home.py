@@ -354,8 +354,8 @@ class _Neighbours(importlib.abc.MetaPathFinder):
         if fullname in NEVER_THEIRS:
             return None
         package, _, inside = self.home.main.partition(".")
-        mine = self.folders[:1] if inside and fullname == package else self.folders  # not model/model.py for model
-        folders = mine + (self.home.far if fullname in OURS else [])
+        near = self.folders[:1] if inside and fullname == package else self.folders  # not model/model.py for model
+        folders = near + (self.home.far if fullname in OURS else [])
         spec = PathFinder.find_spec(fullname, [str(f) for f in folders if not (fullname in OURS and f == OUR_ROOT)])
         if spec is not None and spec.origin is None and self._installed(fullname):
             return None  # a folder without __init__.py gives way to an installed package, as everywhere in Python
