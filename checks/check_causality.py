@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from checks.expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, farthest, needs, note
 from checks.probes.ablation import left_alone, one_block, replaced, siblings
 from checks.probes.arguments import TARGETS, taken
+from checks.probes.attention_products import LargestScore
 from checks.probes.influence import (
     EVAL,
     TRAIN,
@@ -51,6 +52,7 @@ CAUSAL = "check_causality.check_future_cannot_change_past"
 DROPOUT = 0.2
 EXTREME = 20  # times every weight
 REACH = 1e6  # of the logits' spread: beyond it, without norms, scores reach any finite fill, however right
+SCORES = 1e8  # of scores: masks are filled with -1e9
 LONG = 131  # tokens: past the powers of two at which tables, masks and caches are cut
 LONGER = 521  # past more of them; only around these is looked
 FARTHEST = 1031  # past the last at which a mask is commonly cut: two cuts see every pair on both sides of one
@@ -126,16 +128,18 @@ def check_future_cannot_change_past_with_extreme_weights(subject: Any) -> None:
     model = magnified(subject)
     tried = changes(subject, every_id(subject, length(subject), rows=8, seed=subject.seed))
     logits = call(subject, model, tried.plain[:64])
-    if not within_reach(logits):
-        raise NotApplicable(f"with weights × {EXTREME} the logits grow beyond {REACH:g}: no finite fill would do")
+    if not within_reach(subject, model):
+        raise NotApplicable(f"with weights × {EXTREME} logits or scores grow so large that no finite fill would do")
     bound = precision(subject).bound(logits, single=2e-5)
     likely = ("mask-fill-of-minus-ten-thousand", "mask-fill-not-negative-enough")
     expect_no_leak(subject, model, tried, bound=bound, exact=False, likely=likely)
 
 
-def within_reach(logits: Tensor) -> bool:
-    """Whether logits of magnified weights still say something about a mask."""
-    return bool(logits.isfinite().all()) and spread(logits) <= REACH
+def within_reach(subject: Any, model: nn.Module) -> bool:
+    """Whether magnified weights still say something about a mask: not where scores reach the largest usual fill."""
+    with LargestScore() as score:
+        logits = call(subject, model, every_id(subject, length(subject), seed=subject.seed))
+    return bool(logits.isfinite().all()) and spread(logits) <= REACH and score.size <= SCORES
 
 
 def magnified(subject: Any) -> nn.Module:

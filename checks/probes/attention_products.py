@@ -103,6 +103,26 @@ def opened(seen: Tensor) -> tuple[str, ...]:
     return ("window-to-both-sides",) if farthest < T - 1 and int(t.max()) == T - 2 else WIDE
 
 
+class LargestScore(TorchFunctionMode):
+    """The largest score of a key that its query may see, in every softmax over [.., T, T] and every fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, T = getattr(func, "__name__", ""), args[0].shape[-2:] if args and isinstance(args[0], Tensor) else ()
+        if name == "softmax" and len(T) == 2 and T[0] == T[1]:
+            self._meet(args[0].detach().double().tril())
+        elif func is F.scaled_dot_product_attention and len(args) > 1:
+            q, k = (x.detach().double().norm(dim=-1).max() for x in args[:2])
+            self._meet(q * k / args[0].shape[-1] ** 0.5)
+        return func(*args, **(kwargs or {}))
+
+    def _meet(self, scores: Tensor) -> None:
+        self.size = max(self.size, float(scores.abs().nan_to_num(posinf=0.0).max()))
+
+
 class Products(TorchFunctionMode):
     """Keeps the queries and keys of every product of [.., T, D] and [.., D, T], and of every fused attention."""
 
