@@ -39,11 +39,11 @@ FOUND: dict[str, Told] = {
     ),
     "rope-opposite-signs": (
         "rotary_angle_depends_on_distance",
-        None,
+        "blocks.0",
         ("query 4 and key 4", "query 3 and key 3"),
         "rope-opposite-signs",
     ),
-    "rope-only-on-q": ("rotary_angle_depends_on_distance", None, ("not relative",), "rope-only-on-q"),
+    "rope-only-on-q": ("rotary_angle_depends_on_distance", "blocks.0", ("not relative",), "rope-only-on-q"),
 }
 
 
