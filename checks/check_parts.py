@@ -481,7 +481,7 @@ def attended(subject: Any, scheme: tuple[float, float] | None) -> Attended:
 def fail_sum(seen: Weighed) -> None:
     total = seen.weights.double().sum(seen.axis)
     low, high = float(total.min()), float(total.max())
-    likely: tuple[str, ...] = ("attention-scaled-after-softmax",)
+    likely: tuple[str, ...] = ("scale-after-softmax",)
     why = f"they are the softmax's result times {seen.factor:.6g}"
     if seen.along != seen.axis:
         likely = ("softmax-over-heads-masked-after", "softmax-over-heads", "softmax-over-queries")

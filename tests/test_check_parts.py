@@ -61,11 +61,11 @@ FOUND: dict[str, Told] = {
         ("called NewGELU", "at 1 it gives", "instead of 0.8413"),
         "gelu-written-wrong",
     ),
-    "attention-scaled-after-softmax": (
+    "scale-after-softmax": (
         "attention_weights_sum_to_one",
         "blocks.0.attention",
         ("add up to 0.3536", "times 0.353553"),
-        "attention-scaled-after-softmax",
+        "scale-after-softmax",
     ),
     "softmax-over-heads-masked-after": (
         "attention_weights_sum_to_one",

@@ -30,6 +30,7 @@ from transformer.model import (
 )
 
 LAST = "check_spec.check_last_position_agrees"
+SUMS = "check_parts.check_attention_weights_sum_to_one"
 DRAWS = "check_spec.check_generation_draws_from_the_logits"
 EXPLICIT_GPT2: dict[str, Any] = dict(GPT2, attention="explicit")
 EXPLICIT_LLAMA: dict[str, Any] = dict(LLAMA, attention="explicit")
@@ -218,7 +219,7 @@ def scale_by_layer(model: Transformer) -> None:
 
 
 @bug("scale-after-softmax", "the attention weights are divided by √D after the softmax, not the scores before it",
-     caught_by=(LOGITS,), model=True, **EXPLICIT_GPT2)  # fmt: skip
+     caught_by=(SUMS, LOGITS), model=True, **EXPLICIT_GPT2)  # fmt: skip
 def scale_after_softmax(model: Transformer) -> None:
     for block in blocks(model):
         redefine(

@@ -165,19 +165,6 @@ def gelu_written_wrong(model: Transformer) -> None:
 # -- attention
 
 
-@bug("attention-scaled-after-softmax", "the weights, and not the scores, are divided by √D: what attention gives is "
-     "too small", caught_by=(SUMS,), model=True, attention="explicit")  # fmt: skip
-def scaled_after_softmax(model: Transformer) -> None:
-    class After(ExplicitAttention):
-        def scores(self, q: Tensor, k: Tensor) -> Tensor:
-            return q @ k.transpose(-2, -1)
-
-        def weights(self, scores: Tensor) -> Tensor:
-            return scores.softmax(dim=-1) * self.scale()
-
-    attend_with(model, After)
-
-
 @bug("softmax-over-heads-masked-after", "the softmax runs over heads, and the mask comes after it",
      caught_by=(SUMS,), model=True, attention="explicit")  # fmt: skip
 def softmax_over_heads_then_masked(model: Transformer) -> None:
