@@ -24,6 +24,7 @@ from transformer.model import (
     RotaryPositions,
     SwigluFeedForward,
     Transformer,
+    causal_mask,
 )
 
 
@@ -216,7 +217,7 @@ def dropout_by_hand(model: Transformer) -> None:
     class ByHand(ExplicitAttention):
         def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
             if visible is None:
-                visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+                visible = causal_mask(q.shape[2], k.shape[2], q.device)
             weights = self.weights(self.mask(self.scores(q, k), visible))
             if self.training:
                 weights = weights * (torch.rand_like(weights) >= self.dropout) / (1 - self.dropout)
