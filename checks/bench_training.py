@@ -28,7 +28,7 @@ from transformer.loss import next_token_loss
 
 ROUNDS, FEW = 20, 5  # of steps of small and of large loads
 LONG_ENOUGH = 64  # positions, for a slope over them to mean something
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # what Inductor imports warns of
+pytestmark = pytest.mark.filterwarnings("ignore")  # compilers warn of themselves, subjects of what is theirs
 TYPES = {"eager": torch.float32, "bfloat16": torch.bfloat16, "compiled": torch.float32}
 
 
@@ -39,6 +39,7 @@ class Step:
         self.subject, self.dtype, self.device = sized(subject, load), TYPES[how], subject.device
         self.model = self.subject.build().train()
         if how == "compiled":
+            torch.compiler.reset()  # another size is another program, and no recompilation of this one
             self.model.compile()
         self.tokens, self.targets = self.subject.tokens(2 * load.B, load.T).chunk(2)
         fused = self.device.type in ("cpu", "cuda")
