@@ -52,6 +52,7 @@ FACTS = {
     "classes_first.py": ("→ logits [B, V, T]",),
     "compared_string.py": ("norm_place='pre'",),
     "config_class_attributes.py": ("Config(",),
+    "config_from_a_dictionary_or_none.py": ("Config(", "n_layer", "n_embd", "block_size", "vocab_size"),
     "config_class_with_kwargs.py": ("GPTConfig(", "n_layer", "n_head", "n_embd"),
     "course_contract.py": ("brings tokenizer", "load_model_and_tokenizer(its folder)"),
     "data_is_missing.py": ("FileNotFoundError at import", "logs_of_nowhere could not be imported: a stand-in is used"),

@@ -153,7 +153,7 @@ def make(cls: type, scope: Mapping[str, Any], filling: Filling) -> Any:
     del filling.missing[before:]  # a required field that nothing fills: let the class speak for itself
     given.update({name: make(kind, scope, filling) for name, kind in nested.items()})
     config = cls(**given)
-    if not signature.parameters or signature.takes_anything:
+    if not given or signature.takes_anything:  # it takes no sizes by name, a file or a dictionary perhaps
         _set_sizes(config, filling, done=given)
     return config
 
