@@ -112,6 +112,7 @@ FACTS = {
     "start_position.py": ("forward(tokens, start_pos) → logits",),
     "time_first.py": ("forward([T, B] src) → logits", "time is the first axis"),
     "tokenizer_argument.py": ("GPT(", "vocab_size"),
+    "width_named_twice.py": ("hidden_size=32",),
 }
 
 

@@ -22,6 +22,7 @@ from checks.conventions.configs import Option
 from checks.conventions.filling import (
     CONFIG_NAMES,
     SPARE,
+    WIDTH,
     Filling,
     Parameter,
     Settings,
@@ -39,7 +40,9 @@ from checks.conventions.taking import pure
 NO_PRESET = {"modeltype": None, "preset": None, "version": None, "modelname": None}
 # Left to None by default, and needed all the same: the base of rotary positions, an id for padding.
 NEEDED = dict.fromkeys(("ropetheta", "theta", "ropebase"), 10_000.0) | dict.fromkeys(names.PADDING, SPARE)
-VARIANTS: tuple[tuple[int, dict[str, Any]], ...] = ((1, {}), (0, NO_PRESET), (0, NEEDED))
+# Beside another name for the width, the feed-forward width as a rule; in some configurations the width once more.
+TWICE = dict.fromkeys(names.HIDDEN, WIDTH)
+VARIANTS: tuple[tuple[int, dict[str, Any]], ...] = ((1, {}), (0, NO_PRESET), (0, NEEDED), (0, TWICE))
 INITIALIZERS = ("init_weights", "initialize_weights", "reset_parameters", "initialize", "init_parameters")
 
 

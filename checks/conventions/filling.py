@@ -20,6 +20,7 @@ CONFIG_NAMES = names.words(
 
 
 SPARE: Any = object()  # stands for an id that no check uses
+WIDTH: Any = object()  # stands for the model's width
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,7 @@ class Filling:
     def value(self, parameter: Parameter, among: Iterable[str]) -> Any:
         """What the parameter gets; MISSING where its default stays."""
         name, plain = parameter.name, names.squash(parameter.name)
-        if plain in self.special and parameter.default is not MISSING and parameter.default != self.special[plain]:
-            special = self.sizes.get("padding") if self.special[plain] is SPARE else self.special[plain]
+        if (special := self._special(parameter)) is not MISSING:
             self.assumed[name] = special
             return special
         if (causal := names.causal(name, parameter.default, parameter.kind)) is not None:
@@ -173,6 +173,15 @@ class Filling:
         if value is not MISSING and value is not parameter.default:
             self.assumed[name] = value
         return value
+
+    def _special(self, parameter: Parameter) -> Any:
+        """What the variant being tried gives the parameter; MISSING where it says nothing of it."""
+        value, default = self.special.get(names.squash(parameter.name), MISSING), parameter.default
+        if value is WIDTH:
+            return self.sizes["n_embd"]
+        if value is MISSING or default is MISSING or default == value:
+            return MISSING
+        return self.sizes.get("padding") if value is SPARE else value
 
     def from_project(self, parameter: Parameter, kinds: tuple[type, ...] = (bool, int, float)) -> Any:
         """What the project writes down for it, if it is of the kind that is asked for; MISSING otherwise."""
