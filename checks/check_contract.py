@@ -506,36 +506,6 @@ def called_siblings(subject: Any, model: nn.Module) -> list[str]:
 
 
 @needs(SHAPE, "check_contract.check_every_block_matters")
-def check_nothing_projected_is_thrown_away(subject: Any) -> None:
-    """Silencing any head's width of what a projection in a block gives changes the logits."""
-    H, C = subject.sizes.n_head, subject.sizes.n_embd
-    width = C // H
-    trials = {}
-    for name, size in block_projections(subject, subject.build(seed=subject.seed)):
-        for start in range(0, size - width + 1, width) if size % width == 0 else ():
-            what = f"with outputs {start} to {start + width - 1} of {size} of {name} silenced"
-            trials[what] = name, with_output(partial(silenced, H=size // width, h=start // width))
-    if not trials:
-        raise NotApplicable("no projection in a block gives whole heads", n_head=H, n_embd=C)
-    expect_moves(subject, trials, likely=("gqa-heads-collapse-to-one", "last-head-dropped"))
-
-
-def block_projections(subject: Any, model: nn.Module) -> list[tuple[str, int]]:
-    """Leaf modules with a matrix inside the blocks that give one vector for every token, and its width."""
-    B, T = 2, length(subject)
-    with recorded(model) as calls:
-        call(subject, model, subject.tokens(B, T, seed=subject.seed))
-    blocks = [f"{name}." for names in siblings(model)[:1] for name in names]
-    found = {}
-    for done in calls:
-        if done.module.startswith(tuple(blocks)) and isinstance(done.result, Tensor):
-            matrix = any(p.dim() >= 2 for p in model.get_submodule(done.module).parameters(recurse=False))
-            if matrix and done.result.numel() == B * T * done.result.shape[-1]:
-                found[done.module] = done.result.shape[-1]
-    return list(found.items())
-
-
-@needs(SHAPE, "check_contract.check_every_block_matters")
 def check_every_head_matters(subject: Any) -> None:
     """Every head's share of what goes into a projection reaches the logits, and no two heads can be exchanged."""
     H = subject.sizes.n_head
@@ -566,6 +536,36 @@ def head_projections(subject: Any, model: nn.Module, H: int) -> list[str]:
         return matrix and any(x.shape[-1:] == (C,) and x.numel() == B * T * C for x in done.inputs[:1])
 
     return list(dict.fromkeys(done.module for done in calls if C % H == 0 and takes_heads(done)))
+
+
+@needs(SHAPE, "check_contract.check_every_head_matters")
+def check_nothing_projected_is_thrown_away(subject: Any) -> None:
+    """Silencing any head's width of what a projection in a block gives changes the logits."""
+    H, C = subject.sizes.n_head, subject.sizes.n_embd
+    width = C // H
+    trials = {}
+    for name, size in block_projections(subject, subject.build(seed=subject.seed)):
+        for start in range(0, size - width + 1, width) if size % width == 0 else ():
+            what = f"with outputs {start} to {start + width - 1} of {size} of {name} silenced"
+            trials[what] = name, with_output(partial(silenced, H=size // width, h=start // width))
+    if not trials:
+        raise NotApplicable("no projection in a block gives whole heads", n_head=H, n_embd=C)
+    expect_moves(subject, trials, likely=("gqa-heads-collapse-to-one", "last-head-dropped"))
+
+
+def block_projections(subject: Any, model: nn.Module) -> list[tuple[str, int]]:
+    """Leaf modules with a matrix inside the blocks that give one vector for every token, and its width."""
+    B, T = 2, length(subject)
+    with recorded(model) as calls:
+        call(subject, model, subject.tokens(B, T, seed=subject.seed))
+    blocks = [f"{name}." for names in siblings(model)[:1] for name in names]
+    found = {}
+    for done in calls:
+        if done.module.startswith(tuple(blocks)) and isinstance(done.result, Tensor):
+            matrix = any(p.dim() >= 2 for p in model.get_submodule(done.module).parameters(recurse=False))
+            if matrix and done.result.numel() == B * T * done.result.shape[-1]:
+                found[done.module] = done.result.shape[-1]
+    return list(found.items())
 
 
 def expect_moves(subject: Any, trials: dict[str, tuple[str, Callable]], likely: tuple[str, ...]) -> None:

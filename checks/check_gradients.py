@@ -74,7 +74,7 @@ def _backward(model: nn.Module, objective: Callable[[], Tensor]) -> dict[str, Te
     return {name: parameter.grad for name, parameter in _trainable(model).items()}
 
 
-@needs(*CONTRACT)
+@needs(*CONTRACT, "check_contract.check_nothing_projected_is_thrown_away")
 def check_every_parameter_gets_a_gradient(subject: Any) -> None:
     """Every trainable parameter gets a finite gradient that is not zero, from one of a few draws of the weights."""
     draws = (EXISTENCE[1], None, ABSENCE) * 2  # an expert may see no token of one batch, a gate may be shut by one draw

@@ -229,6 +229,7 @@ DERIVED: dict[str, Rule] = {
                     _constant(0)),
     **dict.fromkeys(("learningrate", "lr", "lrinit", "weightdecay"), _constant(1e-3)),
     **dict.fromkeys(("rank", "r", "lorarank"), _constant(4)),
+    **dict.fromkeys(("inference", "inferencemode", "infer"), _constant(False)),  # it reads whole texts, and trains
 }  # fmt: skip
 NUMBERS = HEAD_WIDTH | KEY_VALUE_HEADS | FEED_FORWARD | HIDDEN
 SWITCHES = ("bias", "use", "is", "tie", "share", "with", "has", "enable", "qkv", "gradient", "return", "flash")
