@@ -40,8 +40,8 @@ PLURALS = "s es"
 WIDTH = _spelled(
     "n d num dim", "embd embed emb embedding embeddings embedded model dmodel", "dim dims size dimension width d"
 ) - {"model", "embedding", "embeddings"} | words(
-    "dim dims width channels nchannels ninp dwordvec nfeatures nunits units nstate modeldim modelsize residualdim "
-    "dresid nattn dimmodel dimension"
+    "dim dims width channels nchannels chandim channeldim ninp dwordvec nfeatures nunits units nstate modeldim "
+    "modelsize residualdim dresid nattn dimmodel dimension"
 )  # fmt: skip
 HIDDEN = (
     _spelled("n d num dim", "hidden", "size dim dims units dimension width")
@@ -112,6 +112,8 @@ def size_of(name: str, among: Iterable[str] = (), *, required: bool = False) -> 
     plain = squash(name)
     if name == "n":  # N is the number of layers in the paper; n is anything
         return None
+    if name == "Nx":  # beside the stack in the paper's figure; nx is anything
+        return "n_layer"
     if plain in SIZE_OF:
         return SIZE_OF[plain]
     if plain in HIDDEN and not any(squash(other) in WIDTH for other in among):
