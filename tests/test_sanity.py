@@ -153,13 +153,18 @@ def test_wrong_words_at_a_low_loss_show_both_texts():
     assert "number 2" in verdict.says
 
 
+def raises(model, prompt, max_new_tokens, temperature=1.0):
+    raise AttributeError("no tokenizer here")
+
+
+def adds_nothing(model, prompt, max_new_tokens, temperature=1.0):
+    return prompt
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.1])
-def test_a_generate_that_breaks_is_replaced_by_a_loop_over_the_logits(temperature):
+@pytest.mark.parametrize("generate", [raises, adds_nothing])
+def test_a_generate_that_breaks_is_replaced_by_a_loop_over_the_logits(generate, temperature):
     """What is wrong with it is for the checks of generation to say: the sentence is read from the logits."""
-
-    def generate(model, prompt, max_new_tokens, temperature=1.0):
-        raise AttributeError("no tokenizer here")
-
     parts = reference_parts()
     parts.generate = generate
     subject, task = Subject("breaks", parts, seed=3), SentenceTask()
