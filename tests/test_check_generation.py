@@ -311,6 +311,26 @@ def test_a_generate_that_only_takes_the_likeliest_is_not_asked_for_draws():
     assert found["check_samples_differ_unless_seeded"].outcome == "not_applicable"
 
 
+def of_the_likeliest(least: int):
+    """A sampler that keeps a number of tokens of its own, or one more than there are."""
+
+    def generate(model, idx, max_new_tokens):
+        for _ in range(max_new_tokens):
+            logits = model(idx[:, -13:])[:, -1]
+            kept, ids = logits.softmax(-1).topk(least or logits.shape[-1] + 1, dim=-1)
+            idx = torch.cat((idx, ids.gather(1, torch.multinomial(kept, 1))), dim=1)
+        return idx
+
+    return generate
+
+
+def test_a_sampler_that_keeps_fifty_tokens_is_met_with_a_larger_vocabulary_than_ours():
+    subject = with_generate(of_the_likeliest(50))
+    assert not findings(subject) and stage(subject).vocab_size > 50
+    assert verdicts(subject)[GREEDY].outcome == "passed"
+    assert "error" in findings(with_generate(of_the_likeliest(0)))["check_generate_appends_tokens"]
+
+
 def test_no_generate_is_not_applicable_and_an_unknown_signature_says_what_settles_it():
     for function, words in ((None, "brings no generate"), (lambda a, b, c, d, e: a, "max_new_tokens")):
         found = judge(CHECKS["check_generate_appends_tokens"], with_generate(function), {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,8 @@ Script = Callable[[Tensor, Tensor | None], Tensor]
 
 STEP = 30.0  # nats between a token and the next likeliest on the stage: e^-30 is never drawn
 MANY, FEW = 64, 3  # tokens of a vocabulary that are all tried; tokens that a generate may never say
+# torch.topk's own words, for a sampler that keeps more tokens than there are; and ids enough for the usual 40 to 200.
+TOO_MANY, ROOM = "selected index k out of range", 256
 RANKS = 20  # likeliest tokens that keep their order; the others are all as unlikely
 # Deviations of the logits: two tokens nearer than that may swap, by the coarsest type on the way.
 TIE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -150,7 +152,7 @@ def stage(subject: Any, **sizes: Any) -> Stage:
     if subject not in _known:
         _known[subject] = learn(subject)
     known = _known[subject]
-    model = subject.amplified(seed=subject.seed, dtype=known.dtype, **sizes)
+    model = subject.amplified(seed=subject.seed, dtype=known.dtype, **{**known.sizes, **sizes})
     script = functools.partial(ranked, banned=known.banned) if known.banned else ranked
     return Stage(
         subject, model, known.decoder, known.speaker, known.vocab_size, known.tie, known.banned, script,
@@ -167,26 +169,37 @@ class Known:
     dtype: torch.dtype
     tie: float
     banned: tuple[int, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)  # what the model must have more of than the subject has
 
 
 _known: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
 
 
 def learn(subject: Any) -> Known:
+    """A sampler that keeps its 50 likeliest tokens, whatever the vocabulary, is met with a larger one than ours."""
+    try:
+        return learn_at(subject)
+    except RuntimeError as error:
+        if TOO_MANY not in str(error) or not subject.can_vary("vocab_size"):
+            raise
+        return learn_at(subject, vocab_size=ROOM)
+
+
+def learn_at(subject: Any, **sizes: int) -> Known:
     """A generate that dies in float64 is met in float32; what it raises there passes through."""
     found = precision(subject)
     try:
-        return meet(subject, found.dtype, found.inside)
+        return meet(subject, found.dtype, found.inside, **sizes)
     except NotApplicable:
         raise
-    except Exception:
-        if found.dtype == torch.float32:
+    except Exception as error:
+        if found.dtype == torch.float32 or TOO_MANY in str(error):
             raise
-        return meet(subject, torch.float32, torch.float32)
+        return meet(subject, torch.float32, torch.float32, **sizes)
 
 
-def meet(subject: Any, dtype: torch.dtype, inside: torch.dtype) -> Known:
-    model, text = subject.amplified(seed=subject.seed, dtype=dtype), subject.tokens(2, 3)
+def meet(subject: Any, dtype: torch.dtype, inside: torch.dtype, **sizes: int) -> Known:
+    model, text = subject.amplified(seed=subject.seed, dtype=dtype, **sizes), subject.tokens(2, 3)
     with torch.no_grad():
         logits, again = subject.logits(model, text), subject.logits(model, text)
     if not torch.allclose(logits, again, rtol=0, atol=1e-4 * float(logits.std()), equal_nan=True):
@@ -195,7 +208,8 @@ def meet(subject: Any, dtype: torch.dtype, inside: torch.dtype) -> Known:
     calls = decoder(subject, model, V)
     with Coarsest(inside) as seen:
         speaker = find_speaker(model, calls, V)
-    return Known(calls, speaker, V, dtype, TIE[seen.dtype], find_banned(subject, model, calls, speaker, V))
+    banned = find_banned(subject, model, calls, speaker, V)
+    return Known(calls, speaker, V, dtype, TIE[seen.dtype], banned, sizes)
 
 
 def find_banned(subject: Any, model: nn.Module, calls: Decoder, speaker: str, V: int) -> tuple[int, ...]:
