@@ -199,10 +199,11 @@ def run(trainer: Trainer, task: Task) -> float:
                 advice="a target whose logit is -∞ has an infinite loss; else look for a log of 0 or a division by it",
                 step=trainer.steps_done,
             )
-        if trainer.steps_done % PATIENCE == 0:
+        waited = trainer.steps_done % PATIENCE == 0
+        if waited or loss <= LEARNED:  # of a batch, which may hold one of the strings alone
             loss = trainer.evaluate(task.strings)
-            if sight(task, loss):
-                return loss
+        if waited and sight(task, loss):
+            return loss
     return loss
 
 

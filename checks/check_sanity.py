@@ -343,14 +343,15 @@ def speaker(subject: Any, learned: Learned) -> Speak:
         own = replace(decoder(subject, model, learned.task.tokenizer.vocab_size), block_size=learned.task.block_size)
         own.wants("temperature")
         theirs = functools.partial(own_words, own, model, subject.seed)
-        (said,) = theirs(torch.full((1, 1), learned.task.tokenizer.begin, device=subject.device), 1, 0.0)
+        longest = len(learned.task.sentence)
+        (said,) = theirs(torch.full((1, 1), learned.task.tokenizer.begin, device=subject.device), longest, 0.0)
     except NotApplicable:
         return ours
     except Exception as error:  # a part that only its own script gives it, or a mistake: for the checks of generation
         advise(f"generate raises {type(error).__name__}: {error}; decoded by a loop of ours over the logits")
         return ours
-    if len(said) != 1:  # for the checks of generation as well: what was learned is not to be blamed on it
-        advise(f"generate gives {len(said)} tokens where 1 is asked for; decoded by a loop of ours over the logits")
+    if len(said) != longest:  # for the checks of generation as well: what was learned is not to be blamed on it
+        advise(f"generate gives {len(said)} of {longest} tokens asked for; decoded by a loop of ours over the logits")
         return ours
     return theirs
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from checks.bugs import all_bugs
 from checks.check_memorization import (
+    Task,
     check_memorizes_a_random_string,
     check_memorizes_two_strings_with_the_same_middle,
     context_needed,
     floor,
+    run,
 )
 from checks.subject import Subject, reference_parts
 from checks.verdict import judge
@@ -79,3 +82,20 @@ def test_a_vocabulary_that_is_too_small_is_not_judged():
     subject.sizes = type(subject.sizes)(vocab_size=9)
     found = judge(BOTH[0], subject, {})
     assert found.outcome == "not_applicable" and "vocabulary of 9" in found.says
+
+
+def test_a_batch_that_holds_one_string_alone_ends_no_training():
+    """Its loss is low while the other string is not learned."""
+
+    class Half:
+        config, steps_done = SimpleNamespace(steps=50), 0
+
+        def step(self):
+            self.steps_done += 1
+            return 1e-6
+
+        def evaluate(self, strings):
+            return 5.0 if self.steps_done < 30 else 1e-6
+
+    trainer = Half()
+    assert run(trainer, Task([[1, 2], [3, 4]])) == 1e-6 and trainer.steps_done == 30

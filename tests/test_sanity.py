@@ -161,8 +161,15 @@ def adds_nothing(model, prompt, max_new_tokens, temperature=1.0):
     return prompt
 
 
+def reads_its_last_token(model, prompt, max_new_tokens, temperature=1.0):
+    for _ in range(max_new_tokens):
+        prompt = torch.cat([prompt, model(prompt)[:, -1:].argmax(-1)], dim=1)
+        model(prompt)
+    return prompt
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.1])
-@pytest.mark.parametrize("generate", [raises, adds_nothing])
+@pytest.mark.parametrize("generate", [raises, adds_nothing, reads_its_last_token])
 def test_a_generate_that_breaks_is_replaced_by_a_loop_over_the_logits(generate, temperature):
     """What is wrong with it is for the checks of generation to say: the sentence is read from the logits."""
     parts = reference_parts()
@@ -170,5 +177,6 @@ def test_a_generate_that_breaks_is_replaced_by_a_loop_over_the_logits(generate, 
     subject, task = Subject("breaks", parts, seed=3), SentenceTask()
     model = subject.build(vocab_size=task.tokenizer.vocab_size, block_size=task.block_size)
     learned = SimpleNamespace(trainer=SimpleNamespace(model=model), task=task)
-    said = check_sanity.speaker(subject, learned)(torch.full((1, 1), task.tokenizer.begin), 3, temperature)
-    assert len(said) == 1 and len(said[0]) == 3
+    longest = len(task.sentence)
+    said = check_sanity.speaker(subject, learned)(torch.full((1, 1), task.tokenizer.begin), longest, temperature)
+    assert len(said) == 1 and len(said[0]) == longest
