@@ -21,6 +21,7 @@ from checks.subject import ABSENCE, EXISTENCE
 from checks.where import Call, each, locate, recorded
 
 CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
+REACH = "check_gradients.check_every_parameter_gets_a_gradient"
 ROWS = 4
 MOST = 24  # parameters whose gradient is compared
 STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -150,7 +151,7 @@ def _blame_missing(model: nn.Module, missing: dict[str, str]) -> None:
     )  # fmt: skip
 
 
-@needs(*CONTRACT)
+@needs(*CONTRACT, REACH)
 def check_gradients_equal_finite_differences(subject: Any) -> None:
     """What backward gives is the slope of what forward computes, for every parameter."""
     _expect_slopes(subject, _finest(subject).eval(), "")
@@ -343,7 +344,7 @@ def _wrong_by_itself(module: nn.Module, call: Call, seed: int, exact: bool) -> b
         return False
 
 
-@needs(*CONTRACT, "check_masking.check_rows_do_not_touch")
+@needs(*CONTRACT, REACH, "check_masking.check_rows_do_not_touch")
 def check_rows_get_their_own_gradient(subject: Any) -> None:
     """The loss of one row has no gradient with respect to the embeddings of another."""
     model, tokens = _finest(subject), _tokens(subject)

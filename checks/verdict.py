@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 import torch
 
+from checks import checks_in
 from checks.expect import CheckFailed, NotApplicable, Where, remarks
 
 Outcome = Literal["passed", "failed", "error", "not_applicable", "skipped", "blocked"]
 LEARNING = ("gradients", "optimizer")  # themes that are about parameters
 NOTHING_TO_LEARN = "the model has no parameters to train: there is nothing to differentiate"
 STOPS_OTHERS = ("failed", "error", "blocked")
+BACKWARD = "check_gradients.check_every_parameter_gets_a_gradient"  # tells of a graph that cannot be walked back
 
 
 @dataclass
@@ -94,6 +96,12 @@ def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verd
             if _wants_gradients(error) and not getattr(subject, "learns", True):
                 verdict.outcome, verdict.says = "not_applicable", NOTHING_TO_LEARN
                 return verdict
+            if _not_on_the_cpu(error, subject):
+                verdict.outcome, verdict.says = "not_applicable", f"PyTorch cannot do this on the CPU: {error}"
+                return verdict
+            if verdict.check != BACKWARD and _backward_fails(error, subject):
+                verdict.outcome, verdict.says = "blocked", f"needs {BACKWARD}, which failed: {error}"
+                return verdict
             verdict.outcome, verdict.says = "error", f"{type(error).__name__}: {error}"
             verdict.where = _last_own_line(error, subject)
     if subject.device.type == "meta" and verdict.outcome in ("failed", "error"):
@@ -109,6 +117,21 @@ def _wants_gradients(error: Exception) -> bool:
     """Whether torch says that there is nothing to differentiate, to train or to save."""
     says = ("does not require grad", "empty parameter list", "non-empty list of Tensors", "no parameter to train")
     return any(words in str(error) for words in says)
+
+
+def _not_on_the_cpu(error: Exception, subject: Any) -> bool:
+    """Whether torch, not the subject, says that it has no such operation where the subject runs."""
+    if subject.device.type != "cpu" or not isinstance(error, NotImplementedError) or "CPU" not in str(error):
+        return False
+    return not subject.owns(traceback.extract_tb(error.__traceback__)[-1].filename)
+
+
+def _backward_fails(error: Exception, subject: Any) -> bool:
+    """Whether a value that backward needs was changed in place, wherever the model is asked for gradients."""
+    if "modified by an inplace operation" not in str(error):
+        return False
+    told = next(check for check in checks_in("gradients") if check_id(check) == BACKWARD)
+    return judge(told, subject, {}).outcome == "failed"
 
 
 @contextmanager

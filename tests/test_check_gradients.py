@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from checks import checks_in
+from checks.bugs import all_bugs
+from checks.verdict import BACKWARD, Verdict, check_id, judge
 from tests.messages import Told, expect_told
 
 FOUND: dict[str, Told] = {
@@ -81,3 +84,15 @@ FOUND: dict[str, Told] = {
 @pytest.mark.parametrize("bug", FOUND)
 def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
     expect_told("gradients", bug, FOUND[bug])
+
+
+def test_a_value_changed_in_place_is_one_finding_and_blocks_what_walks_back():
+    subject = all_bugs()["inplace-op-breaks-autograd"].subject(seed=3)
+    checks = [check for theme in ("contract", "initialization", "gradients") for check in checks_in(theme)]
+    earlier: dict[str, Verdict] = {}
+    for check in checks:
+        earlier[check_id(check)] = judge(check, subject, earlier)
+    found = {name: verdict.outcome for name, verdict in earlier.items()}
+    assert [name for name, outcome in found.items() if outcome in ("failed", "error")] == [BACKWARD]
+    told = earlier["check_contract.check_inputs_are_left_alone"]
+    assert told.outcome == "blocked" and BACKWARD in told.says and "inplace" in told.says
