@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from checks.check_masking import (
     check_left_padding_changes_nothing,
     check_mask_types_agree,
     check_pad_contents_change_nothing,
 )
+from checks.probes.arguments import DOCUMENTS, TARGETS, taken
 from checks.subject import Subject, reference
 from checks.verdict import judge
 from tests.messages import Told, expect_told, verdict
@@ -93,3 +97,13 @@ def test_a_model_without_a_mask_is_not_judged():
     subject.__class__ = type("Maskless", (Subject,), {"mask_forms": ()})
     for check in (check_pad_contents_change_nothing, check_left_padding_changes_nothing, check_mask_types_agree):
         assert judge(check, subject, {}).outcome == "not_applicable"
+
+
+def test_tokens_called_a_sequence_are_no_document_ids():
+    class Named(torch.nn.Module):
+        def forward(self, sequence, targets=None, segment_ids=None):
+            return sequence
+
+    subject = SimpleNamespace(build=lambda seed: Named(), seed=0)
+    assert taken(subject, DOCUMENTS).name == "segment_ids" and taken(subject, TARGETS).name == "targets"
+    assert taken(SimpleNamespace(build=lambda seed: torch.nn.Identity(), seed=0), DOCUMENTS) is None

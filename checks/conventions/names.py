@@ -205,7 +205,8 @@ DERIVED: dict[str, Rule] = {
     **dict.fromkeys(_spelled("n num d q kv", "latent", "dim size rank"), _whole(lambda s: s["n_embd"] // 2)),
     **dict.fromkeys(("device", "dev"), _device),
     **dict.fromkeys(("dtype", "torchdtype", "paramdtype", "modeldtype"), _dtype),
-    **dict.fromkeys(("maxbatchsize", "maxbatch", "maxbs", "maxgenbatchsize"), _whole(lambda s: 512)),
+    **dict.fromkeys(_spelled("max maxgen maxcache", "batch", "size") - {"batch", "batchsize"} | {"maxbs"},
+                    _whole(lambda s: 512)),
     **dict.fromkeys(
         ("ffmult", "mlpratio", "ffnmult", "rate", "expansion", "feedforwardscaling", "mlpmult", "expansionfactor",
          "ffnexpansion", "forwardexpansion", "dffmult", "feedforwardmult", "ffratio", "mlpfactor", "ffscale"),

@@ -16,12 +16,12 @@ TARGETS = re.compile(r"(target|label)s?|y")
 
 
 def taken(subject: Any, named: re.Pattern) -> inspect.Parameter | None:
-    """The first parameter of the model's forward that is called so."""
+    """The first parameter of the model's forward that is called so, after the one that takes the tokens."""
     try:
-        parameters = inspect.signature(subject.build(seed=subject.seed).forward).parameters
+        _tokens, *parameters = inspect.signature(subject.build(seed=subject.seed).forward).parameters.values()
     except (TypeError, ValueError):
         return None
-    return next((parameter for name, parameter in parameters.items() if named.fullmatch(name)), None)
+    return next((parameter for parameter in parameters if named.fullmatch(parameter.name)), None)
 
 
 def beside_tokens(subject: Any, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
