@@ -86,6 +86,7 @@ FACTS = {
     "missing_libraries.py": ("wandb_of_nowhere could not be imported: a stand-in is used",),
     "module_globals.py": ("GPT(block_size, n_embd, n_head, n_layer, vocab_size)",),
     "nested_config.py": ("Config(vocab_size, max_len, width, heads, layers)",),
+    "forward_for_training.py": ("forward_training(",),
     "names_of_the_figure.py": ("GPT(n_vocab, chan_dim, n_heads, Nx, max_context)",),
     "notebook.ipynb": ("notebook.ipynb is a notebook", "not cell 6"),
     "numpy_class.py": ("f(array) → ", "it reads NumPy arrays"),

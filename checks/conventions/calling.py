@@ -323,7 +323,8 @@ def _methods(model: nn.Module, vocabulary: int) -> Iterator[Way]:
                 return getattr(model, "project", head)(hidden) if head is not None else hidden  # type: ignore[misc]
 
             yield Way("encode, decode, project", run, "a fixed source")
-    for name in METHODS:
+    others = (name for name in dir(type(model)) if name.startswith("forward_"))  # forward_train: all positions
+    for name in dict.fromkeys((*METHODS, *others)):
         method = getattr(type(model), name, None)
         if inspect.isfunction(method) and name != "forward":
             yield from _method(name, method)
