@@ -253,10 +253,29 @@ class Overflowing(Taught):
         return self.head(x + scores.float().softmax(dim=-1).to(x.dtype) @ x)
 
 
-def test_one_instance_is_judged_in_the_type_that_it_bears():
+class Multiplying(Taught):
+    """Multiplies float64's least number by what an integer mask leaves, in float32: NaN for real tokens."""
+
+    def forward(self, idx, attention_mask=None):
+        T = idx.shape[1]
+        x = self.tokens(idx) + self.places(torch.arange(T, device=idx.device))
+        hidden = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
+        scores = (x @ x.mT / 32).masked_fill(hidden, -1e9)
+        if attention_mask is not None:
+            scores = scores + (1.0 - attention_mask[:, None, :]) * torch.finfo(x.dtype).min
+        return self.head(x + scores.softmax(dim=-1) @ x)
+
+
+@pytest.mark.parametrize("model", [Overflowing, Multiplying])
+def test_one_instance_is_judged_in_the_type_that_it_bears(model):
     """To learn that it takes a mask, the instance is put back: the probe must not go on with what it held before."""
-    subject = Subject.meet(Overflowing(), seed=5)
-    assert precision(subject).dtype == torch.float32
+    subject = Subject.meet(model(), seed=5)
+    assert subject.takes_mask and precision(subject).dtype == torch.float32
+
+
+def test_a_mask_that_only_float64_spoils_is_no_mistake():
+    report = check_model(Multiplying(), seed=2, checks=["check_mask_of_ones_changes_nothing"])
+    assert report.passed, str(report)
 
 
 def test_one_model_is_as_it_was_for_every_check():

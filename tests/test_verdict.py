@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from checks.expect import NotApplicable, Where, advise, fail, keep, needs, note
 from checks.report import lines, terminal
@@ -76,6 +77,15 @@ def test_what_is_about_gradients_does_not_apply_to_a_model_without_parameters():
     assert (verdict.outcome, "no parameters to train" in verdict.says) == ("not_applicable", True)
     assert run(check_it).outcome == "error"
     assert judge(check_something_else, subject, {}).outcome == "error"
+
+
+def test_what_torch_cannot_do_on_the_cpu_is_no_mistake_of_the_model():
+    def check_it(subject):
+        """Rule."""
+        flex_attention(*torch.ones(3, 1, 1, 16, 16, requires_grad=True))
+
+    verdict = run(check_it)
+    assert verdict.outcome == "not_applicable" and "backward on CPU" in verdict.says
 
 
 def test_ctrl_c_passes_through():

@@ -81,13 +81,16 @@ def _probe(subject: Any) -> Precision:
     if casts.mixed:
         return Precision(torch.float32, torch.float32)
     narrow = casts.seen or logits.dtype != torch.float64
-    if narrow and _overflows_when_cast(subject):
+    if _overflows_when_cast(subject):
         return Precision(torch.float32, torch.float32)
     return Precision(torch.float64, torch.float32 if narrow else torch.float64)
 
 
 def _overflows_when_cast(subject: Any) -> bool:
-    """Whether padding is survived in float32 but not in float64, whose least number is -inf once cast to float32."""
+    """Whether padding is survived in float32 but not in float64, whose least number is -inf once cast to float32.
+
+    So it is where it is multiplied by what was computed from a mask of integers: `(1.0 - mask) * finfo(x.dtype).min`.
+    """
     if not subject.takes_mask:
         return False
     try:
