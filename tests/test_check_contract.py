@@ -9,6 +9,7 @@ import torch
 
 from checks.bugs.variants import changed
 from checks.check_contract import check_earlier_calls_leave_no_trace, check_every_head_matters, head_projections
+from checks.probes.ablation import passed_by
 from checks.subject import Subject
 from checks.verdict import judge
 from tests.messages import BUGS, Told, expect_told
@@ -176,3 +177,10 @@ def test_attention_called_by_keyword_is_silenced_head_by_head():
     found = judge(check_every_head_matters, subject, {})
     assert found.outcome == "passed", found.says
     assert any("attention" in name for name in head_projections(subject, subject.build(), subject.sizes.n_head))
+
+
+def test_a_block_that_hands_on_what_it_was_given_is_passed_by_in_what_is_new():
+    first, newest = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    streams, latest = passed_by(lambda streams, latest: (streams, latest + 1))([first, newest], newest)
+    assert torch.equal(streams[0], first) and torch.equal(streams[1], newest)
+    assert torch.equal(latest, first), "its own output, and not what it hands on, gives way to its input"
