@@ -87,6 +87,7 @@ FACTS = {
     "module_globals.py": ("GPT(block_size, n_embd, n_head, n_layer, vocab_size)",),
     "nested_config.py": ("Config(vocab_size, max_len, width, heads, layers)",),
     "forward_for_training.py": ("forward_training(",),
+    "lightning_is_missing.py": ("Model(vocab_size, d_model, num_heads, context_length)",),
     "names_of_the_figure.py": ("GPT(n_vocab, chan_dim, n_heads, Nx, max_context)",),
     "notebook.ipynb": ("notebook.ipynb is a notebook", "not cell 6"),
     "numpy_class.py": ("f(array) → ", "it reads NumPy arrays"),

@@ -259,7 +259,7 @@ def value_for(
     `kind` is its annotation. Padding ids become `sizes["padding"]`, an id that no check uses, if there is one.
     """
     plain = squash(name)
-    if plain in PADDING:
+    if plain in PADDING or (plain == "padtoken" and default is MISSING and kind not in (str, "str")):
         spare = sizes.get("padding")
         within = isinstance(default, int) and 0 <= default < sizes["vocab_size"]
         return spare if spare is not None and (default is MISSING or within) else MISSING

@@ -6,6 +6,7 @@ made; a model that computes with one gets an error that names the library.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NoReturn
 
 import torch
@@ -38,6 +39,30 @@ class Derived(metaclass=_Open):
         pass
 
 
+class Logged(torch.nn.Module):
+    """Stands for a LightningModule: it keeps its constructor's arguments as `hparams`; what it logs goes nowhere."""
+
+    def save_hyperparameters(self, *named: Any, **options: Any) -> None:
+        frame = inspect.currentframe()
+        given = inspect.getargvalues(frame.f_back) if frame and frame.f_back else None
+        values = {name: given.locals[name] for name in given.args[1:]} if given else {}
+        self.hparams = Hyperparameters(values)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    log_dict = log
+
+
+class Hyperparameters(dict):
+    """Settings read by key or by name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
 class Stub:
     """Can be imported from, called, subclassed, used as decorator or annotation; not computed with."""
 
@@ -63,7 +88,7 @@ class Stub:
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         """As a base class: a module where its name says so (LightningModule), else nothing."""
         module = "Module" in self.__name__ and not any(base is torch.nn.Module for base in bases)
-        return (torch.nn.Module,) if module else (Derived,)
+        return (Logged,) if module else (Derived,)
 
     def __getitem__(self, item: Any) -> Any:
         return self
