@@ -80,10 +80,10 @@ def of_controls(controls: list[Row]) -> list[str]:
     outcomes = Counter(v["outcome"] for row in controls for v in row["verdicts"])
     accused = sum(any(v["outcome"] in BROKEN for v in row["verdicts"]) for row in controls)
     most, least = max(seeds.values(), default=0), min(seeds.values(), default=0)
-    often = f"{most}" if most == least else f"{least} to {most}"
+    often = f"{least} to {most} seeds" if most != least else "1 seed" if most == 1 else f"{most} seeds"
     return [
         "## Controls",
-        f"{len(names)} correct models, {often} seeds each: {outcomes['passed']} verdicts passed, "
+        f"{len(names)} correct models, {often} each: {outcomes['passed']} verdicts passed, "
         f"{outcomes['not_applicable']} were not applicable, {outcomes['failed']} failed and {outcomes['error']} were "
         f"errors, of {accused} of {len(controls)} rows. A failure here is a false alarm.",
     ]
