@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checks.expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, farthest, needs, note
-from checks.probes.ablation import left_alone, one_block, replaced, siblings
+from checks.probes.ablation import blocks_of, left_alone, one_block, replaced
 from checks.probes.arguments import TARGETS, taken
 from checks.probes.attention_products import LargestScore
 from checks.probes.influence import (
@@ -572,7 +572,7 @@ def expect_layers_alike(subject: Any, w: int) -> None:
     sees all of the past may be meant to.
     """
     model = precise(subject, EXISTENCE[-1])
-    names = next(iter(siblings(model)), [])
+    names = blocks_of(model)
     over: dict[str, int] = {}  # by how many tokens a block sees more than its window
     for name in names:
         with left_alone(model, name, names):

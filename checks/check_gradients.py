@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from checks.check_causality import watched_embeddings
 from checks.expect import NotApplicable, Where, advise, fail, needs, note
-from checks.probes.ablation import siblings
+from checks.probes.ablation import blocks_of
 from checks.probes.holdings import renormalized
 from checks.probes.precision import precision
 from checks.probes.randomness import seeded
@@ -121,7 +121,7 @@ def _likely_missing(model: nn.Module, missing: dict[str, str]) -> tuple[str, ...
     """By what the silent parameters are: all of a block, or of every block, norms, tables, or single projections."""
     if any(why != "none" for why in missing.values()):
         return "residual-doubled", "v-detached"
-    blocks = next(iter(siblings(model)), [])
+    blocks = blocks_of(model)
     silent = [block for block in blocks if any(name.startswith(f"{block}.") for name in missing)]
     whole = [
         block

@@ -229,16 +229,9 @@ def mask_changed(model: Transformer) -> None:
      caught_by=(INPUTS,), model=True, of=taught)  # fmt: skip
 def targets_changed(model: Transformer) -> None:
     class Changes(TaughtTransformer):
-        def forward(
-            self,
-            tokens: Tensor,
-            mask: Tensor | None = None,
-            cache: KeyValueCache | None = None,
-            targets: Tensor | None = None,
-        ) -> Tensor:
-            if targets is not None:
-                targets[targets == 0] = -100
-            return super().forward(tokens, mask, cache, targets)
+        def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+            targets[targets == 0] = -100
+            return logits
 
     model.__class__ = Changes
 

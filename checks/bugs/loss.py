@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from checks.bugs import bug
-from checks.bugs.variants import changed
+from checks.bugs.variants import TaughtTransformer, changed
 from transformer.loss import next_token_loss
-from transformer.model import KeyValueCache, Transformer
+from transformer.model import Transformer
 
 PLACE = "check_loss.check_a_place_is_trained_on_its_own_target"
 DROPPED = "check_loss.check_no_target_is_dropped"
@@ -393,25 +393,10 @@ def loss_returns_logits(parts: SimpleNamespace) -> None:
 # -- the loss that a model returns
 
 
-class ReturnsItsLoss(Transformer):
+class ReturnsItsLoss(TaughtTransformer):
     """Handed targets, it gives logits and their loss, else the logits."""
 
-    def forward(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-        targets: Tensor | None = None,
-    ) -> Any:
-        if targets is None:
-            return super().forward(tokens, mask, cache)
-        hidden: list[Tensor] = []
-        hook = self.norm.register_forward_hook(lambda module, args, output: hidden.append(output))
-        logits = super().forward(tokens, mask, cache)
-        hook.remove()
-        return self.answer(hidden[-1], logits, targets)
-
-    def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+    def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
         return logits, losses(logits, targets).mean()
 
 
@@ -424,62 +409,51 @@ def returning_its_loss(**config: Any) -> SimpleNamespace:
     return parts
 
 
-def damage_answer(parts: SimpleNamespace, damaged: type[ReturnsItsLoss]) -> None:
-    build = parts.build_model
-
-    def build_damaged(**sizes: Any) -> Any:
-        model = build(**sizes)
-        model.__class__ = damaged
-        return model
-
-    parts.build_model = build_damaged
-
-
 @bug("loss-never-computed", "handed targets, the model gives flattened logits where its loss should be",
-     caught_by=(GIVES,), of=returning_its_loss)  # fmt: skip
-def loss_never_computed(parts: SimpleNamespace) -> None:
+     caught_by=(GIVES,), model=True, of=returning_its_loss)  # fmt: skip
+def loss_never_computed(model: Transformer) -> None:
     class Uncomputed(ReturnsItsLoss):
-        def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+        def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
             return logits, logits.flatten(0, 1)
 
-    damage_answer(parts, Uncomputed)
+    model.__class__ = Uncomputed
 
 
 @bug("loss-is-a-function", "handed targets, the model gives a function where its loss should be: it is never called",
-     caught_by=(GIVES,), of=returning_its_loss)  # fmt: skip
-def loss_is_a_function(parts: SimpleNamespace) -> None:
+     caught_by=(GIVES,), model=True, of=returning_its_loss)  # fmt: skip
+def loss_is_a_function(model: Transformer) -> None:
     class Uncalled(ReturnsItsLoss):
-        def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+        def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
             return logits, F.cross_entropy
 
-    damage_answer(parts, Uncalled)
+    model.__class__ = Uncalled
 
 
 @bug("loss-of-hidden-states", "handed targets, the model leaves its head out: logits and loss are of hidden states",
-     caught_by=(SAME_LOGITS,), of=returning_its_loss)  # fmt: skip
-def loss_of_hidden_states(parts: SimpleNamespace) -> None:
+     caught_by=(SAME_LOGITS,), model=True, of=returning_its_loss)  # fmt: skip
+def loss_of_hidden_states(model: Transformer) -> None:
     class Headless(ReturnsItsLoss):
-        def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
-            return super().answer(hidden, hidden, targets)
+        def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+            return super().taught(hidden, hidden, targets)
 
-    damage_answer(parts, Headless)
+    model.__class__ = Headless
 
 
 @bug("loss-of-other-logits", "the logits that come with the loss left the last norm out",
-     caught_by=(SAME_LOGITS,), of=returning_its_loss)  # fmt: skip
-def loss_of_other_logits(parts: SimpleNamespace) -> None:
+     caught_by=(SAME_LOGITS,), model=True, of=returning_its_loss)  # fmt: skip
+def loss_of_other_logits(model: Transformer) -> None:
     class Unnormed(ReturnsItsLoss):
-        def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
-            return super().answer(hidden, self.head(hidden - self.norm.bias), targets)
+        def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+            return super().taught(hidden, self.head(hidden - self.norm.bias), targets)
 
-    damage_answer(parts, Unnormed)
+    model.__class__ = Unnormed
 
 
 @bug("loss-beside-the-head", "the logits are right, and the loss is one of hidden states: nothing trains the head",
-     caught_by=(TRAINS,), of=returning_its_loss, tied=False)  # fmt: skip
-def loss_beside_the_head(parts: SimpleNamespace) -> None:
+     caught_by=(TRAINS,), model=True, of=returning_its_loss, tied=False)  # fmt: skip
+def loss_beside_the_head(model: Transformer) -> None:
     class Beside(ReturnsItsLoss):
-        def answer(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+        def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
             return logits, losses(hidden, targets).mean()
 
-    damage_answer(parts, Beside)
+    model.__class__ = Beside

@@ -187,8 +187,18 @@ class TaughtTransformer(Transformer):
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         targets: Tensor | None = None,
-    ) -> Tensor:
-        return super().forward(tokens, mask, cache)
+    ) -> Any:
+        if targets is None:
+            return super().forward(tokens, mask, cache)
+        hidden: list[Tensor] = []
+        hook = self.norm.register_forward_hook(lambda module, args, output: hidden.append(output))
+        logits = super().forward(tokens, mask, cache)
+        hook.remove()
+        return self.taught(hidden[-1], logits, targets)
+
+    def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> Any:
+        """What it gives where it is handed targets [B, T], of the last hidden states [B, T, C] and the logits."""
+        return logits
 
 
 def taught(**config: Any) -> SimpleNamespace:

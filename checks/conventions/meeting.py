@@ -22,6 +22,7 @@ from checks.conventions.constructing import Recipe, Unfillable, recipes
 from checks.conventions.home import Home, SubjectHang
 from checks.conventions.losses import loss_in
 from checks.conventions.masks import MaskForm, mask_argument, meet_mask
+from checks.conventions.reading import standing_for
 from checks.conventions.refusals import Trial, explain, label_of, nothing, several
 from checks.conventions.stubs import Stub
 from checks.conventions.usage import UsageError, place, shown, what_happened
@@ -114,11 +115,7 @@ class Met:
         """What the model gives for logits: "logits", "log-probabilities" or "probabilities"."""
         model = self.build(self.sizes)
         with torch.no_grad():
-            logits = self.logits(model, self.some_tokens()).double()
-        if float(logits.logsumexp(-1).abs().max()) < 1e-4:
-            return "log-probabilities"
-        probabilities = bool((logits >= 0).all()) and float((logits.sum(-1) - 1).abs().max()) < 1e-4
-        return "probabilities" if probabilities else "logits"
+            return standing_for(self.logits(model, self.some_tokens()))
 
     def some_tokens(self) -> Tensor:
         return _tokens(self.sizes, self.device)

@@ -153,3 +153,14 @@ def described(output: Any, known: Mapping[int, str] | None = None) -> str:
     found = output if isinstance(output, Mapping) else {k: getattr(output, k, None) for k in LOGITS_KEYS}
     named = ", ".join(f".{k} {described(v, known)}" for k, v in list(found.items())[:4] if v is not None)
     return f"{type(output).__name__} with {named}" if named else type(output).__name__
+
+
+SUMMED = 1e-3  # how far from one probabilities may sum up to, in whatever type they were computed
+
+
+def standing_for(logits: Tensor) -> str:
+    """What a model gives for logits [B, T, V]: "logits", "log-probabilities" or "probabilities"."""
+    x = logits.double()
+    if float(x.logsumexp(-1).abs().max()) < SUMMED:
+        return "log-probabilities"
+    return "probabilities" if bool((x >= 0).all()) and float((x.sum(-1) - 1).abs().max()) < SUMMED else "logits"

@@ -6,22 +6,18 @@ import ast
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from checks.conventions.reading import standing_for
 from checks.expect import Where
 from checks.where import shown
 
 OF_LOGITS = {"CrossEntropyLoss", "cross_entropy"}
-CLOSE = 1e-3  # of a sum of probabilities, in whatever type they were computed
 
 
 def gives(subject: Any) -> str:
     """What stands for logits: "logits", "log-probabilities" or "probabilities"."""
     with torch.no_grad():
-        out: Tensor = subject.logits(subject.build(), subject.tokens(2, min(5, subject.sizes.block_size))).double()
-    if out.logsumexp(-1).abs().max() < CLOSE:
-        return "log-probabilities"
-    return "probabilities" if out.min() >= 0 and (out.sum(-1) - 1).abs().max() < CLOSE else "logits"
+        return standing_for(subject.logits(subject.build(), subject.tokens(2, min(5, subject.sizes.block_size))))
 
 
 def cross_entropy_line(subject: Any) -> Where | None:

@@ -32,6 +32,11 @@ def siblings(model: nn.Module) -> list[list[str]]:
     return found
 
 
+def blocks_of(model: nn.Module) -> list[str]:
+    """The names of the model's blocks: what stands in the outermost list; none where nothing does."""
+    return next(iter(siblings(model)), [])
+
+
 @contextmanager
 def replaced(module: nn.Module, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
     """The module with its forward wrapped: some code calls it directly."""

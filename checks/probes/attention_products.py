@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from checks.probes.ablation import siblings
+from checks.probes.ablation import blocks_of
 from checks.probes.influence import call
 from checks.where import Call, recorded
 
@@ -150,7 +150,7 @@ def key_products(subject: Any, model: nn.Module, tokens: Tensor) -> dict[str, di
     """
     with recorded(model) as calls, Products(tokens.shape[1]) as products:
         call(subject, model, tokens)
-    blocks = next(iter(siblings(model)), [])
+    blocks = blocks_of(model)
     each, left = divmod(len(products.found), len(blocks) or 1)
     told = blocks if each and not left else blocks[: len(products.found)][:1]
     alike = [name for name in told if enters_alike(calls, name, tokens.shape[1])]

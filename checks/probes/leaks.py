@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from checks.expect import Bound, Where, fail
-from checks.probes.ablation import passed_by, replaced, siblings
+from checks.probes.ablation import blocks_of, passed_by, replaced
 from checks.probes.attention_products import Attentions
 from checks.probes.influence import EVAL, Changes, Leak, Way, call, find_leak, measure
 from checks.probes.norm_modules import NAMED
@@ -124,7 +124,7 @@ def in_groups(t: Tensor, s: Tensor, T: int) -> bool:
 
 def depth(subject: Any, model: nn.Module, leak: Leak, where: Where | None) -> tuple[str, ...]:
     """Whether nothing leaks once the block that leaks first is passed by: then the other blocks are right."""
-    blocks = next(iter(siblings(model)), [])
+    blocks = blocks_of(model)
     culprit = [name for name in blocks if where is not None and f"{where.module}.".startswith(f"{name}.")]
     if not culprit or leak.search is None:
         return ()

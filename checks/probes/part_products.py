@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from checks.expect import Where
+from checks.probes.attention_products import PRODUCTS
 from checks.where import line_now
 
-PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 MIXING = {F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.cumsum, Tensor.cumsum}
 CONVOLUTIONS = {torch.conv1d, F.conv1d}
 EXACT = 1e-6  # relative: what a factor and a constant may leave unexplained, of what is computed in float32

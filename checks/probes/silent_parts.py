@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from checks.expect import Where
-from checks.probes.ablation import siblings
+from checks.probes.ablation import blocks_of
 from checks.probes.part_products import Mapped, WeightProducts, multiplied, names_of
 from checks.where import line_now
 
@@ -50,11 +50,6 @@ class Silence(TorchFunctionMode):
             return True
         softmax = getattr(func, "__name__", "") == "softmax" and isinstance(result, Tensor) and result.dim() > 2
         return softmax and list(result.shape).count(self.T) > 1
-
-
-def blocks_of(model: nn.Module) -> list[str]:
-    """The names of the model's blocks: what stands in the outermost list."""
-    return next(iter(siblings(model)), [])
 
 
 def block_of(where: Where | None, blocks: list[str]) -> str | None:
