@@ -560,6 +560,6 @@ def check_dropout_keeps_the_average(subject: Any) -> None:
         f"{name} silences entries by a mask of its own and leaves the others as they are: at a rate of p what it gives "
         "in training is on average 1 - p times what it gives in evaluation",
         where=locate(model, name),
-        likely=("dropout-without-rescaling",),
+        likely=("dropout-by-hand-not-rescaled", "dropout-without-rescaling"),
         advice="multiply what is kept by 1 / (1 - p)",
     )

@@ -58,7 +58,7 @@ def test_likely_causes_are_known_bugs():
     from pathlib import Path
 
     unknown = {}
-    for path in sorted((Path(__file__).parent.parent / "checks").glob("check_*.py")):
+    for path in sorted((Path(__file__).parent.parent / "checks").rglob("*.py")):
         for tuple_text in re.findall(r"likely=\(([^)]*)\)", path.read_text(encoding="utf-8")):
             for bug in re.findall(r'"([a-z0-9-]+)"', tuple_text):
                 if bug not in BUGS:

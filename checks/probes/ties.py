@@ -46,7 +46,7 @@ def expect_no_twins(model: nn.Module) -> None:
         if parameter.numel() and key in held:
             fail(
                 f"{held[key]} and {name} are two parameters over one storage: an optimizer steps and decays it twice",
-                likely=("tied-by-data",),
+                likely=("tie-by-storage",),
                 advice="Assign the parameter itself (head.weight = embedding.weight), never its .data.",
                 names=[held[key], name],
             )
