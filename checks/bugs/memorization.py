@@ -49,7 +49,7 @@ def past_not_seen(model: Transformer) -> None:
 @bug(
     "probabilities-for-logits",
     "the model ends in a softmax, and cross entropy makes another",
-    source="https://discuss.pytorch.org/t/do-i-need-to-use-softmax-before-nn-crossentropyloss/16739",
+    source="https://openillumi.com/en/en-pytorch-crossentropy-logits-nllloss-mechanism",
     caught_by=(SENTENCE,),
     model=True,
 )
