@@ -25,12 +25,12 @@ bench: $(VENV)/installed-for-tests
 # every known bug and every correct model against every check, for hours; goes on where it was stopped.
 # JOBS=processes SEEDS=of each correct model (20) ONLY='words of names'
 power: $(VENV)/installed-for-tests
-	$(ONE_THREAD) $(BIN)/python -m tests.power $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	$(ONE_THREAD) $(BIN)/python -m power.power $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS)) \
 		$(if $(ONLY),--only '$(ONLY)')
 
 # one-place mistakes made mechanically in FILE=model.py[:NAME]: how many are caught, which survive; goes on where it was
 mutants: $(VENV)/installed-for-tests
-	$(ONE_THREAD) $(BIN)/python -m benchmarks.mutants $(FILE)
+	$(ONE_THREAD) $(BIN)/python -m power.mutants $(FILE)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'

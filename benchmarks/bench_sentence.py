@@ -10,10 +10,9 @@ import time
 from dataclasses import replace
 
 import torch
-
-from transformer.data import SentenceTask
-from transformer.model import Transformer, gpt2
-from transformer.trainer import PUBLISHED, TrainConfig, Trainer
+from transformer_checks.transformer.data import SentenceTask
+from transformer_checks.transformer.model import Transformer, gpt2
+from transformer_checks.transformer.trainer import PUBLISHED, TrainConfig, Trainer
 
 LEARNED = 1e-5  # nats a target
 TIMES_SOONER = 100

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from checks.subject import Sizes
-from transformer.generation import generate
-from transformer.loss import next_token_loss
-from transformer.model import Transformer, gpt2
-from transformer.optimizer import build_optimizer
-from transformer.trainer import TrainConfig
+from transformer_checks.checks.subject import Sizes
+from transformer_checks.transformer.generation import generate
+from transformer_checks.transformer.loss import next_token_loss
+from transformer_checks.transformer.model import Transformer, gpt2
+from transformer_checks.transformer.optimizer import build_optimizer
+from transformer_checks.transformer.trainer import TrainConfig
 
 
 @dataclass

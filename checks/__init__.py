@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from checks.notebook import Report
+    from .run.notebook import Report
 
 # Themes in the order in which they run: each may need those before it.
 THEMES = (
@@ -32,7 +32,7 @@ def checks_in(theme: str) -> list[Callable]:
     """The checks of one theme, as written; none where the theme has no file."""
     if not (Path(__file__).parent / f"check_{theme}.py").exists():
         return []
-    module = importlib.import_module(f"checks.check_{theme}")
+    module = importlib.import_module(f"{__name__}.check_{theme}")
     return [
         check
         for name, check in vars(module).items()
@@ -51,6 +51,6 @@ def check_model(model: Any, **how: Any) -> Report:
     and has `report.passed`.
     Raises UsageError, a ValueError, for what cannot be met.
     """
-    from checks.notebook import check_model
+    from .run.notebook import check_model
 
     return check_model(model, **how)

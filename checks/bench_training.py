@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from checks.expect import NotApplicable
-from checks.probes.loads import AXES, SMALL, TEN, Load, compiler_missing, extent, loads_of, sized, too_large
-from checks.probes.matrix_products import decoding_products, training_products
-from checks.probes.memory import peak_bytes
-from checks.probes.timing import Marks, Runs, growth, in_turn, ratio, timed
-from checks.subject import Subject
-from transformer.loss import next_token_loss
+from ..transformer.loss import next_token_loss
+from .expect import NotApplicable
+from .probes.loads import AXES, SMALL, TEN, Load, compiler_missing, extent, loads_of, sized, too_large
+from .probes.matrix_products import decoding_products, training_products
+from .probes.timing import Marks, Runs, growth, in_turn, ratio, timed
+from .subject import Subject
+from .watch.memory import peak_bytes
 
 ROUNDS, FEW = 20, 5  # of steps of small and of large loads
 LONG_ENOUGH = 64  # positions, for a slope over them to mean something

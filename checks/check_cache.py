@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checks.expect import NotApplicable, advise, drawn, expect_same, fail, needs, note
-from checks.probes.cached import LONGEST, Reader, apart, difference, distances, first_wrong, length, reader
-from checks.probes.padding import ragged
+from .expect import NotApplicable, advise, drawn, expect_same, fail, needs, note
+from .probes.cached import LONGEST, Reader, apart, difference, distances, first_wrong, length, reader
+from .probes.padding import ragged
 
 LOGITS = "check_contract.check_logits_have_shape"
 CAUSAL = "check_causality.check_future_cannot_change_past"

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from checks.expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, farthest, needs, note
-from checks.probes.ablation import blocks_of, left_alone, one_block, replaced
-from checks.probes.arguments import TARGETS, taken
-from checks.probes.attention_products import LargestScore
-from checks.probes.influence import (
+from .expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, farthest, needs, note
+from .probes.ablation import blocks_of, left_alone, one_block, replaced
+from .probes.extra_arguments import TARGETS, taken
+from .probes.influence import (
     EVAL,
     TRAIN,
     Changes,
@@ -33,12 +32,13 @@ from checks.probes.influence import (
     measure,
     moved,
 )
-from checks.probes.leaks import expect_no_leak, in_deviations
-from checks.probes.padding import SIDES, ragged
-from checks.probes.precision import precise, precision, shared, spread
-from checks.probes.windows import declared_windows, held_by, holds, in_reach, reach, window
-from checks.subject import EXISTENCE
-from checks.where import first_breaking, locate
+from .probes.leaks import expect_no_leak, in_deviations
+from .probes.padding import SIDES, ragged
+from .probes.precision import precise, precision, shared, spread
+from .probes.windows import declared_windows, held_by, holds, in_reach, reach, window
+from .subject import EXISTENCE
+from .watch.attention import LargestScore
+from .watch.calls import first_breaking, locate
 
 CONTRACT = (
     "check_contract.check_logits_have_shape",

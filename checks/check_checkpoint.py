@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable, fail, needs, slow
-from checks.probes.randomness import seeded
-from checks.training.runs import Step, TrainerRun, examples, flat, model_of, needs_trainer
+from .expect import NotApplicable, fail, needs, slow
+from .training.runs import Step, TrainerRun, examples, flat, model_of, needs_trainer
+from .watch.draws import seeded
 
 RESUMES = "check_checkpoint.check_a_resumed_training_goes_on_bit_for_bit"
 HALF = 4  # steps before and after the checkpoint: with 7 examples, 3 a step, it is saved amid an epoch

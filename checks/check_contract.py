@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from checks.expect import (
+from .expect import (
     NotApplicable,
     Where,
     advise,
@@ -25,15 +25,15 @@ from checks.expect import (
     note,
     place,
 )
-from checks.probes.ablation import exchanged, passed_by, replaced, siblings, silenced, with_input, with_output
-from checks.probes.arguments import POSITIONS, beside_tokens
-from checks.probes.holdings import Held, buffers_kept, held_outside
-from checks.probes.influence import TRAIN, call, every_id, length
-from checks.probes.padding import SIDES, ragged
-from checks.probes.precision import precise, precision, spread
-from checks.probes.ties import expect_declared_tie, expect_no_twins, ties
-from checks.subject import EXISTENCE
-from checks.where import Call, first_bad, locate, recorded
+from .probes.ablation import exchanged, passed_by, replaced, siblings, silenced, with_input, with_output
+from .probes.extra_arguments import POSITIONS, beside_tokens
+from .probes.influence import TRAIN, call, every_id, length
+from .probes.module_state import Held, buffers_kept, held_outside
+from .probes.padding import SIDES, ragged
+from .probes.precision import precise, precision, spread
+from .probes.ties import expect_declared_tie, expect_no_twins, ties
+from .subject import EXISTENCE
+from .watch.calls import Call, first_bad, locate, recorded
 
 SHAPE = "check_contract.check_logits_have_shape"
 SMALLEST = 1e-6  # standard deviations of the logits: what a part that matters moves at least (clean models: 0.1)

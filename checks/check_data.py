@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.loss.cases import named
-from checks.loss.explained import misread_mask, spans
-from checks.probes.randomness import seeded
-from checks.training.runs import TrainerRun, examples, flat, model_of, needs_trainer
-from checks.training.steps import step_leaves_random_states
+from .expect import NotApplicable, advise, fail, needs, note
+from .loss.cases import named
+from .loss.explained import misread_mask, spans
+from .training.runs import TrainerRun, examples, flat, model_of, needs_trainer
+from .training.steps import step_leaves_random_states
+from .watch.draws import seeded
 
 SEQUENCES = [[3, 7, 11, 2, 9, 14, 5, 8], [6, 1, 13, 4], [12, 10, 15, 16, 3, 1]]  # lengths 8, 4, 6; no neighbours alike
 END = 2  # a token id that ends a text, and pads in the check that says so
@@ -235,7 +235,7 @@ def check_processes_draw_from_streams_of_their_own(subject: Any) -> None:
 
 def of_rank(subject: Any, rank: int) -> Tensor:
     """A training step as the process of this rank makes it, alone with all the examples."""
-    import transformer.trainer as ours
+    import transformer_checks.transformer.trainer as ours
 
     class Alone(ours.distributed.SingleProcess):
         pass

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.loss.formula import cross_entropy
-from checks.probes.memory import Held, peak_bytes
-from checks.probes.precision import precision
-from checks.probes.randomness import seeded, set_rates
-from checks.probes.rounding import Promoted, naively
-from checks.probes.steps import backward, needs_no_cache_inside
-from checks.probes.waits import Waits
-from checks.subject import EXISTENCE, cast
-from checks.training.runs import refuse_chance
-from checks.where import locate
+from .expect import NotApplicable, advise, fail, needs, note
+from .loss.formula import cross_entropy
+from .probes.backward import backward, needs_no_cache_inside
+from .probes.precision import precision
+from .probes.rounding import Promoted, naively
+from .subject import EXISTENCE, cast
+from .training.runs import refuse_chance
+from .watch.calls import locate
+from .watch.draws import seeded, set_rates
+from .watch.memory import Held, peak_bytes
+from .watch.waits import Waits
 
 CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 GRADIENTS = (*CONTRACT, "check_gradients.check_every_parameter_gets_a_gradient")

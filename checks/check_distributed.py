@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from checks.expect import Bound, NotApplicable, advise, expect_close, fail, needs, note, slow
-from checks.probes import two_processes
-from checks.probes.precision import precision
-from checks.probes.randomness import seeded
-from checks.probes.two_processes import Logits, Refused, batches, gradients, model_of, train_in_two
+from .expect import Bound, NotApplicable, advise, expect_close, fail, needs, note, slow
+from .probes import two_processes
+from .probes.precision import precision
+from .probes.two_processes import Logits, Refused, batches, gradients, model_of, train_in_two
+from .watch.draws import seeded
 
 WHOLE = "two processes, each with half of a batch, average to another gradient than one with all of it"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from checks.expect import NotApplicable, fail, needs
-from checks.probes.randomness import seeded, states
-from checks.training.runs import Losses, TrainerRun, examples, flat, model_of, needs_trainer
+from .expect import NotApplicable, fail, needs
+from .training.runs import Losses, TrainerRun, examples, flat, model_of, needs_trainer
+from .watch.draws import seeded, states
 
 WEIGHS = "check_evaluation.check_evaluation_weighs_every_target_alike"
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.generation.conventions import Rows
-from checks.generation.faults import cached, explain, first_wrong
-from checks.generation.scripted import Stage, graphs, stage
-from checks.probes.holdings import renormalized
-from checks.probes.randomness import states
+from .expect import NotApplicable, advise, fail, needs, note
+from .generation.faults import cached, explain, first_wrong
+from .generation.met_generate import Rows
+from .generation.scripted import Stage, graphs, stage
+from .probes.module_state import renormalized
+from .watch.draws import states
 
 LOGITS = "check_contract.check_logits_have_shape"
 REPEATS = "check_modes.check_eval_repeats_itself"

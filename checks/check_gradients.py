@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from checks.check_causality import watched_embeddings
-from checks.expect import NotApplicable, Where, advise, fail, needs, note
-from checks.probes.ablation import blocks_of
-from checks.probes.holdings import renormalized
-from checks.probes.precision import precision
-from checks.probes.randomness import seeded
-from checks.subject import ABSENCE, EXISTENCE
-from checks.where import Call, each, locate, recorded
+from .check_causality import watched_embeddings
+from .expect import NotApplicable, Where, advise, fail, needs, note
+from .probes.ablation import blocks_of
+from .probes.module_state import renormalized
+from .probes.precision import precision
+from .subject import ABSENCE, EXISTENCE
+from .watch.calls import Call, each, locate, recorded
+from .watch.draws import seeded
 
 CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 REACH = "check_gradients.check_every_parameter_gets_a_gradient"

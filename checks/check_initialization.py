@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checks.expect import NotApplicable, Where, advise, fail, farthest, needs, note
-from checks.probes.operands import Operands, amplification, first_inputs, gains_of
-from checks.probes.precision import precise, precision
-from checks.probes.randomness import seeded, uninitialized_memory_is_nan
-from checks.where import Call, called_by_checks, line_now, locate, recorded
+from .expect import NotApplicable, Where, advise, fail, farthest, needs, note
+from .probes.precision import precise, precision
+from .watch.calls import Call, called_by_checks, line_now, locate, recorded
+from .watch.draws import seeded, uninitialized_memory_is_nan
+from .watch.parameters import Operands, amplification, first_inputs, gains_of
 
 CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 SEEDS = 5

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checks.expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, needs, note
-from checks.loss.cases import (
+from .expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, needs, note
+from .loss.cases import (
     all_kept,
     cause,
     closed_form,
@@ -28,21 +28,21 @@ from checks.loss.cases import (
     sample,
     weights_of,
 )
-from checks.loss.conventions import met_loss
-from checks.loss.explained import misread_mask, spans
-from checks.loss.formula import USUAL, cross_entropy, expected_gradient
-from checks.loss.given import cross_entropy_line, gives
-from checks.loss.placing import (
+from .loss.explained import misread_mask, spans
+from .loss.formula import USUAL, cross_entropy, expected_gradient
+from .loss.given import cross_entropy_line, gives
+from .loss.met_loss import met_loss
+from .loss.placing import (
     refuse_crossings,
     refuse_other_symbols,
     refuse_shift,
     refuse_strays,
     refuse_what_teaches_nothing,
 )
-from checks.loss.reading import NoGradient, gradient, read
-from checks.loss.returned import answers, leaves, slopes
-from checks.probes.precision import spread
-from checks.where import locate
+from .loss.reading import NoGradient, gradient, read
+from .loss.returned import answers, leaves, slopes
+from .probes.precision import spread
+from .watch.calls import locate
 
 PLACE = ("row", "position", "symbol")
 GIVES = "check_loss.check_targets_give_a_loss"
@@ -94,7 +94,7 @@ def _place(key: str) -> str:
 def check_targets_leave_the_logits_as_they_are(subject: Any) -> None:
     """The logits that come with a loss are those that come without targets."""
     found = answers(subject)
-    widths = {subject.sizes.vocab_size, getattr(getattr(subject.met, "forward", None), "vocabulary", 0)}
+    widths = {subject.sizes.vocab_size, getattr(getattr(subject.met, "forward", None), "vocab_size", 0)}
     alone = found.logits(widths)
     if alone is None:
         raise NotApplicable("no logits [B, T, V] or of the last position come without targets")

@@ -11,13 +11,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from checks.check_causality import CONTRACT, EXTREME, expect_takes_mask, magnified, within_reach
-from checks.expect import NotApplicable, Where, advise, drawn, expect_close, fail, farthest, needs, note
-from checks.probes.arguments import DOCUMENTS, POSITIONS, taken
-from checks.probes.influence import EVAL, TRAIN, Way, call, every_id, length, moved, reads_one_token
-from checks.probes.padding import SIDES, padded, ragged
-from checks.probes.precision import precise, precision, shared, spread
-from checks.where import first_bad, first_breaking
+from .check_causality import CONTRACT, EXTREME, expect_takes_mask, magnified, within_reach
+from .expect import NotApplicable, Where, advise, drawn, expect_close, fail, farthest, needs, note
+from .probes.extra_arguments import DOCUMENTS, POSITIONS, taken
+from .probes.influence import EVAL, TRAIN, Way, call, every_id, length, moved, reads_one_token
+from .probes.padding import SIDES, padded, ragged
+from .probes.precision import precise, precision, shared, spread
+from .watch.calls import first_bad, first_breaking
 
 FLOAT_MASKS = ("float-mask-added", "bool-mask-added-as-float")
 CONTENT = "check_masking.check_pad_contents_change_nothing"

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from checks.check_sanity import LEARNED, READ_ALONE, RECIPES, objective
-from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.probes.influence import needs_one_token
-from checks.training.runs import refuse_chance
-from transformer.data import Batch, SentenceTask, pad_batch
-from transformer.generation import generate
-from transformer.trainer import Trainer
+from ..transformer.data import Batch, SentenceTask, pad_batch
+from ..transformer.generation import generate
+from ..transformer.trainer import Trainer
+from .check_sanity import LEARNED, READ_ALONE, RECIPES, objective
+from .expect import NotApplicable, advise, fail, needs, note
+from .probes.influence import needs_one_token
+from .training.runs import refuse_chance
 
 CONTRACT = (
     "check_contract.check_logits_have_shape",

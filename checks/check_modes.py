@@ -10,24 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable, advise, expect_close, expect_same, fail, farthest, needs, note
-from checks.probes.dropout_sites import Trial, silent_sites
-from checks.probes.expectation import Averaged, unscaled
-from checks.probes.holdings import buffers_kept, renormalized
-from checks.probes.precision import precise, precision, spread
-from checks.probes.randomness import (
-    Draws,
-    Site,
-    is_dropout,
-    reads_mode,
-    seeded,
-    set_rates,
-    sites,
-    states,
-    training_alone,
-)
-from checks.subject import EXISTENCE
-from checks.where import first_breaking, first_changing, locate
+from .expect import NotApplicable, advise, expect_close, expect_same, fail, farthest, needs, note
+from .probes.expectation import Averaged, unscaled
+from .probes.module_state import buffers_kept, renormalized
+from .probes.precision import precise, precision, spread
+from .subject import EXISTENCE
+from .watch.calls import first_breaking, first_changing, locate
+from .watch.draws import Draws, Site, is_dropout, reads_mode, seeded, set_rates, sites, states, training_alone
+from .watch.dropout import Trial, silent_sites
 
 CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 TRACE = "check_contract.check_earlier_calls_leave_no_trace"

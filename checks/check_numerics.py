@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable, Where, advise, fail, needs, note
-from checks.probes.precision import precision
-from checks.probes.rounding import Casts, Promoted, naively
-from checks.subject import EXISTENCE
-from checks.where import Call, first_bad, locate, recorded
+from .expect import NotApplicable, Where, advise, fail, needs, note
+from .probes.precision import precision
+from .probes.rounding import Casts, Promoted, naively
+from .subject import EXISTENCE
+from .watch.calls import Call, first_bad, locate, recorded
 
 CONTRACT = (
     "check_contract.check_logits_have_shape",

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.check_training import FOLLOWS
-from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.probes.holdings import renormalized
-from checks.training.conventions import equal_examples, met_step
-from checks.training.runs import Losses, TrainerRun, examples, model_of, needs_trainer, pieces
-from checks.training.steps import at, schedule_ticks_once
+from .check_training import FOLLOWS
+from .expect import NotApplicable, advise, fail, needs, note
+from .probes.module_state import renormalized
+from .training.met_step import equal_examples, met_step
+from .training.runs import Losses, TrainerRun, examples, model_of, needs_trainer, pieces
+from .training.steps import at, schedule_ticks_once
 
 
 @needs(FOLLOWS)

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.check_causality import CAUSAL, CONTRACT
-from checks.expect import NotApplicable, Where, advise, fail, needs, note
-from checks.probes.activations import FORMS, Activation, activations
-from checks.probes.influence import call, length
-from checks.probes.norm_modules import LARGE, Norm, norms
-from checks.probes.part_products import Attended, Weighed, sharing
-from checks.probes.precision import precise, spread
-from checks.probes.silent_parts import FeedForward, Silence, feed_forwards, narrowing_in_blocks
-from checks.subject import EXISTENCE
-from checks.where import locate
+from .check_causality import CAUSAL, CONTRACT
+from .expect import NotApplicable, Where, advise, fail, needs, note
+from .probes.influence import call, length
+from .probes.precision import precise, spread
+from .probes.silent_parts import FeedForward, Silence, feed_forwards, narrowing_in_blocks
+from .subject import EXISTENCE
+from .watch.activations import FORMS, Activation, activations
+from .watch.calls import locate
+from .watch.norms import LARGE, Norm, norms
+from .watch.products import Attended, Weighed, sharing
 
 ROWS = "check_masking.check_rows_do_not_touch"
 ALONE = "check_parts.check_norms_act_on_each_token_alone"

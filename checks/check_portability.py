@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from checks.expect import Bound, NotApplicable, advise, expect_close, fail, farthest, needs, note, slow
-from checks.probes.devices import Homeless
-from checks.probes.precision import precise, precision, spread
-from checks.probes.randomness import seeded
-from checks.where import first_breaking
+from .expect import Bound, NotApplicable, advise, expect_close, fail, farthest, needs, note, slow
+from .probes.precision import precise, precision, spread
+from .watch.calls import first_breaking
+from .watch.devices import Homeless
+from .watch.draws import seeded
 
 CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 REPEATS = "check_modes.check_eval_repeats_itself"  # else two paths differ as two calls on one path do

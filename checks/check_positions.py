@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.check_causality import CONTRACT, expect_causal, telling_places
-from checks.expect import NotApplicable, Where, advise, fail, needs, note
-from checks.probes.ablation import one_block
-from checks.probes.attention_products import key_products, mentions_rotary
-from checks.probes.holdings import held_outside
-from checks.probes.influence import call, length, moved
-from checks.probes.precision import precise, spread
-from checks.subject import EXISTENCE
-from checks.where import locate
+from .check_causality import CONTRACT, expect_causal, telling_places
+from .expect import NotApplicable, Where, advise, fail, needs, note
+from .probes.ablation import one_block
+from .probes.influence import call, length, moved
+from .probes.module_state import held_outside
+from .probes.precision import precise, spread
+from .subject import EXISTENCE
+from .watch.attention import key_products, mentions_rotary
+from .watch.calls import locate
 
 PAST = "check_causality.check_past_reaches_every_later_position"
 SMALLEST = 1e-6  # standard deviations of the logits: what an exchange of tokens moves at least (clean models: 2e-3)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.generation.conventions import Rows
-from checks.generation.draws import DISTINCT, LEVEL, Sampler, scores, unlikely
-from checks.generation.scripted import Stage, dealt, stage
-from checks.probes.randomness import seeded
+from .expect import NotApplicable, advise, fail, needs, note
+from .generation.draws import DISTINCT, LEVEL, Sampler, scores, unlikely
+from .generation.met_generate import Rows
+from .generation.scripted import Stage, dealt, stage
+from .watch.draws import seeded
 
 APPENDS = "check_generation.check_generate_appends_tokens"
 GREEDY = "check_generation.check_greedy_equals_the_naive_loop"

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable, advise, fail, keep, needs, note
-from checks.generation.conventions import Decoder, decoder
-from checks.loss.conventions import met_loss
-from checks.loss.given import cross_entropy_line, gives
-from checks.probes.influence import needs_one_token
-from checks.training.runs import refuse_chance
-from transformer.data import Batch, SentenceTask
-from transformer.generation import generate
-from transformer.loss import next_token_loss
-from transformer.trainer import PUBLISHED, TrainConfig, Trainer
+from ..transformer.data import Batch, SentenceTask
+from ..transformer.generation import generate
+from ..transformer.loss import next_token_loss
+from ..transformer.trainer import PUBLISHED, TrainConfig, Trainer
+from .expect import NotApplicable, advise, fail, keep, needs, note
+from .generation.met_generate import Decoder, decoder
+from .loss.given import cross_entropy_line, gives
+from .loss.met_loss import met_loss
+from .probes.influence import needs_one_token
+from .training.runs import refuse_chance
 
 CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 # Without these a text is learned whole and in a batch, and said from its beginning on and by itself: another text.

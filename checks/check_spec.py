@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 
-from checks.expect import NotApplicable, Where, advise, fail, needs, note
-from checks.spec.drawing import draws
-from checks.spec.dropping import SITES, Dropped, dropped
-from checks.spec.gradients import slopes
-from checks.spec.initialization import Constant, Drawn, drawn
-from checks.spec.last import last_positions
-from checks.spec.remarks import remarks
-from checks.spec.scores import Scales
-from checks.spec.settling import FAMILIES, Settled, norm_form, settled, specimen
-from checks.spec.simulation import Simulated
-from checks.spec.stages import Explained, explain, part_from
-from checks.spec.tiny import odd_epsilon, parting_scale
-from checks.spec.trace import Parting
-from checks.where import locate
+from .expect import NotApplicable, Where, advise, fail, needs, note
+from .family.aspects.drawing import draws
+from .family.aspects.dropping import SITES, Dropped, dropped
+from .family.aspects.gradients import slopes
+from .family.aspects.initialization import Constant, Drawn, drawn
+from .family.aspects.last import last_positions
+from .family.aspects.remarks import remarks
+from .family.aspects.scores import Scales
+from .family.aspects.tiny import odd_epsilon, parting_scale
+from .family.blame import Simulated
+from .family.fit import FAMILIES, Settled, norm_form, settled, specimen
+from .family.stages import Explained, explain, part_from
+from .family.trace import Parting
+from .watch.calls import locate
 
 NAMES = {"gpt2": "GPT-2", "llama": "Llama"}
 SIMULATION_SECONDS = 5.0  # of processor time, as all here

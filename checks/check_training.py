@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable, advise, fail, needs, note
-from checks.loss.conventions import met_loss
-from checks.training.conventions import RATE, met_step
-from checks.training.explained import (
+from .expect import NotApplicable, advise, fail, needs, note
+from .loss.met_loss import met_loss
+from .training.explained import (
     Micro,
     accumulation_mistakes,
     angle,
@@ -24,8 +23,9 @@ from checks.training.explained import (
     near,
     step_mistakes,
 )
-from checks.training.runs import Losses, Step, TrainerRun, examples, model_of, pieces, write
-from checks.training.steps import (
+from .training.met_step import RATE, met_step
+from .training.runs import Losses, Step, TrainerRun, examples, model_of, pieces, write
+from .training.steps import (
     EXACT,
     at,
     follow_with_train_step,

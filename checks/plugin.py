@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import secrets
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from checks.report import lines, terminal
+from .report import lines, terminal
 
 if TYPE_CHECKING:
-    from checks.expected import Expected
-    from checks.subject import Subject
-    from checks.verdict import Verdict
+    from .run.expected_failures import Expected
+    from .run.verdict import Verdict
+    from .subject import Subject
 
 CHECKS = Path(__file__).parent
 BENCHMARKS = CHECKS / "bench_training.py"
@@ -135,9 +137,9 @@ class Run:
         return self._subjects
 
     def _meet(self) -> list[Subject]:
-        from checks.conventions import UsageError
-        from checks.spec.table import declare
-        from checks.subject import Subject
+        from .family.weights.table import declare
+        from .meet import UsageError
+        from .subject import Subject
 
         declared = dict(
             seed=self.seed,
@@ -156,9 +158,9 @@ class Run:
         return subjects
 
     def _expected(self) -> Expected:
-        from checks import all_checks
-        from checks.expected import Expected, read
-        from checks.verdict import check_id
+        from . import all_checks
+        from .run.expected_failures import Expected, read
+        from .run.verdict import check_id
 
         path = self.option("expected-failures")
         return read(path, map(check_id, all_checks())) if path else Expected()
@@ -186,6 +188,11 @@ class Run:
             self.subjects  # noqa: B018
 
     @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        """Our folder is collected as files: as a package, pytest would import a second copy of it, called `checks`."""
+        return pytest.Dir.from_parent(parent, path=path) if path in (CHECKS, CHECKS.parent) else None
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         if file_path == BENCHMARKS and (self.option("gpu") or parent.session.isinitpath(file_path)):
             return BenchmarkFile.from_parent(parent, path=file_path)
@@ -193,10 +200,16 @@ class Run:
             return None
         return CheckFile.from_parent(parent, path=file_path, run=self)
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pycollect_makemodule(self, module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        """pytest itself takes a file that is named on the command line for tests, beside what is collected above."""
+        ours = module_path.parent == CHECKS and module_path.name.startswith(("check_", "bench_"))
+        return NotTests.from_parent(parent, path=module_path) if ours else None
+
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Subject by subject, theme by theme: what others need comes first."""
-        from checks import THEMES
+        from . import THEMES
 
         mine = [item for item in items if isinstance(item, CheckItem)]
         others = [item for item in items if not isinstance(item, CheckItem)]
@@ -288,7 +301,7 @@ class Run:
     # -- judging
 
     def judge(self, subject: Subject, check: Callable) -> Verdict:
-        from checks.verdict import check_id, judge
+        from .run.verdict import check_id, judge
 
         earlier = self.verdicts.setdefault(subject.name, {})
         self._write(lines.started(check_id(check), subject.name))
@@ -300,8 +313,8 @@ class Run:
         return verdict
 
     def _save(self, subject: Subject, verdict: Verdict) -> None:
-        from checks import artifacts
-        from transformer.checkpoint import CheckpointError
+        from ..transformer.checkpoint import CheckpointError
+        from .run import sanity_artifacts as artifacts
 
         try:
             artifacts.save_run(self.folder(subject), verdict)
@@ -332,7 +345,7 @@ class Run:
         for subject in self.subjects:
             verdicts = self.verdicts.get(subject.name, {}).values()
             if any(verdict.kept for verdict in verdicts):
-                from checks import artifacts
+                from .run import sanity_artifacts as artifacts
 
                 try:
                     self.written += artifacts.finish(self.folder(subject), subject.name, verdicts)
@@ -360,7 +373,7 @@ class CheckFile(pytest.File):
         self.run = run
 
     def collect(self) -> Iterator[pytest.Item]:
-        from checks import checks_in
+        from . import checks_in
 
         theme = self.path.stem.removeprefix("check_")
         checks = checks_in(theme)
@@ -371,11 +384,22 @@ class CheckFile(pytest.File):
                 yield CheckItem.from_parent(self, name=name, check=check, theme=theme, subject_index=index)
 
 
+class NotTests(pytest.File):
+    """A file of ours in which pytest's own collection finds nothing."""
+
+    def collect(self) -> list[pytest.Item]:
+        return []
+
+
 class BenchmarkFile(pytest.Module):
     """`bench_training.py`, whose functions are called `bench_*`."""
 
     def funcnamefilter(self, name: str) -> bool:
         return name.startswith("bench_")
+
+    def _getobj(self) -> ModuleType:
+        """The module under the name by which the rest of us knows it, and not a second copy of it."""
+        return importlib.import_module(f"{__package__}.{self.path.stem}")
 
 
 class CheckItem(pytest.Item):
@@ -422,7 +446,7 @@ class CheckBroken(Exception):
 
 
 def _explain(bug: str) -> str:
-    from checks.bugs import all_bugs
+    from .bugs import all_bugs
 
     known = all_bugs().get(bug)
     return f"{bug}: {known.says}" if known else bug

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable
-from checks.verdict import unwarned
+from .expect import NotApplicable
+from .run.verdict import unwarned
 
 if TYPE_CHECKING:
-    from checks.conventions.masks import MaskForm
-    from checks.conventions.meeting import Met
+    from .meet.met import Met
+    from .meet.padding_mask import MaskForm
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Subject:
         declared: dict[str, Any] = dict(seed=seed, device=device, causal=causal)
         if isinstance(what, str) and (what == "transformer" or what.startswith("bug:")):
             return _own(what, parts, checkpoint, declared)
-        from checks.conventions.meeting import meet
+        from .meet.met import meet
 
         with unwarned():
             met = meet(what, device=device, causal=causal, checkpoint=checkpoint, parts=parts)
@@ -103,7 +103,7 @@ class Subject:
         """One line of facts: what was met, how it is built and called, what it brings, what was assumed."""
         if self.met is None:
             return self.name
-        from checks.conventions.header import header_of
+        from .meet.header import header_of
 
         return header_of(self.met)
 
@@ -182,7 +182,7 @@ class Subject:
         """The ways to write a padding mask that the model does not refuse: its own first, then other dtypes of it."""
         if self.met is not None:
             return self.met.mask_forms
-        from checks.conventions.masks import MaskForm
+        from .meet.padding_mask import MaskForm
 
         return tuple(MaskForm("mask", dtype) for dtype in (torch.bool, torch.int64, torch.float32))
 
@@ -282,12 +282,12 @@ def reference(**declared: Any) -> Subject:
 def _own(what: str, parts: dict[str, Any] | None, checkpoint: str | None, declared: dict[str, Any]) -> Subject:
     """The reference, or one of its known bugs, with other parts if such are given."""
     if checkpoint is not None:
-        from checks.conventions import UsageError
+        from .meet import UsageError
 
         raise UsageError(f"--checkpoint goes with a model of yours, not with {what}")
     subject = reference(**declared) if what == "transformer" else _bug(what.removeprefix("bug:")).subject(**declared)
     if parts:
-        from checks.conventions.meeting import given_parts  # which is all that meets foreign code: a tenth of a second
+        from .meet.met import given_parts  # which is all that meets foreign code: a tenth of a second
 
         subject.parts.declares = {}  # what the reference says of its own parts holds for no others
         vars(subject.parts).update(given_parts(parts))
@@ -295,8 +295,8 @@ def _own(what: str, parts: dict[str, Any] | None, checkpoint: str | None, declar
 
 
 def _bug(id: str) -> Any:
-    from checks.bugs import all_bugs
-    from checks.conventions import UsageError
+    from .bugs import all_bugs
+    from .meet import UsageError
 
     known = all_bugs()
     if id not in known:
@@ -310,8 +310,8 @@ def reference_parts(*, spec: str | None = None, **config: Any) -> SimpleNamespac
 
     `spec` is the architecture that they declare to be, "gpt2" or "llama"; by default they declare none.
     """
-    from transformer import checkpoint, data, generation, loss, trainer
-    from transformer.model import ModelConfig, Transformer
+    from ..transformer import checkpoint, data, generation, loss, trainer
+    from ..transformer.model import ModelConfig, Transformer
 
     def build_model(**sizes: Any) -> nn.Module:
         return Transformer(ModelConfig(**{**sizes, **config}))

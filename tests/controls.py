@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from checks.subject import Subject
+from transformer_checks.checks.subject import Subject
 
 CONTROLS: dict[str, Callable[..., Subject]] = {}
 FAULTY: dict[str, tuple[str, Callable[..., Subject]]] = {}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformer_checks.checks.subject import Subject, reference_parts
 
-from checks.subject import Subject, reference_parts
 from tests.controls import CONTROLS, Called
 
 LOOPS: dict[str, Callable] = {}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from checks import checks_in
-from checks.bugs import all_bugs
-from checks.verdict import Verdict, judge
+from transformer_checks.checks import checks_in
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.run.verdict import Verdict, judge
 
 BUGS = all_bugs()
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-
-from transformer.data import pad_batch
-from transformer.model import ModelConfig, Transformer
-from transformer.train_config import TrainConfig
-from transformer.trainer import Trainer, next_token_objective
+from transformer_checks.transformer.data import pad_batch
+from transformer_checks.transformer.model import ModelConfig, Transformer
+from transformer_checks.transformer.train_config import TrainConfig
+from transformer_checks.transformer.trainer import Trainer, next_token_objective
 
 SMALL = dict(vocab_size=9, block_size=8, n_embd=8, n_head=2)
 PLAIN = TrainConfig(

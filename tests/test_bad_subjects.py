@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-
-from checks import check_model
-from checks.conventions import UsageError, home, loading
-from checks.subject import Subject
+from transformer_checks.checks import check_model
+from transformer_checks.checks.meet import UsageError
+from transformer_checks.checks.meet import imports as loading
+from transformer_checks.checks.meet import sandbox as home
+from transformer_checks.checks.subject import Subject
 
 HERE = Path(__file__).parent / "bad_subjects"
 
@@ -84,7 +85,7 @@ def test_it_is_refused_by_its_own_line(name, monkeypatch):
     assert here(name) in said
     for words in REFUSED[name]:
         assert words in said
-    assert "Traceback" not in said and not re.search(r"checks/(conventions|subject)", said)
+    assert "Traceback" not in said and not re.search(r"checks/(meet|subject)", said)
     assert refusal.value.__cause__ is None
     assert refusal.value.__suppress_context__ or refusal.value.__context__ is None
 
@@ -183,7 +184,7 @@ def test_a_mistake_under_supervision_has_pytests_own_exit_code():
 
 
 def supervised(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "checks", *arguments, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "transformer_checks", *arguments, "-p", "no:cacheprovider"]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

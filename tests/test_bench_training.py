@@ -10,15 +10,14 @@ import pytest
 import torch
 import torch._dynamo  # cannot be imported twice, and each run here forgets what it imported
 from torch import nn
-
-import checks.plugin
-import checks.subject  # imported once for all runs here
-from checks.probes import loads, timing
-from checks.probes.memory import Held, peak_bytes
+from transformer_checks.checks import plugin
+from transformer_checks.checks.probes import loads, timing
+from transformer_checks.checks.subject import Subject
+from transformer_checks.checks.watch.memory import Held, peak_bytes
 
 pytest_plugins = ("pytester",)
 
-BENCHMARKS = str(checks.plugin.BENCHMARKS)
+BENCHMARKS = str(plugin.BENCHMARKS)
 STUDENT = """
 import torch
 from torch import nn
@@ -105,14 +104,14 @@ def test_what_a_subject_raises_is_said_with_its_own_line_and_no_traceback(bench,
 
 @pytest.mark.parametrize("options", [(), ("--model", "transformer"), ("--slow",)])
 def test_no_other_run_collects_benchmarks(pytester, options):
-    result = pytester.runpytest_inprocess(str(checks.plugin.CHECKS), "--collect-only", "-q", *options)
+    result = pytester.runpytest_inprocess(str(plugin.CHECKS), "--collect-only", "-q", *options)
     assert result.ret == 0 and "check_" in result.stdout.str()
     assert "bench_" not in result.stdout.str()
 
 
 def test_gpu_collects_them(pytester, monkeypatch):
     """As on a machine with CUDA."""
-    monkeypatch.setattr(checks.plugin.Run, "_device", lambda self: "cpu")
+    monkeypatch.setattr(plugin.Run, "_device", lambda self: "cpu")
     found = pytester.runpytest_inprocess("--gpu", "--collect-only", "-q").stdout.str()
     assert "bench_training_step[transformer-124M-compiled]" in found and "check_training.py" in found
 
@@ -160,7 +159,7 @@ def test_a_load_that_does_not_fit_is_said_with_what_it_takes(monkeypatch):
 
 
 def test_a_model_of_fixed_sizes_is_measured_at_them():
-    fixed = checks.subject.Subject.meet(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)))
+    fixed = Subject.meet(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)))
     (load,) = loads.loads_of(fixed)
     assert load.name == "own sizes" and load.sizes.vocab_size == 9
-    assert len(loads.loads_of(checks.subject.Subject.meet())) == len(loads.LOADS)
+    assert len(loads.loads_of(Subject.meet())) == len(loads.LOADS)

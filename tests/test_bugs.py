@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from checks import all_checks
-from checks.bugs import Bug, all_bugs
-from checks.verdict import Verdict, check_id, judge
+from transformer_checks.checks import all_checks
+from transformer_checks.checks.bugs import Bug, all_bugs
+from transformer_checks.checks.run.verdict import Verdict, check_id, judge
 
 CHECKS = {check_id(check): check for check in all_checks()}
 BUGS = all_bugs()

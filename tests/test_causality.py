@@ -8,15 +8,23 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-from checks import checks_in
-from checks.bugs import all_bugs
-from checks.bugs.variants import alibi, changed, no_positions, sinusoidal, sliding_window
-from checks.probes.influence import TRAIN, Changes, call, changes, every_id, find_leak, moves_before, same_arithmetic
-from checks.probes.leaks import pattern
-from checks.subject import Subject, reference, reference_parts
-from checks.verdict import check_id, judge
-from transformer.model import Block
+from transformer_checks.checks import checks_in
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.bugs.designs import alibi, changed, no_positions, sinusoidal, sliding_window
+from transformer_checks.checks.probes.influence import (
+    TRAIN,
+    Changes,
+    call,
+    changes,
+    every_id,
+    find_leak,
+    moves_before,
+    same_arithmetic,
+)
+from transformer_checks.checks.probes.leaks import pattern
+from transformer_checks.checks.run.verdict import check_id, judge
+from transformer_checks.checks.subject import Subject, reference, reference_parts
+from transformer_checks.transformer.model import Block
 
 CHECKS = {check.__name__: check for theme in ("causality", "positions") for check in checks_in(theme)}
 BUGS = all_bugs()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from checks import checks_in
-from checks.bugs import all_bugs
-from checks.bugs.variants import changed
-from checks.probes.cached import Coarsest, distances, first_wrong
-from checks.subject import Subject, reference_parts
-from checks.verdict import Verdict, check_id, judge
-from transformer.model import Transformer
+from transformer_checks.checks import checks_in
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.bugs.designs import changed
+from transformer_checks.checks.probes.cached import Coarsest, distances, first_wrong
+from transformer_checks.checks.run.verdict import Verdict, check_id, judge
+from transformer_checks.checks.subject import Subject, reference_parts
+from transformer_checks.transformer.model import Transformer
 
 CHECKS = {check.__name__: check for check in checks_in("cache")}
 SEED = 3

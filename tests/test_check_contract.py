@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformer_checks.checks.bugs.designs import changed
+from transformer_checks.checks.check_contract import (
+    check_earlier_calls_leave_no_trace,
+    check_every_head_matters,
+    head_projections,
+)
+from transformer_checks.checks.probes.ablation import passed_by
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject
+from transformer_checks.transformer.model import Transformer
 
-from checks.bugs.variants import changed
-from checks.check_contract import check_earlier_calls_leave_no_trace, check_every_head_matters, head_projections
-from checks.probes.ablation import passed_by
-from checks.subject import Subject
-from checks.verdict import judge
 from tests.messages import BUGS, Told, expect_told
-from transformer.model import Transformer
 
 FOUND: dict[str, Told] = {
     "logits-time-first": ("logits_have_shape", None, ("[13, 3, 17]", "[3, 13, 17]"), "logits-time-first"),
@@ -165,7 +169,7 @@ def test_statistics_kept_in_training_are_no_memory():
 
 def test_one_mistake_is_one_finding():
     """A model that remembers is no random one too: the check of repetition waits for that of memory."""
-    from checks.check_modes import check_eval_repeats_itself
+    from transformer_checks.checks.check_modes import check_eval_repeats_itself
 
     subject = BUGS["state-leaks-between-calls"].subject(seed=3)
     memory = judge(check_earlier_calls_leave_no_trace, subject, {})

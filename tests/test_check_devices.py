@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-
-from checks import checks_in
-from checks.bugs import all_bugs
-from checks.check_devices import expect_agreement
-from checks.expect import CheckFailed
-from checks.probes.waits import Waits
-from checks.subject import Subject, reference, reference_parts
-from checks.verdict import judge
-from transformer.model import Attention, Transformer
+from transformer_checks.checks import checks_in
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.check_devices import expect_agreement
+from transformer_checks.checks.expect import CheckFailed
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject, reference, reference_parts
+from transformer_checks.checks.watch.waits import Waits
+from transformer_checks.transformer.model import Attention, Transformer
 
 CHECKS = {check.__name__: check for theme in ("devices", "distributed") for check in checks_in(theme)}
 

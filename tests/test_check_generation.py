@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from transformer_checks.checks import checks_in
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.generation.draws import scores, unlikely
+from transformer_checks.checks.generation.met_generate import Alphabet, Decoder, read_answer, understand
+from transformer_checks.checks.generation.scripted import dealt, ranked, stage
+from transformer_checks.checks.run.verdict import Verdict, check_id, judge
+from transformer_checks.checks.subject import Subject, reference_parts
+from transformer_checks.transformer.generation import generate
 
-from checks import checks_in
-from checks.bugs import all_bugs
-from checks.generation.conventions import Alphabet, Decoder, read_answer, understand
-from checks.generation.draws import scores, unlikely
-from checks.generation.scripted import dealt, ranked, stage
-from checks.subject import Subject, reference_parts
-from checks.verdict import Verdict, check_id, judge
 from tests.controls_generation import LIBRARIES, LOOPS, loop_subject
-from transformer.generation import generate
 
 CHECKS = {check.__name__: check for theme in ("generation", "sampling") for check in checks_in(theme)}
 SEED = 3
@@ -277,8 +277,8 @@ def test_a_token_that_is_never_said_is_told_and_a_prompt_with_an_end_that_is_not
     assert banned.outcome == "passed" and "never says token id 0" in banned.remarks[0]
     on = stage(with_generate(stops_at_once))
     assert on.banned == ()
-    from checks.check_generation import look_at_prompts_with_an_end
-    from checks.expect import remarks
+    from transformer_checks.checks.check_generation import look_at_prompts_with_an_end
+    from transformer_checks.checks.expect import remarks
 
     with remarks() as said:
         look_at_prompts_with_an_end(on, 3)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from transformer_checks.checks import checks_in
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.run.verdict import BACKWARD, Verdict, check_id, judge
 
-from checks import checks_in
-from checks.bugs import all_bugs
-from checks.verdict import BACKWARD, Verdict, check_id, judge
 from tests.messages import Told, expect_told
 
 FOUND: dict[str, Told] = {

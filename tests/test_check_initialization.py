@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-
-from checks.bugs.variants import changed
-from checks.check_initialization import (
+from transformer_checks.checks.bugs.designs import changed
+from transformer_checks.checks.check_initialization import (
     check_depth_does_not_blow_up,
     check_gains_do_not_start_around_zero,
     check_matrices_start_centred,
     check_projections_keep_the_size,
     check_tokens_matter_from_the_start,
 )
-from checks.subject import Subject
-from checks.verdict import judge
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject
+
 from tests.messages import Told, expect_told
 
 FOUND: dict[str, Told] = {

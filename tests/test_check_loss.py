@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformer_checks.checks import checks_in
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.bugs.designs import changed
+from transformer_checks.checks.bugs.loss import ReturnsItsLoss, losses
+from transformer_checks.checks.loss.met_loss import met_loss
+from transformer_checks.checks.run.verdict import check_id, judge
+from transformer_checks.checks.subject import Subject, reference_parts
 
-from checks import checks_in
-from checks.bugs import all_bugs
-from checks.bugs.loss import ReturnsItsLoss, losses
-from checks.bugs.variants import changed
-from checks.loss.conventions import met_loss
-from checks.subject import Subject, reference_parts
-from checks.verdict import check_id, judge
 from tests.controls_training import LOSSES, loss_subject, of_transformers
 
 CHECKS = {check_id(check).partition(".")[2]: check for check in checks_in("loss")}
@@ -218,8 +218,8 @@ def test_a_loss_that_cannot_be_called_is_not_accused():
 
 def test_reading_survives_a_vocabulary_smaller_than_the_batch():
     """Labels spell out their place in several digits where there are fewer symbols than places."""
-    from checks.loss.reading import read
-    from transformer.loss import next_token_loss
+    from transformer_checks.checks.loss.reading import read
+    from transformer_checks.transformer.loss import next_token_loss
 
     reading = read(next_token_loss, torch.arange(3), 3)
     assert torch.equal(reading.source, torch.arange(14).view(2, 7))

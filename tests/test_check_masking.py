@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from checks.check_masking import (
+from transformer_checks.checks.check_masking import (
     check_left_padding_changes_nothing,
     check_mask_types_agree,
     check_pad_contents_change_nothing,
 )
-from checks.probes.arguments import DOCUMENTS, TARGETS, taken
-from checks.subject import Subject, reference
-from checks.verdict import judge
+from transformer_checks.checks.probes.extra_arguments import DOCUMENTS, TARGETS, taken
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject, reference
+
 from tests.messages import Told, expect_told, verdict
 
 FOUND: dict[str, Told] = {

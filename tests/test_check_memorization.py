@@ -6,9 +6,8 @@ import math
 from types import SimpleNamespace
 
 import pytest
-
-from checks.bugs import all_bugs
-from checks.check_memorization import (
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.check_memorization import (
     Task,
     check_memorizes_a_random_string,
     check_memorizes_two_strings_with_the_same_middle,
@@ -16,9 +15,9 @@ from checks.check_memorization import (
     floor,
     run,
 )
-from checks.subject import Subject, reference_parts
-from checks.verdict import judge
-from transformer.data import SentenceTask
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject, reference_parts
+from transformer_checks.transformer.data import SentenceTask
 
 BOTH = (check_memorizes_a_random_string, check_memorizes_two_strings_with_the_same_middle)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformer_checks.checks import checks_in
+from transformer_checks.checks.run.verdict import Verdict, judge
+from transformer_checks.checks.subject import Subject
 
-from checks import checks_in
-from checks.subject import Subject
-from checks.verdict import Verdict, judge
 from tests.messages import BUGS, Told, expect_told
 
 BLOCK = "blocks.0.attention_norm"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformer_checks.checks.bugs.designs import NoPositions, changed
+from transformer_checks.checks.check_positions import check_order_of_tokens_matters
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject
 
-from checks.bugs.variants import NoPositions, changed
-from checks.check_positions import check_order_of_tokens_matters
-from checks.subject import Subject
-from checks.verdict import judge
 from tests.messages import Told, expect_told
 
 FOUND: dict[str, Told] = {

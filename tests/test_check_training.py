@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from transformer_checks.checks import checks_in
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.run.verdict import check_id, judge
+from transformer_checks.checks.subject import Subject, reference_parts
+from transformer_checks.checks.training.met_step import met_step
 
-from checks import checks_in
-from checks.bugs import all_bugs
-from checks.subject import Subject, reference_parts
-from checks.training.conventions import met_step
-from checks.verdict import check_id, judge
 from tests.controls_training import STEPS, next_token, step_subject
 
 THEMES = ("training", "optimizer", "evaluation", "data")

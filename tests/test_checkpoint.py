@@ -11,13 +11,12 @@ import zipfile
 import pytest
 import torch
 from torch import nn
-
-from transformer import checkpoint
-from transformer.checkpoint import CheckpointError, from_fields, load, load_model, load_weights, save
-from transformer.data import SentenceTask
-from transformer.model import ModelConfig, Transformer, llama
-from transformer.train_config import TrainConfig
-from transformer.trainer import Trainer
+from transformer_checks.transformer import checkpoint
+from transformer_checks.transformer.checkpoint import CheckpointError, from_fields, load, load_model, load_weights, save
+from transformer_checks.transformer.data import SentenceTask
+from transformer_checks.transformer.model import ModelConfig, Transformer, llama
+from transformer_checks.transformer.train_config import TrainConfig
+from transformer_checks.transformer.trainer import Trainer
 
 SMALL = dict(n_embd=16, n_head=2)
 
@@ -57,7 +56,7 @@ def test_what_is_saved_does_not_follow_the_weights(path):
 
 KILLED = """
 import os, signal, sys, torch
-from transformer import checkpoint
+from transformer_checks.transformer import checkpoint
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -95,7 +94,7 @@ def test_a_save_that_fails_leaves_the_previous_checkpoint_and_no_litter(path):
 
 FULL = """
 import resource, signal, sys, torch
-from transformer import checkpoint
+from transformer_checks.transformer import checkpoint
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

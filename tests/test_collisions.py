@@ -1,4 +1,4 @@
-"""Names collide, both ways: theirs get theirs and ours ours, by pytest, by python -m checks and from a notebook."""
+"""Names collide, both ways: theirs get theirs and ours ours, by pytest, by the command and from a notebook."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-
-import checks
-import transformer
-from checks.conventions import UsageError
-from checks.subject import Subject
+from transformer_checks.checks.meet import UsageError
+from transformer_checks.checks.subject import Subject
 
 MODEL = """
 import torch
@@ -73,14 +70,14 @@ def test_by_pytest(tmp_path):
 
 def test_by_python_m_checks_from_outside(tmp_path):
     folder_of(tmp_path / "student", "student")
-    result = run(sys.executable, "-m", "checks", "student/model.py", *CAUSALITY, cwd=tmp_path)
+    result = run(sys.executable, "-m", "transformer_checks", "student/model.py", *CAUSALITY, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_by_python_m_checks_from_inside(tmp_path):
     """With -P: without it, Python itself runs the student's checks.py, before any code of ours."""
     folder = folder_of(tmp_path / "student", "student")
-    result = run(sys.executable, "-P", "-m", "checks", "model.py", *CAUSALITY, cwd=folder)
+    result = run(sys.executable, "-P", "-m", "transformer_checks", "model.py", *CAUSALITY, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -90,7 +87,7 @@ def test_a_timeit_of_their_own_does_not_meet_python_m_checks(tmp_path):
         (folder / f"{name}.py").unlink()
     source = (folder / "model.py").read_text().replace("import checks\n", "").replace("checks.WHOSE == ", "")
     (folder / "model.py").write_text(source)
-    result = run(sys.executable, "-m", "checks", "model.py", *CAUSALITY, cwd=folder)
+    result = run(sys.executable, "-m", "transformer_checks", "model.py", *CAUSALITY, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -121,18 +118,18 @@ def test_a_file_called_like_a_standard_module_is_said_to(tmp_path):
 
 
 NOTEBOOK = """
-from checks import check_model
+from transformer_checks import check_model
 
 report = check_model("model.py", checks=["contract"], seed=1)
 assert report.passed, report
-from transformer.model import Transformer  # ours, still
+from transformer_checks.transformer.model import Transformer
 """
 
 
 def test_from_a_notebooks_working_directory(tmp_path):
     """Its kernel has the working directory on the path, where the names checked here would win: ours is imported."""
     folder = folder_of(tmp_path / "student", "student")
-    start = f"import sys, torch, checks, transformer, random; sys.path.insert(0, {str(folder)!r})\n"
+    start = f"import sys, torch, transformer_checks, random; sys.path.insert(0, {str(folder)!r})\n"
     result = run(sys.executable, "-P", "-c", start + NOTEBOOK, cwd=folder)
     assert result.returncode == 0, result.stderr
 
@@ -149,11 +146,11 @@ def test_two_files_of_one_name_are_two_models(tmp_path):
 
 def test_nothing_of_theirs_stays(tmp_path):
     folder = folder_of(tmp_path / "student", "student")
-    path, ours = list(sys.path), (sys.modules["checks"], sys.modules["transformer"])
+    path, ours = list(sys.path), {n: m for n, m in sys.modules.items() if n.startswith("transformer_checks")}
     subject = Subject.meet(str(folder / "model.py"))
     subject.logits(subject.build(), subject.tokens(2, 3))
     assert sys.path == path
-    assert (sys.modules["checks"], sys.modules["transformer"]) == ours == (checks, transformer)
+    assert {n: sys.modules.get(n) for n in ours} == ours
     theirs = [name for name, m in sys.modules.items() if str(folder) in str(getattr(m, "__file__", ""))]
     assert theirs == []
     assert not (folder / "__pycache__").exists()

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from transformer import checkpoint, commands
-from transformer.__main__ import main
-from transformer.metrics import read_metrics
-from transformer.model import ModelConfig, llama
-from transformer.train_config import PUBLISHED, TrainConfig
+from transformer_checks.transformer import checkpoint, commands
+from transformer_checks.transformer.__main__ import main
+from transformer_checks.transformer.metrics import read_metrics
+from transformer_checks.transformer.model import ModelConfig, llama
+from transformer_checks.transformer.train_config import PUBLISHED, TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ["--n_embd", "16", "--n_head", "2"]
@@ -157,14 +156,14 @@ def test_the_published_config_files_are_what_they_say():
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["data", "--help"], ["trian"]])
 def test_help_and_mistakes_do_not_wait_for_torch(arguments):
     code = (
-        "import sys\nfrom transformer.__main__ import main\n"
+        "import sys\nfrom transformer_checks.transformer.__main__ import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
     )
     assert python("-c", code, *arguments).returncode == 0
 
 
 def test_importing_the_trainer_imports_nothing_for_the_terminal():
-    code = "import sys, transformer.trainer; print({'rich', 'jsonargparse', 'matplotlib', 'yaml'} & {*sys.modules})"
+    code = "import sys, transformer_checks.transformer.trainer; print({'rich', 'jsonargparse', 'matplotlib', 'yaml'} & {*sys.modules})"
     assert python("-c", code).stdout == "set()\n"
 
 
@@ -245,7 +244,7 @@ def test_out_of_memory_advises_micro_batches(capsys, monkeypatch):
 
 LIMITED = """
 import resource, signal, sys
-from transformer.__main__ import main
+from transformer_checks.transformer.__main__ import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 sys.exit(main(sys.argv[2:]))
@@ -276,7 +275,7 @@ def test_resuming_goes_on_with_the_config_of_the_folder_but_for_what_is_asked(ca
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems have no SIGINT to send to a process")
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130():
-    command = [sys.executable, "-m", "transformer", "train", *SMALL, *SLOW, "--out", "o"]
+    command = [sys.executable, "-m", "transformer_checks.transformer", "train", *SMALL, *SLOW, "--out", "o"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: Path("o/metrics.jsonl").exists() and len(read_metrics("o/metrics.jsonl")) > 5, process)
     process.send_signal(signal.SIGINT)

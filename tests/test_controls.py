@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from transformer_checks.checks import all_checks
+from transformer_checks.checks.run.verdict import Verdict, check_id, judge
 
 import tests.variants  # noqa: F401
-from checks import all_checks
-from checks.verdict import Verdict, check_id, judge
 from tests.controls import CONTROLS, FAULTY
 
 SEED = 3

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from checks.conventions.calling import Forward
-from checks.conventions.constructing import Recipe
-from checks.subject import Subject
+from transformer_checks.checks.meet.build import Recipe
+from transformer_checks.checks.meet.forward import Forward
+from transformer_checks.checks.subject import Subject
 
 HERE = Path(__file__).parent / "conventions"
 

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed
-
-from transformer import checkpoint
-from transformer.__main__ import main
-from transformer.data import pad_batch
-from transformer.metrics import read_metrics
-from transformer.model import ModelConfig, Transformer
-from transformer.train_config import TrainConfig
-from transformer.trainer import Trainer, next_token_objective
+from transformer_checks.transformer import checkpoint
+from transformer_checks.transformer.__main__ import main
+from transformer_checks.transformer.data import pad_batch
+from transformer_checks.transformer.metrics import read_metrics
+from transformer_checks.transformer.model import ModelConfig, Transformer
+from transformer_checks.transformer.train_config import TrainConfig
+from transformer_checks.transformer.trainer import Trainer, next_token_objective
 
 pytestmark = [
     pytest.mark.skipif(not distributed.is_available(), reason="this build of torch has no torch.distributed"),
@@ -80,7 +79,7 @@ import sys
 from pathlib import Path
 import torch
 from test_distributed import recorded
-from transformer.distributed import joined
+from transformer_checks.transformer.distributed import joined
 
 folder = Path(sys.argv[1])
 with joined("cpu"):
@@ -122,7 +121,7 @@ def test_the_command_line_under_torchrun_trains_resumes_and_the_result_is_one_mo
     monkeypatch.chdir(tmp_path)
     small = ["train", "--n_embd", "16", "--n_head", "2", "--batch_size", "5", "--stop_loss", "null"]
     for options in (["--steps", "4"], ["--steps", "8", "--resume"]):
-        done = torchrun("-m", "transformer", *small, *options, "--out", "two", cwd=tmp_path)
+        done = torchrun("-m", "transformer_checks.transformer", *small, *options, "--out", "two", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("two/checkpoint.pt") == 1  # one of them speaks
     assert main([*small, "--steps", "8", "--out", "one"]) == 0
@@ -139,8 +138,8 @@ DYING = """
 import os, sys
 from pathlib import Path
 from test_distributed import recorded
-from transformer.distributed import ProcessLost, joined
-from transformer.trainer import next_token_objective
+from transformer_checks.transformer.distributed import ProcessLost, joined
+from transformer_checks.transformer.trainer import next_token_objective
 
 def objective(model, batch):
     if trainer.steps_done == 5 and trainer.processes.rank == int(sys.argv[2]):

@@ -9,8 +9,7 @@ import unittest
 import pytest
 import torch
 from hypothesis import strategies as st
-
-from checks.expect import (
+from transformer_checks.checks.expect import (
     Bound,
     CheckFailed,
     NotApplicable,
@@ -24,7 +23,7 @@ from checks.expect import (
     note,
     remarks,
 )
-from checks.subject import reference
+from transformer_checks.checks.subject import reference
 
 
 def finding(call):
@@ -105,7 +104,7 @@ def test_the_smallest_failing_case_becomes_the_example():
     @drawn(t=st.integers(0, 100), mask=st.lists(st.booleans(), max_size=6))
     def check_it(subject, t, mask):
         if t >= 7 and any(mask):
-            from checks.expect import fail
+            from transformer_checks.checks.expect import fail
 
             fail(f"broken at {t}", advice="mend it", at=t)
 
@@ -150,7 +149,7 @@ def test_not_applicable_is_raised_before_the_first_draw():
 def test_shrinking_ends_even_where_a_case_is_slow():
     @drawn(xs=st.lists(st.integers(0, 1000), min_size=1, max_size=50))
     def check_it(subject, xs):
-        from checks.expect import fail
+        from transformer_checks.checks.expect import fail
 
         time.sleep(0.05)
         if sum(xs) > 100:

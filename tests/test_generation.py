@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library_models import amplified
-
-from transformer import generation
-from transformer.generation import generate, left_pad
-from transformer.model import gpt2, llama
+from transformer_checks.transformer import generation
+from transformer_checks.transformer.generation import generate, left_pad
+from transformer_checks.transformer.model import gpt2, llama
 
 FAMILIES = {"gpt2": gpt2, "llama": llama}
 SIZES = dict(vocab_size=13, block_size=9, n_layer=2, n_head=2, n_embd=24)

@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from checks import check_model
-from checks.conventions.losses import loss_in
+from transformer_checks.checks import check_model
+from transformer_checks.checks.loss.which_loss import loss_in
 
 HOMEWORK = Path(__file__).parent / "homework"
 FILES = sorted(HOMEWORK.glob("*.py"))

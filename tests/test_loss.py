@@ -7,9 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from transformer.data import pad_batch
-from transformer.loss import loss_mask, loss_sum, next_token_loss
+from transformer_checks.transformer.data import pad_batch
+from transformer_checks.transformer.loss import loss_mask, loss_sum, next_token_loss
 
 thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library_models import amplified
-
-from transformer.model import PARTS, KeyValueCache, ModelConfig, Transformer, gpt2, llama
+from transformer_checks.transformer.model import PARTS, KeyValueCache, ModelConfig, Transformer, gpt2, llama
 
 FAMILIES = {"gpt2": gpt2, "llama": llama}
 SIZES = dict(vocab_size=13, block_size=11, n_layer=2, n_head=4, n_embd=24)

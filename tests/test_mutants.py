@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import mutants as run
-from benchmarks.mutations import distinct, mutants, negated
+from power import mutants as run
+from power.mutations import distinct, mutants, negated
 
 FILE = Path(__file__).parent / "foreign" / "separate_heads.py"
 SOURCE = '''

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-from checks import all_checks, check_model
-from checks.conventions import UsageError
-from checks.expected import read
-from checks.probes.precision import precision
-from checks.subject import Subject
-from checks.verdict import check_id
-from transformer.model import ModelConfig, Transformer
+from transformer_checks.checks import all_checks, check_model
+from transformer_checks.checks.meet import UsageError
+from transformer_checks.checks.probes.precision import precision
+from transformer_checks.checks.run.expected_failures import read
+from transformer_checks.checks.run.verdict import check_id
+from transformer_checks.checks.subject import Subject
+from transformer_checks.transformer.model import ModelConfig, Transformer
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "colab.ipynb"
 CONTRACT = ("contract", "causality")
@@ -131,7 +130,7 @@ def saved(tmp_path, wrap=lambda state: state, **sizes) -> tuple[str, nn.Module]:
 )
 def test_a_checkpoint_brings_its_weights_and_its_sizes(tmp_path, wrap):
     file, model = saved(tmp_path, wrap)
-    subject = Subject.meet("transformer.model:Transformer", checkpoint=file)
+    subject = Subject.meet("transformer_checks.transformer.model:Transformer", checkpoint=file)
     assert (subject.sizes.vocab_size, subject.sizes.block_size, subject.sizes.n_layer) == (21, 9, 3)
     tokens = subject.tokens(2, 9)
     assert torch.equal(subject.logits(subject.build(), tokens), model(tokens))
@@ -153,7 +152,7 @@ def test_a_checkpoint_that_does_not_fit_is_said(tmp_path, make, words):
     path = tmp_path / "weights.pt"
     make(path)
     with pytest.raises(UsageError) as refusal:
-        Subject.meet("transformer.model:Transformer", checkpoint=str(path))
+        Subject.meet("transformer_checks.transformer.model:Transformer", checkpoint=str(path))
     for word in ("--checkpoint", str(path), *words):
         assert word in str(refusal.value)
 

@@ -16,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from library_models import Pair, Promoted, amplified
 from torch.nn import functional as F
-
-from transformer.generation import generate
-from transformer.model import ModelConfig, Transformer, gpt2, llama
+from transformer_checks.transformer.generation import generate
+from transformer_checks.transformer.model import ModelConfig, Transformer, gpt2, llama
 
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
 thorough = settings(max_examples=25, deadline=None, derandomize=True, database=None)

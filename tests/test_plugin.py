@@ -10,8 +10,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo  # cannot be imported twice, and each run here forgets what it imported
-
-import checks.subject  # noqa: F401  # imported once for all runs here
+import transformer_checks.checks.subject  # noqa: F401  # imported once for all runs here
 
 pytest_plugins = ("pytester",)
 
@@ -243,7 +242,7 @@ def test_a_strangers_run_is_left_alone(pytester):
             assert request.config.getoption("--seed") == "12"
 
         def test_nothing_heavy():
-            assert not {"torch", "checks.subject", "matplotlib"} & set(sys.modules)
+            assert not {"torch", "transformer_checks.checks.subject", "matplotlib"} & set(sys.modules)
     """)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "--gpu", "--seed", "12", "-q", "-p", "no:cacheprovider"],

@@ -6,9 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from transformer import generation
-from transformer.generation import generate, next_token, top_k_filter, top_p_filter
+from transformer_checks.transformer import generation
+from transformer_checks.transformer.generation import generate, next_token, top_k_filter, top_p_filter
 
 thorough = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

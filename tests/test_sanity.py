@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-from checks import check_sanity
-from checks.check_sanity import check_learns_only_unmasked_targets, check_memorizes_the_sentence
-from checks.subject import Subject, reference, reference_parts
-from checks.verdict import judge
-from transformer.data import SentenceTask
+from transformer_checks.checks import check_sanity
+from transformer_checks.checks.check_sanity import check_learns_only_unmasked_targets, check_memorizes_the_sentence
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject, reference, reference_parts
+from transformer_checks.transformer.data import SentenceTask
 
 BOTH = [check_memorizes_the_sentence, check_learns_only_unmasked_targets]
 LLAMA = dict(positions="rotary", norm="rms", feed_forward="swiglu", bias=False, tied=False)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.bugs.architecture import LLAMA, norms, redefine
+from transformer_checks.checks.check_spec import check_logits_agree
+from transformer_checks.checks.family.trace import alike, steps
+from transformer_checks.checks.run.verdict import Verdict, judge
+from transformer_checks.checks.subject import Subject, reference_parts
 
-from checks.bugs import all_bugs
-from checks.bugs.architecture import LLAMA, norms, redefine
-from checks.check_spec import check_logits_agree
-from checks.spec.trace import alike, steps
-from checks.subject import Subject, reference_parts
-from checks.verdict import Verdict, judge
 from tests import variants  # noqa: F401  (adds its controls)
 from tests.controls import CONTROLS
 
@@ -137,7 +137,7 @@ def test_what_no_bug_explains_is_said():
 
 def test_the_part_named_is_that_of_the_right_variant(monkeypatch):
     """No bug is tried: the layout of the rotary pairs is told by how far the numbers agree."""
-    monkeypatch.setattr("checks.check_spec.SIMULATION_SECONDS", 0.0)
+    monkeypatch.setattr("transformer_checks.checks.check_spec.SIMULATION_SECONDS", 0.0)
     bug = all_bugs()["scale-by-d-model"]
     parts = bug.of(**{**LLAMA, "positions": "rotary-interleaved"})
     bug.damage(parts)
@@ -187,7 +187,7 @@ def test_what_only_agrees_without_gradients_is_not_named(monkeypatch):
     known = {id: bug for id, bug in all_bugs().items() if id != "scale-missing"}
     assert "other-scale-without-gradients" in known
     subject = all_bugs()["scale-missing"].subject(seed=0)
-    monkeypatch.setattr("checks.spec.simulation.all_bugs", lambda: known)
+    monkeypatch.setattr("transformer_checks.checks.family.blame.all_bugs", lambda: known)
     assert verdict(subject, "gpt2").likely == ()
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformer_checks.checks import checks_in
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.bugs.designs import changed
+from transformer_checks.checks.family.aspects.dropping import dropped
+from transformer_checks.checks.family.aspects.gradients import slopes
+from transformer_checks.checks.family.aspects.initialization import drawn
+from transformer_checks.checks.family.aspects.tiny import parting_scale
+from transformer_checks.checks.family.fit import settled
+from transformer_checks.checks.run.verdict import Verdict, judge
+from transformer_checks.checks.subject import Subject, reference_parts
 
-from checks import checks_in
-from checks.bugs import all_bugs
-from checks.bugs.variants import changed
-from checks.spec.dropping import dropped
-from checks.spec.gradients import slopes
-from checks.spec.initialization import drawn
-from checks.spec.settling import settled
-from checks.spec.tiny import parting_scale
-from checks.subject import Subject, reference_parts
-from checks.verdict import Verdict, judge
 from tests import variants  # noqa: F401  (adds its controls)
 from tests.controls import CONTROLS
 

@@ -10,10 +10,10 @@ import torch
 import transformers.models.gpt2.modeling_gpt2 as gpt2
 import transformers.models.llama.modeling_llama as llama
 from torch.nn import functional as F
+from transformer_checks.checks.check_spec import check_logits_agree
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject
 
-from checks.check_spec import check_logits_agree
-from checks.subject import Subject
-from checks.verdict import judge
 from tests.test_spec_mapping import hf_gpt2, hf_llama
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -70,7 +70,9 @@ PLANTED: list[tuple[Callable, str, Patch, str]] = [
 
 @pytest.mark.parametrize("build, bug, patch, part", PLANTED, ids=[bug for _, bug, *_ in PLANTED])
 def test_a_bug_planted_in_a_library_is_named(build, bug, patch, part, monkeypatch):
-    monkeypatch.setattr("checks.check_spec.SIMULATION_SECONDS", 60.0)  # a busy machine must not decide
+    monkeypatch.setattr(
+        "transformer_checks.checks.check_spec.SIMULATION_SECONDS", 60.0
+    )  # a busy machine must not decide
     patch(monkeypatch)
     subject = Subject.meet(build, seed=3)
     subject.spec = "gpt2" if build is hf_gpt2 else "llama"

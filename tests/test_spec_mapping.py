@@ -7,11 +7,10 @@ import warnings
 from pathlib import Path
 
 import pytest
-
-from checks.bugs.variants import no_positions
-from checks.spec import inventory
-from checks.spec.settling import Settled, settled
-from checks.subject import Subject
+from transformer_checks.checks.bugs.designs import no_positions
+from transformer_checks.checks.family.fit import Settled, settled
+from transformer_checks.checks.family.weights import inventory
+from transformer_checks.checks.subject import Subject
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformer_checks.checks.family import fit as settling
+from transformer_checks.checks.family.fit import settled
+from transformer_checks.checks.family.weights.planning import unsettled
+from transformer_checks.checks.family.weights.roles import NoPlan
+from transformer_checks.checks.family.weights.table import declare, pattern, shown
+from transformer_checks.checks.meet.errors import UsageError
+from transformer_checks.checks.run.notebook import check_model
+from transformer_checks.checks.subject import Subject
 
-from checks.conventions.usage import UsageError
-from checks.notebook import check_model
-from checks.spec import settling
-from checks.spec.planning import unsettled
-from checks.spec.roles import NoPlan
-from checks.spec.settling import settled
-from checks.spec.table import declare, pattern, shown
-from checks.subject import Subject
 from tests.test_spec_mapping import FOREIGN, STYLES, family, foreign
 
 pytest_plugins = ("pytester",)
@@ -42,7 +42,7 @@ def test_a_whole_table_needs_no_plan_of_ours(name, tmp_path, monkeypatch):
     def nothing(inventory, shape):
         raise NoPlan("nothing is found")
 
-    monkeypatch.setattr("checks.spec.table.plans", nothing)
+    monkeypatch.setattr("transformer_checks.checks.family.weights.table.plans", nothing)
     again = with_table(name, table, tmp_path)
     assert again.agrees, (again.error, again.why_not)
     assert shown(again.plan) == table

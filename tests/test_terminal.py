@@ -7,8 +7,7 @@ import signal
 import threading
 
 import pytest
-
-from transformer.terminal import Interruption, Progress
+from transformer_checks.transformer.terminal import Interruption, Progress
 
 
 class Screen(io.StringIO):

@@ -7,11 +7,10 @@ import json
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
-
-from checks.expect import NotApplicable, Where, advise, fail, keep, needs, note
-from checks.report import lines, terminal
-from checks.subject import reference
-from checks.verdict import Verdict, judge
+from transformer_checks.checks.expect import NotApplicable, Where, advise, fail, keep, needs, note
+from transformer_checks.checks.report import lines, terminal
+from transformer_checks.checks.run.verdict import Verdict, judge
+from transformer_checks.checks.subject import reference
 
 
 def run(check, earlier=None):

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-
-from checks.bugs.variants import changed
-from checks.subject import Subject
-from tests.controls import CONTROLS, Called
-from transformer.model import (
+from transformer_checks.checks.bugs.designs import changed
+from transformer_checks.checks.subject import Subject
+from transformer_checks.transformer.model import (
     Attention,
     Block,
     ExplicitAttention,
@@ -26,6 +24,8 @@ from transformer.model import (
     Transformer,
     causal_mask,
 )
+
+from tests.controls import CONTROLS, Called
 
 
 def variant(name: str, *, cache: bool = True, causal: bool = True, **config: Any) -> Callable:

@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformer.checkpoint import load_model
-    from transformer.data import Batch, CharacterTokenizer, SentenceTask, pad_batch
-    from transformer.generation import generate
-    from transformer.loss import loss_mask, next_token_loss
-    from transformer.model import ModelConfig, Transformer, gpt2, llama
-    from transformer.train_config import TrainConfig
-    from transformer.trainer import Trainer
+    from .checkpoint import load_model
+    from .data import Batch, CharacterTokenizer, SentenceTask, pad_batch
+    from .generation import generate
+    from .loss import loss_mask, next_token_loss
+    from .model import ModelConfig, Transformer, gpt2, llama
+    from .train_config import TrainConfig
+    from .trainer import Trainer
 
 # Imported when they are asked for: `import transformer`, and help on the command line, need not wait for torch.
 HOMES = {

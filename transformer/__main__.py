@@ -1,4 +1,4 @@
-"""python -m transformer train | generate | data: runs a command, and says in one line what went wrong."""
+"""python -m transformer_checks.transformer train | generate | data: runs a command, and says in one line what went wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code: 0, 2 for a mistake in what was asked, 1 for a failure, 130 after Ctrl-C."""
     try:
-        from transformer.commands import Failure, run
+        from .commands import Failure, run
 
         try:
             run(sys.argv[1:] if arguments is None else list(arguments))

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from transformer.suggestion import did_you_mean
+from .suggestion import did_you_mean
 
 if TYPE_CHECKING:
-    from transformer.data import CharacterTokenizer
-    from transformer.model import Transformer
+    from .data import CharacterTokenizer
+    from .model import Transformer
 
 
 class CheckpointError(ValueError):
@@ -94,8 +94,8 @@ def first_line(error: BaseException) -> str:
 
 def load_model(path: str | Path) -> tuple[Transformer, CharacterTokenizer]:
     """The model of a checkpoint, in eval mode, and its tokenizer."""
-    from transformer.data import CharacterTokenizer
-    from transformer.model import ModelConfig, Transformer
+    from .data import CharacterTokenizer
+    from .model import ModelConfig, Transformer
 
     state = load(path)
     for key in ("model", "config", "tokenizer"):

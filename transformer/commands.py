@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
-from transformer.suggestion import did_you_mean
+from .suggestion import did_you_mean
 
 if TYPE_CHECKING:
-    from transformer.trainer import Trainer
+    from .trainer import Trainer
 
+PROGRAM = "python -m transformer_checks.transformer"
 SENTENCE = "I love machine learning"
 CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
 
@@ -67,8 +68,8 @@ def explained() -> Iterator[None]:
     """A user's mistake and a failed training end in a line; any other exception is a bug and keeps its traceback."""
     import torch
 
-    from transformer.distributed import ProcessLost
-    from transformer.trainer import Diverged
+    from .distributed import ProcessLost
+    from .trainer import Diverged
 
     try:
         yield
@@ -91,7 +92,7 @@ def first_line(error: Exception) -> str:
 
 
 def build_parser(arguments: Sequence[str]) -> ArgumentParser:
-    parser = Parser(prog="python -m transformer", description="Trains a transformer language model and lets it speak.")
+    parser = Parser(prog=PROGRAM, description="Trains a transformer language model and lets it speak.")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train_parser("train" in arguments), help="train a model on the sentence")
     commands.add_subcommand("generate", generate_parser(), help="let a trained model complete a prompt")
@@ -101,7 +102,7 @@ def build_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 def train_parser(wanted: bool) -> ArgumentParser:
     parser = Parser(
-        usage="python -m transformer train [options]",  # there are too many to list twice
+        usage=f"{PROGRAM} train [options]",  # there are too many to list twice
         description="Trains a model on the sentence; by default as quickly as it can be learned.",
     )
     parser.add_argument("--config", action="config", help="a file with values of these options, as YAML or JSON")
@@ -109,8 +110,8 @@ def train_parser(wanted: bool) -> ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on with the training in that folder")
     add_task_options(parser)
     if wanted:  # else nobody reads them, and they cost the import of torch
-        from transformer.model import ModelConfig
-        from transformer.train_config import TrainConfig
+        from .model import ModelConfig
+        from .train_config import TrainConfig
 
         add_fields(parser, "the model", ModelConfig, vocab_size=None, block_size=None)
         add_fields(parser, "the training", TrainConfig)
@@ -172,11 +173,11 @@ def taken(options: Namespace, config: type) -> Any:
 def train(options: Namespace) -> None:
     import torch
 
-    from transformer.data import SentenceTask
-    from transformer.distributed import joined
-    from transformer.model import ModelConfig, Transformer
-    from transformer.train_config import TrainConfig
-    from transformer.trainer import Trainer
+    from .data import SentenceTask
+    from .distributed import joined
+    from .model import ModelConfig, Transformer
+    from .train_config import TrainConfig
+    from .trainer import Trainer
 
     task = SentenceTask(options.sentence, options.skip)
     options.vocab_size = options.vocab_size or task.tokenizer.vocab_size
@@ -203,8 +204,8 @@ def train(options: Namespace) -> None:
 def generate(options: Namespace) -> None:
     import torch
 
-    from transformer.checkpoint import load_model
-    from transformer.generation import generate
+    from .checkpoint import load_model
+    from .generation import generate
 
     model, tokenizer = load_model(options.checkpoint)
     prompt = [tokenizer.begin, *tokenizer.encode(options.prompt)]
@@ -225,7 +226,7 @@ def generate(options: Namespace) -> None:
 
 
 def data(options: Namespace) -> None:
-    from transformer.data import SentenceTask
+    from .data import SentenceTask
 
     task = SentenceTask(options.sentence, options.skip)
     out = Path(options.out)

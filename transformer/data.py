@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from transformer.loss import loss_mask
+from .loss import loss_mask
 
 
 class CharacterTokenizer:

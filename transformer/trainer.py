@@ -19,14 +19,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from transformer import checkpoint, distributed, random_state
-from transformer.data import Batch, DataOrder
-from transformer.loss import loss_sum
-from transformer.metrics import Metrics, numbers, peak_memory
-from transformer.model import ModelConfig
-from transformer.optimizer import build_optimizer
-from transformer.terminal import Interruption, Progress
-from transformer.train_config import PUBLISHED, TrainConfig
+from . import checkpoint, distributed, random_state
+from .data import Batch, DataOrder
+from .loss import loss_sum
+from .metrics import Metrics, numbers, peak_memory
+from .model import ModelConfig
+from .optimizer import build_optimizer
+from .terminal import Interruption, Progress
+from .train_config import PUBLISHED, TrainConfig
 
 __all__ = ["PUBLISHED", "Data", "Diverged", "TrainConfig", "Trainer", "next_token_objective"]
 

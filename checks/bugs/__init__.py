@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from checks.subject import Subject, reference_parts
+from ..subject import Subject, reference_parts
 
 
 @dataclass(frozen=True)

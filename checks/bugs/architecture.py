@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checks.bugs import bug
-from transformer.model import Attention, Block, Transformer
+from ...transformer.model import Attention, Block, Transformer
+from . import bug
 
 LOGITS = "check_spec.check_logits_agree"
 SCALE = "check_spec.check_attention_scale_is_usual"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from checks.bugs import bug
-from checks.bugs.masking import CAUSAL, ROWS, attend_with
-from transformer.model import Attention, ExplicitAttention, Transformer, causal_mask
+from ...transformer.model import Attention, ExplicitAttention, Transformer, causal_mask
+from . import bug
+from .masking import CAUSAL, ROWS, attend_with
 
 PREFIX = "check_causality.check_prefix_gives_the_same_logits"
 THROWN_AWAY = "check_contract.check_nothing_projected_is_thrown_away"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checks.bugs import bug
-from checks.bugs.architecture import GELU, GPT2, LLAMA, blocks, norms, redefine
-from checks.bugs.departures import EXPLICIT_GPT2
-from transformer.model import ExplicitAttention, Transformer
+from ...transformer.model import ExplicitAttention, Transformer
+from . import bug
+from .architecture import GELU, GPT2, LLAMA, blocks, norms, redefine
+from .departures import EXPLICIT_GPT2
 
 GRADIENTS = "check_spec.check_gradients_agree"
 TINY = "check_spec.check_tiny_activations_agree"

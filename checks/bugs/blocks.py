@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.bugs import bug
-from transformer.model import Block, GeluFeedForward, KeyValueCache, Rotation, Transformer
+from ...transformer.model import Block, GeluFeedForward, KeyValueCache, Rotation, Transformer
+from . import bug
 
 CAUSAL = "check_causality.check_future_cannot_change_past"
 PAST = "check_causality.check_past_reaches_every_later_position"

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checks.bugs import bug
-from transformer.model import Attention, KeyValueCache, RotaryPositions, Transformer
+from ...transformer.model import Attention, KeyValueCache, RotaryPositions, Transformer
+from . import bug
 
 DECODING = "check_cache.check_cached_decoding_equals_full"
 PIECES = "check_cache.check_cached_pieces_equal_full"

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from checks.bugs import bug
-from checks.bugs.trainer import override
-from transformer import checkpoint, random_state
+from ...transformer import checkpoint, random_state
+from . import bug
+from .trainer import override
 
 RESUMES = "check_checkpoint.check_a_resumed_training_goes_on_bit_for_bit"
 PROCESS = "check_checkpoint.check_a_new_process_resumes_bit_for_bit"

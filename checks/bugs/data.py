@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import torch
 
-from checks.bugs import bug
-from checks.bugs.trainer import override
-from transformer import random_state
-from transformer.data import DataOrder
-from transformer.loss import loss_mask
+from ...transformer import random_state
+from ...transformer.data import DataOrder
+from ...transformer.loss import loss_mask
+from . import bug
+from .trainer import override
 
 ROW = "check_data.check_a_row_is_its_sequence"
 NEXT = "check_data.check_a_target_is_the_next_token"

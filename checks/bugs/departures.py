@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checks.bugs import bug
-from checks.bugs.architecture import GELU, GPT2, LLAMA, LOGITS, blocks, norms, redefine
-from checks.bugs.generation import replace
-from checks.bugs.variants import KeepingTransformer, keeping
-from transformer.model import (
+from ...transformer.model import (
     Attention,
     Block,
     ExplicitAttention,
@@ -28,6 +24,10 @@ from transformer.model import (
     SwigluFeedForward,
     Transformer,
 )
+from . import bug
+from .architecture import GELU, GPT2, LLAMA, LOGITS, blocks, norms, redefine
+from .designs import KeepingTransformer, keeping
+from .generation import replace
 
 LAST = "check_spec.check_last_position_agrees"
 SUMS = "check_parts.check_attention_weights_sum_to_one"

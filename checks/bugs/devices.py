@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from checks.bugs import bug
-from transformer.model import Attention, ExplicitAttention, GeluFeedForward, Rotation, Transformer
+from ...transformer.model import Attention, ExplicitAttention, GeluFeedForward, Rotation, Transformer
+from . import bug
 
 KERNELS = "check_devices.check_every_attention_kernel_agrees"
 MIXED = "check_devices.check_mixed_precision_keeps_the_gradient"

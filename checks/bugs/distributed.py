@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from checks.bugs import bug
-from transformer.model import Transformer
+from ...transformer.model import Transformer
+from . import bug
 
 TWO = "check_distributed.check_two_processes_train_as_one"
 

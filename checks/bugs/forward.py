@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.bugs import bug
-from checks.bugs.masking import CAUSAL, ROWS
-from checks.bugs.variants import TaughtTransformer, taught
-from transformer.model import Block, KeyValueCache, Rotation, Transformer
+from ...transformer.model import Block, KeyValueCache, Rotation, Transformer
+from . import bug
+from .designs import TaughtTransformer, taught
+from .masking import CAUSAL, ROWS
 
 SHAPE = "check_contract.check_logits_have_shape"
 LENGTHS = "check_contract.check_every_length_is_read"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.bugs import bug
-from transformer import generation
+from ...transformer import generation
+from . import bug
 
 APPENDS = "check_generation.check_generate_appends_tokens"
 GREEDY = "check_generation.check_greedy_equals_the_naive_loop"

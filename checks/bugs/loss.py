@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checks.bugs import bug
-from checks.bugs.variants import TaughtTransformer, changed
-from transformer.loss import next_token_loss
-from transformer.model import Transformer
+from ...transformer.loss import next_token_loss
+from ...transformer.model import Transformer
+from . import bug
+from .designs import TaughtTransformer, changed
 
 PLACE = "check_loss.check_a_place_is_trained_on_its_own_target"
 DROPPED = "check_loss.check_no_target_is_dropped"

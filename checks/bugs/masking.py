@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checks.bugs import bug
-from checks.bugs.variants import TaughtTransformer, taught
-from transformer.model import Attention, Block, ExplicitAttention, KeyValueCache, Rotation, Transformer, causal_mask
+from ...transformer.model import Attention, Block, ExplicitAttention, KeyValueCache, Rotation, Transformer, causal_mask
+from . import bug
+from .designs import TaughtTransformer, taught
 
 CAUSAL = "check_causality.check_future_cannot_change_past"
 TRAINING = f"{CAUSAL}_in_training"

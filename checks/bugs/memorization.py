@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from checks.bugs import bug
-from transformer.model import Attention, KeyValueCache, Transformer
+from ...transformer.model import Attention, KeyValueCache, Transformer
+from . import bug
 
 RANDOM = "check_memorization.check_memorizes_a_random_string"
 SENTENCE = "check_sanity.check_memorizes_the_sentence"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checks.bugs import bug
-from transformer.model import Attention, Block, Transformer
+from ...transformer.model import Attention, Block, Transformer
+from . import bug
 
 REPEATS = "check_modes.check_eval_repeats_itself"
 RANDOM_STATE = "check_modes.check_eval_leaves_random_state_alone"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checks.bugs import bug
-from checks.bugs.masking import attend_with
-from checks.bugs.variants import changed
-from transformer.model import Attention, ExplicitAttention, GeluFeedForward, Transformer
+from ...transformer.model import Attention, ExplicitAttention, GeluFeedForward, Transformer
+from . import bug
+from .designs import changed
+from .masking import attend_with
 
 ALONE = "check_parts.check_norms_act_on_each_token_alone"
 SCALE = "check_parts.check_norms_take_out_the_scale"

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import checkpoint
 
-from checks.bugs import bug
-from checks.bugs.variants import changed
-from transformer.model import Attention, Block, KeyValueCache, Rotation, Transformer
+from ...transformer.model import Attention, Block, KeyValueCache, Rotation, Transformer
+from . import bug
+from .designs import changed
 
 BACKENDS = "check_portability.check_attention_backends_agree"
 COMPILED = "check_portability.check_compiled_model_agrees"

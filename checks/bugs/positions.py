@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from checks.bugs import bug
-from checks.bugs.attention import PREFIX, REACH
-from checks.bugs.masking import attend_with
-from checks.bugs.variants import PlacedTransformer, placed
-from transformer.model import Attention, LearnedPositions, RotaryPositions, Rotation, Transformer
+from ...transformer.model import Attention, LearnedPositions, RotaryPositions, Rotation, Transformer
+from . import bug
+from .attention import PREFIX, REACH
+from .designs import PlacedTransformer, placed
+from .masking import attend_with
 
 ORDER = "check_positions.check_order_of_tokens_matters"
 ANGLE = "check_positions.check_rotary_angle_depends_on_distance"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from checks.bugs import bug
-from transformer.model import ExplicitAttention, GeluFeedForward, RotaryPositions, Transformer
+from ...transformer.model import ExplicitAttention, GeluFeedForward, RotaryPositions, Transformer
+from . import bug
 
 FLOAT32 = "check_numerics.check_float32_keeps_its_digits"
 FLOAT16 = "check_numerics.check_float16_stays_close"

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from checks.bugs import bug
-from checks.bugs.masking import CAUSAL, PACKED, PAST, WINDOW, attend_with
-from checks.bugs.variants import PackedTransformer, WindowAttention, packed, sliding_window
-from transformer.model import ExplicitAttention, Transformer, causal_mask
+from ...transformer.model import ExplicitAttention, Transformer, causal_mask
+from . import bug
+from .designs import PackedTransformer, WindowAttention, packed, sliding_window
+from .masking import CAUSAL, PACKED, PAST, WINDOW, attend_with
 
 # -- what is out of reach
 

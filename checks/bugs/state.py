@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checks.bugs import bug
-from transformer.model import Block, KeyValueCache, LearnedPositions, Rotation, Transformer
+from ...transformer.model import Block, KeyValueCache, LearnedPositions, Rotation, Transformer
+from . import bug
 
 LOSS = "check_initialization.check_loss_starts_near_uniform"
 LAYERS = "check_initialization.check_layers_start_different"

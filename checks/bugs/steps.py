@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checks.bugs import bug
-from checks.subject import reference_parts
+from ..subject import reference_parts
+from . import bug
 
 FOLLOWS = "check_training.check_a_step_follows_the_gradient"
 MICRO = "check_training.check_micro_batches_add_up_to_the_whole"

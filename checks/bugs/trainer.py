@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.bugs import bug
+from . import bug
 
 FOLLOWS = "check_training.check_a_step_follows_the_gradient"
 MICRO = "check_training.check_micro_batches_add_up_to_the_whole"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from checks.generation.scripted import Stage, dealt
-from checks.probes.randomness import seeded
+from ..watch.draws import seeded
+from .scripted import Stage, dealt
 
 LEVEL = 1e-4  # of a χ² test; a hit is drawn anew, so that a right sampler fails once in 1e8
 DISTINCT = 16  # tokens of a probability that matters

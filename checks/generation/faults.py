@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from checks.expect import NotApplicable, fail
-from checks.generation.conventions import Rows
-from checks.generation.scripted import Read, Stage
+from ..expect import NotApplicable, fail
+from .met_generate import Rows
+from .scripted import Read, Stage
 
 
 def explain(on: Stage, prompts: Tensor, said: Rows, want: Rows, *, turn: int, **options: Any) -> NoReturn:

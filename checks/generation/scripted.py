@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable
-from checks.generation.conventions import NAMES, Decoder, Rows, decoder
-from checks.probes.cached import Coarsest
-from checks.probes.precision import precision
+from ..expect import NotApplicable
+from ..probes.cached import Coarsest
+from ..probes.precision import precision
+from .met_generate import NAMES, Decoder, Rows, decoder
 
 # Logits [..., V] and the tokens they follow, if known, to logits of the same shape.
 Script = Callable[[Tensor, Tensor | None], Tensor]

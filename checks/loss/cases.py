@@ -9,11 +9,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checks.expect import Bound, NotApplicable, advise, fail
-from checks.loss.conventions import MetLoss, met_loss
-from checks.loss.explained import explained, spans
-from checks.loss.formula import REDUCTIONS, USUAL, cross_entropy
-from checks.loss.reading import EXACT, gradient, read
+from ..expect import Bound, NotApplicable, advise, fail
+from .explained import explained, spans
+from .formula import REDUCTIONS, USUAL, cross_entropy
+from .met_loss import MetLoss, met_loss
+from .reading import EXACT, gradient, read
 
 FLOAT64 = Bound(1e-9, "float64, relative to the largest")
 FLOAT32 = Bound(2e-6, "the loss computes in float32; relative to the largest")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checks.loss.formula import REDUCTIONS, cross_entropy
+from .formula import REDUCTIONS, cross_entropy
 
 Explanation = tuple[str, tuple[str, ...]]  # what it equals, ids of likely bugs
 Mistake = tuple[str, tuple[str, ...], Callable[[], Tensor]]  # the same, and its value

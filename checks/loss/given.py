@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from checks.conventions.reading import standing_for
-from checks.expect import Where
-from checks.where import shown
+from ..expect import Where
+from ..meet.logits import standing_for
+from ..watch.calls import shown
 
 OF_LOGITS = {"CrossEntropyLoss", "cross_entropy"}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from checks.expect import fail
-from checks.loss.conventions import MetLoss
-from checks.loss.reading import EXACT, Reading, gradient, read
+from ..expect import fail
+from .met_loss import MetLoss
+from .reading import EXACT, Reading, gradient, read
 
 
 def refuse_what_teaches_nothing(loss: MetLoss) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable
-from checks.probes.arguments import TARGETS, taken
-from checks.probes.randomness import seeded
-from checks.subject import EXISTENCE
+from ..expect import NotApplicable
+from ..probes.extra_arguments import TARGETS, taken
+from ..subject import EXISTENCE
+from ..watch.draws import seeded
 
 ROWS, LENGTH = 3, 7  # of a call; all sizes differ
 

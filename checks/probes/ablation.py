@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable
-from checks.probes.precision import precise
-from checks.where import each, tensors
+from ..expect import NotApplicable
+from ..watch.calls import each, tensors
+from .precision import precise
 
 
 def siblings(model: nn.Module) -> list[list[str]]:

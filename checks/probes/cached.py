@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checks.expect import Bound, NotApplicable
-from checks.probes.precision import precision, spread
+from ..expect import Bound, NotApplicable
+from .precision import precision, spread
 
 LONGEST = 24  # tokens
 FINENESS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

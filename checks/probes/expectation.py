@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from checks.expect import farthest
-from checks.probes.randomness import is_dropout, reads_mode, training_alone
-from checks.where import recorded
+from ..expect import farthest
+from ..watch.calls import recorded
+from ..watch.draws import is_dropout, reads_mode, training_alone
 
 FUSED, WHOLE = "scaled_dot_product_attention", "multi_head_attention_forward"
 UNIFORM = ("rand", "rand_like", "uniform_")

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checks.expect import EQUAL_SHAPE, Bound, NotApplicable
-from checks.probes.holdings import buffers_kept
-from checks.probes.precision import precision
-from checks.probes.randomness import seeded
-from checks.where import Where, first_breaking
+from ..expect import EQUAL_SHAPE, Bound, NotApplicable
+from ..watch.calls import Where, first_breaking
+from ..watch.draws import seeded
+from .module_state import buffers_kept
+from .precision import precision
 
 LONGEST = 16  # tokens; sequences in which every pair of positions is tried are not longer
 STACKED = 8192  # tokens in one call, at most

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import Bound, Where, fail
-from checks.probes.ablation import blocks_of, passed_by, replaced
-from checks.probes.attention_products import Attentions
-from checks.probes.influence import EVAL, Changes, Leak, Way, call, find_leak, measure
-from checks.probes.norm_modules import NAMED
-from checks.probes.precision import spread
+from ..expect import Bound, Where, fail
+from ..watch.attention import Attentions
+from ..watch.norms import NAMED
+from .ablation import blocks_of, passed_by, replaced
+from .influence import EVAL, Changes, Leak, Way, call, find_leak, measure
+from .precision import spread
 
 ADVICE = (
     "Print the causal mask that reaches attention (row t is True at columns 0 to t only), then the same in every layer "

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from checks.probes.matrix_products import weight_shapes
-from checks.subject import Sizes, Subject
+from ..subject import Sizes, Subject
+from .matrix_products import weight_shapes
 
 NAMES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 MODELS = 2  # the subject and the reference are held at once

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from checks.subject import Sizes
+from ..subject import Sizes
 
 
 def weight_shapes(sizes: Sizes) -> list[tuple[int, int]]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checks.expect import Bound
-from checks.probes.padding import ragged
-from checks.subject import ABSENCE
+from ..expect import Bound
+from ..subject import ABSENCE
+from .padding import ragged
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from checks.expect import Where
-from checks.where import line_now
+from ..expect import Where
+from ..watch.calls import line_now
 
 # Where these decide which expert a token goes to, one rounding sends it elsewhere and moves its logits by any amount.
 ROUTING = ("topk", "sort", "argsort", "argmax", "max", "multinomial")

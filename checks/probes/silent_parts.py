@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from checks.expect import Where
-from checks.probes.ablation import blocks_of
-from checks.probes.part_products import Mapped, WeightProducts, multiplied, names_of
-from checks.where import line_now
+from ..expect import Where
+from ..watch.calls import line_now
+from ..watch.products import Mapped, WeightProducts, multiplied, names_of
+from .ablation import blocks_of
 
 STRAIGHT = 1e-6  # relative: how far slopes may differ that are one, where the model computes in float32
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from checks.expect import fail
-from checks.probes.holdings import settings
+from ..expect import fail
+from .module_state import settings
 
 DECLARED = re.compile(
     r"tied?|tying|(tied?|tying|shared?)_(word_)?(embeddings?|embs?|weights?|head)|weight_(tying|sharing)"

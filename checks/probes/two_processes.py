@@ -1,6 +1,6 @@
 """A subject's model trained by two processes under DistributedDataParallel, each with half of every batch.
 
-`python -m checks.probes.two_processes FOLDER RANK` is one of them.
+`python -m transformer_checks.checks.probes.two_processes FOLDER RANK` is one of them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable
-from checks.loss.formula import cross_entropy
-from checks.probes.precision import precision
-from checks.probes.randomness import set_rates
-from checks.probes.steps import backward
-from checks.subject import Subject, cast
+from ..expect import NotApplicable
+from ..loss.formula import cross_entropy
+from ..subject import Subject, cast
+from ..watch.draws import set_rates
+from .backward import backward
+from .precision import precision
 
 COUNT = 2
 BATCHES = 3

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.probes.holdings import CONFIGURATIONS, settings
+from .module_state import CONFIGURATIONS, settings
 
 NAMED = re.compile(r"window|sliding")
 

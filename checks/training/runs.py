@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable
-from checks.loss.formula import cross_entropy
-from checks.probes.precision import precision
-from checks.probes.randomness import set_rates, states
-from checks.subject import cast
-from transformer.trainer import TrainConfig, Trainer
+from ...transformer.trainer import TrainConfig, Trainer
+from ..expect import NotApplicable
+from ..loss.formula import cross_entropy
+from ..probes.precision import precision
+from ..subject import cast
+from ..watch.draws import set_rates, states
 
 Example = list[int]
 PLAIN = dict(warmup_steps=0, clip_norm=None, stop_loss=None, learning_rate=0.1, schedule="constant", steps=1000)

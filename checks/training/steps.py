@@ -9,11 +9,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from checks.expect import NotApplicable, advise, fail, note
-from checks.loss.formula import cross_entropy
-from checks.training.conventions import RATE, SURE, MetStep, equal_examples, met_step
-from checks.training.events import Ticks, watched_events
-from checks.training.explained import (
+from ..expect import NotApplicable, advise, fail, note
+from ..loss.formula import cross_entropy
+from .events import Ticks, watched_events
+from .explained import (
     angle,
     cause,
     clipped,
@@ -28,7 +27,8 @@ from checks.training.explained import (
     step_mistakes,
     uneven_rows,
 )
-from checks.training.runs import Losses, Step, examples, model_of, pieces, write
+from .met_step import RATE, SURE, MetStep, equal_examples, met_step
+from .runs import Losses, Step, examples, model_of, pieces, write
 
 EXACT = 1e-6  # relative, of updates in float64; clipping adds 1e-6 to the norm it divides by
 UNDECIDED = 0.7  # cosine above which an unknown update may be an auxiliary loss

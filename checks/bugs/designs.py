@@ -1,0 +1,266 @@
+"""Correct models that the reference is not: sliding windows, ALiBi, sinusoidal positions, packed documents.
+
+Each function gives parts as `reference_parts` does. They are damaged by bugs of what they alone have, and are controls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...transformer.model import ExplicitAttention, KeyValueCache, LearnedPositions, Rotation, Transformer, causal_mask
+from ..subject import reference_parts
+
+WINDOW = 4
+
+
+def changed(change: Callable[[Transformer], None], **config: Any) -> SimpleNamespace:
+    """The reference's parts with every model that they build changed."""
+    parts = reference_parts(**config)
+    build = parts.build_model
+
+    def build_changed(**sizes: Any) -> nn.Module:
+        model = build(**sizes)
+        change(model)
+        return model
+
+    parts.build_model = build_changed
+    return parts
+
+
+def attentions(model: Transformer) -> list[Any]:
+    return [block.attention for block in model.blocks]
+
+
+# -- sliding windows (Beltagy et al. 2020; as Mistral counts: a token sees itself and window - 1 before it)
+
+
+class WindowAttention(ExplicitAttention):
+    window: int
+
+    def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
+        return super().mask(scores, visible & self.near(scores.shape[-2], scores.shape[-1], scores.device))
+
+    def near(self, T: int, S: int, device: torch.device) -> Tensor:
+        """[T, S], True where a key is at most window - 1 before the query, or after it."""
+        return ~causal_mask(T, S, device).tril(S - T - self.window)
+
+
+def sliding_window(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        for attention in attentions(model):
+            attention.__class__ = WindowAttention
+            attention.window = WINDOW
+
+    return changed(change, attention="explicit", **config)
+
+
+# -- attention with linear biases (Press et al. 2022)
+
+
+class NoPositions(nn.Module):
+    """Nothing is added to the tokens, nothing is turned."""
+
+    def add(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        return lambda x: x
+
+
+class AlibiAttention(ExplicitAttention):
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().scores(q, k) - self.slopes(q)[:, None, None] * self.distance(q.shape[-2], k.shape[-2], q)
+
+    def slopes(self, like: Tensor) -> Tensor:
+        """[H]: 2^(-8/H), 2^(-16/H), … 2^-8, for a number of heads that is a power of two."""
+        return 2 ** (-8 / self.n_head * torch.arange(1, self.n_head + 1, device=like.device, dtype=like.dtype))
+
+    def distance(self, T: int, S: int, like: Tensor) -> Tensor:
+        """[T, S]: how far the key is before the query."""
+        queries = torch.arange(S - T, S, device=like.device, dtype=like.dtype)
+        return queries[:, None] - torch.arange(S, device=like.device, dtype=like.dtype)
+
+
+def alibi(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.positions = NoPositions()  # type: ignore[assignment]
+        for attention in attentions(model):
+            attention.__class__ = AlibiAttention
+
+    return changed(change, attention="explicit", **config)
+
+
+def no_positions(**config: Any) -> SimpleNamespace:
+    """NoPE (Kazemnejad et al. 2023): the causal mask is all that tells a deep model where a token stands."""
+
+    def change(model: Transformer) -> None:
+        model.positions = NoPositions()  # type: ignore[assignment]
+
+    return changed(change, **config)
+
+
+# -- sinusoidal positions (Vaswani et al. 2017, section 3.5)
+
+
+class SinusoidalPositions(LearnedPositions):
+    """The reference's table, filled by formula and never trained."""
+
+    def fill(self) -> None:
+        places, width = self.table.weight.shape
+        angles = torch.arange(places)[:, None] * 10_000.0 ** (-torch.arange(0, width, 2) / width)
+        with torch.no_grad():
+            self.table.weight.copy_(torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1))
+        self.table.weight.requires_grad_(False)
+
+
+def sinusoidal(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.positions.__class__ = SinusoidalPositions
+        model.positions.fill()
+
+    return changed(change, **config)
+
+
+# -- documents packed into one row
+
+
+class PackedTransformer(Transformer):
+    """`documents` [B, T] tells which document of its row a token belongs to, in rising order."""
+
+    documents: Tensor | None = None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        self.documents = documents
+        try:
+            return super().forward(tokens, mask, cache)
+        finally:
+            self.documents = None
+
+    def visible(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
+        visible = super().visible(mask, T, S, device)
+        if self.documents is None:
+            return visible
+        together = self.documents[:, None, :, None] == self.documents[:, None, None, :]
+        return together & (causal_mask(T, S, device) if visible is None else visible)
+
+    def token_positions(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
+        positions = super().token_positions(mask, T, S, device)
+        if self.documents is None:
+            return positions
+        return positions - self.starts(positions.expand_as(self.documents))
+
+    def starts(self, positions: Tensor) -> Tensor:
+        """[B, T]: the position at which a token's document starts."""
+        assert self.documents is not None
+        new = torch.ones_like(self.documents, dtype=torch.bool)
+        new[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+        return torch.where(new, positions, 0).cummax(dim=1).values
+
+
+def packed(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.__class__ = PackedTransformer
+
+    return changed(change, **config)
+
+
+# -- targets handed to the forward
+
+
+class TaughtTransformer(Transformer):
+    """Takes the tokens to be predicted, as many do for a loss of their own; here they are not looked at."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        targets: Tensor | None = None,
+    ) -> Any:
+        if targets is None:
+            return super().forward(tokens, mask, cache)
+        hidden: list[Tensor] = []
+        hook = self.norm.register_forward_hook(lambda module, args, output: hidden.append(output))
+        logits = super().forward(tokens, mask, cache)
+        hook.remove()
+        return self.taught(hidden[-1], logits, targets)
+
+    def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> Any:
+        """What it gives where it is handed targets [B, T], of the last hidden states [B, T, C] and the logits."""
+        return logits
+
+
+def taught(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.__class__ = TaughtTransformer
+
+    return changed(change, **config)
+
+
+# -- positions handed to the forward
+
+
+class PlacedTransformer(Transformer):
+    """Takes the place of every token, [B, T] or [T], where the caller knows better than the mask."""
+
+    given: Tensor | None = None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        self.given = position_ids
+        try:
+            return super().forward(tokens, mask, cache)
+        finally:
+            self.given = None
+
+    def token_positions(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
+        return super().token_positions(mask, T, S, device) if self.given is None else self.given
+
+
+def placed(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.__class__ = PlacedTransformer
+
+    return changed(change, **config)
+
+
+# -- logits of the latest positions only
+
+
+class KeepingTransformer(Transformer):
+    """Gives the logits of the last `logits_to_keep` positions, as decoding needs them; 0 for all."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        return self.keep(super().forward(tokens, mask, cache), logits_to_keep)
+
+    def keep(self, logits: Tensor, n: int) -> Tensor:
+        return logits[:, -n:]
+
+
+def keeping(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.__class__ = KeepingTransformer
+
+    return changed(change, **config)

@@ -1,0 +1,1 @@
+"""What a declared architecture fixes beyond its logits."""

@@ -1,0 +1,192 @@
+"""A model's key-value cache: which of the usual protocols it speaks, by its parameters' names and by trying.
+
+A protocol whose names declare it is met if it runs; one that is only guessed, if a text read over it in two pieces has
+the logits of the text read whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import vocabulary
+from .arguments import Filling, signature_of
+from .build import scope_of
+from .forward import Forward, parameters_of, set_up_caches
+from .logits import Unreadable, tensors_in
+from .sandbox import Home
+
+RESETS = ("reset_kv_cache", "reset_cache", "clear_cache", "clear_kv_cache", "empty_cache", "reset_caches", "reset")
+KEPT = ("past_key_values", "kv_cache", "cache", "past", "presents", "state", "mems")
+CLOSE = 1e-3  # of the deviation of the logits: a guess is right or far off
+
+
+@dataclass
+class Cache:
+    """What a model has read so far: its own state, and how many tokens that were."""
+
+    protocol: Protocol
+    state: Any = None
+    length: int = 0
+    inside_the_model: bool = False
+    mask: Tensor | None = None  # of all tokens so far, where padding was among them
+
+    def seen(self, mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """The mask of the tokens so far and these [B, S]; None while none was padding."""
+        if mask is None and self.mask is None:
+            return None
+        B, T = tokens.shape
+        before = self.mask if self.mask is not None else tokens.new_ones(B, self.length, dtype=torch.bool)
+        new = mask.bool() if mask is not None else tokens.new_ones(B, T, dtype=torch.bool)
+        self.mask = torch.cat((before, new), dim=1)
+        return self.mask
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a model is given its cache and where it puts it back."""
+
+    says: str
+    fresh: Callable[[nn.Module, int], Any]  # model, batch size -> state
+    given: Callable[[Cache, Tensor], dict[str, Any]]  # arguments of forward for these tokens
+    kept: Callable[[Any], Any] | None = None  # output -> state; None: the state is changed in place
+    declared: bool = True
+    inside: bool = False
+    whole_mask: bool = False  # whether the mask argument is of all tokens so far
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def new(self, model: nn.Module, batch_size: int) -> Cache:
+        return Cache(self, self.fresh(model, batch_size), inside_the_model=self.inside)
+
+
+def step(forward: Forward, model: nn.Module, tokens: Tensor, cache: Cache, more: Mapping[str, Any]) -> Tensor:
+    """Logits of these tokens [B, T, V], or of the last of them [B, 1, V] where the model gives no more."""
+    protocol = cache.protocol
+    output = forward.way.run(model, tokens, **{**protocol.given(cache, tokens), **more})
+    if protocol.kept is not None:
+        cache.state = protocol.kept(output)
+    cache.length += tokens.shape[1]
+    try:
+        return forward.read(output, *tokens.shape)
+    except Unreadable:
+        return forward.read(output, len(tokens), 1)
+
+
+def meet_cache(
+    forward: Forward, model: nn.Module, home: Home, sizes: Mapping[str, Any], tokens: Tensor
+) -> Protocol | None:
+    """The protocol that the model speaks, if any."""
+    for protocol in protocols(model, home, sizes):
+        try:
+            apart = _apart(forward, model, protocol, tokens)
+        except Exception:
+            continue
+        if protocol.declared or apart <= CLOSE:
+            return protocol
+    return None
+
+
+@torch.no_grad()
+def _apart(forward: Forward, model: nn.Module, protocol: Protocol, tokens: Tensor) -> float:
+    """How far a text read in two pieces is from the same read whole, in deviations. Raises where it cannot be read."""
+    cut = tokens.shape[1] // 2
+    whole = forward.logits(model, tokens)
+    cache = protocol.new(model, len(tokens))
+    step(forward, model, tokens[:, :cut].contiguous(), cache, {})
+    pieces = [
+        step(forward, model, tokens[:, t : t + 1].contiguous(), cache, {}) for t in range(cut, tokens.shape[1])
+    ]  # fmt: skip
+    if protocol.kept is not None and cache.state is None:
+        raise Unreadable("the model gives no cache back")
+    return float((torch.cat(pieces, dim=1) - whole[:, cut:]).abs().max() / whole.std())
+
+
+def protocols(model: nn.Module, home: Home, sizes: Mapping[str, Any]) -> Iterator[Protocol]:
+    """The protocols that the model's signature allows, the surest first."""
+    parameters = {vocabulary.squash(p.name): p for p in parameters_of(model)}
+    argument = next((p.name for plain, p in parameters.items() if plain in vocabulary.CACHES), None)
+    use = next((p.name for plain, p in parameters.items() if plain in ("usecache", "usekvcache", "usekv")), None)
+    start = next((p.name for plain, p in parameters.items() if plain in vocabulary.STARTS), None)
+    capacity = sizes["block_size"]
+    switched = {use: True} if use else {}
+
+    def at(cache: Cache, tokens: Tensor) -> dict[str, Any]:
+        return {**switched, **({start: cache.length} if start else {})}
+
+    if argument is not None and callable(maker := getattr(model, "new_cache", None)):
+        yield Protocol(
+            f"new_cache, {argument}=",
+            lambda m, B: _made(maker, B, capacity),
+            lambda c, x: {argument: c.state, **at(c, x)},
+        )
+    if argument is not None:
+        yield Protocol(
+            f"{argument}=, given back", lambda m, B: None, lambda c, x: {argument: c.state, **at(c, x)},
+            kept=_given_back, whole_mask=True, declared=True,
+        )  # fmt: skip
+        for cls in _cache_classes(model, home):
+            yield Protocol(
+                f"{argument}={cls.__name__}()", functools.partial(_filled, cls, sizes),
+                lambda c, x: {argument: c.state, **at(c, x)}, declared=False,
+            )  # fmt: skip
+    reset = next((name for name in RESETS if callable(getattr(model, name, None))), None)
+    if use is not None and reset is not None:
+        yield Protocol(f"{use}=True, {reset}()", lambda m, B: getattr(m, reset)(), at, inside=True)
+    if start is not None:
+        yield Protocol(f"{start}=", lambda m, B: None, at, inside=True, declared=False)
+    if (place := parameters.get("inputpos")) is not None and callable(getattr(model, "setup_caches", None)):
+
+        def places(cache: Cache, tokens: Tensor) -> dict[str, Any]:
+            return {place.name: torch.arange(cache.length, cache.length + tokens.shape[1], device=tokens.device)}
+
+        yield Protocol(
+            f"setup_caches, {place.name}=",
+            lambda m, B: set_up_caches(m, B, capacity, next(m.parameters()).device, anew=True),
+            places,
+            inside=True,
+            declared=False,
+        )
+
+
+def _made(maker: Callable, B: int, capacity: int) -> Any:
+    """A cache of a model's own making: of a batch size, and of a capacity where that is asked for."""
+    required = [p for p in inspect.signature(maker).parameters.values() if p.default is p.empty]
+    return maker(*(B, capacity)[: max(len(required), 1)])
+
+
+def _given_back(output: Any) -> Any:
+    """The cache in an output: by its name in an object, else what is not the logits."""
+    if isinstance(output, Mapping):
+        return next((output[key] for key in KEPT if output.get(key) is not None), None)
+    if isinstance(output, tuple | list):
+        logits = next((x for _, x in tensors_in(output)), None)
+        return next((item for item in output if item is not None and item is not logits and not _scalar(item)), None)
+    if isinstance(output, Tensor):
+        return None
+    return next((value for key in KEPT if (value := getattr(output, key, None)) is not None), None)
+
+
+def _scalar(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def _cache_classes(model: nn.Module, home: Home) -> list[type]:
+    """Classes called something like cache that the model's module knows."""
+    scope = scope_of(type(model), home)
+    return [v for k, v in scope.items() if inspect.isclass(v) and "cache" in k.lower() and home.owns(_file_of(v))]
+
+
+def _file_of(cls: type) -> str:
+    maker = vars(cls).get("__init__")
+    return getattr(getattr(maker, "__code__", None), "co_filename", "<frozen")
+
+
+def _filled(cls: type, sizes: Mapping[str, Any], model: nn.Module, B: int) -> Any:
+    filling = Filling({**sizes, "padding": None}, special={"batchsize": B, "maxbatchsize": B, "batch": B, "b": B})
+    return cls(**filling.arguments(signature_of(cls)))

@@ -1,0 +1,482 @@
+"""How a model is called for logits [B, T, V]: its forward's parameters by their names, the rest by trying.
+
+A `Way` is one manner of calling; `Forward` is the one that worked, and how to read what it gives.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from . import vocabulary
+from .arguments import Parameter
+from .build import Callable_
+from .logits import PLAIN, Layout, Unreadable, described, pick, recognise
+from .sizes import sizes_of
+
+ROWS, LENGTH, SOURCE_LENGTH = 3, 7, 5  # of a probe; B, T and V all differ
+
+HEADS = ("generator", "lm_head", "head", "project", "projection", "proj", "to_logits", "unembed", "output_layer",
+         "fc_out", "hidden_state_to_token", "out_proj", "output", "out", "decoder", "linear", "fc", "projection_layer",
+         "final_layer", "classifier", "embed_out", "unembedding")  # fmt: skip
+METHODS = ("forward_inference", "logits", "get_logits", "forward_logits", "predict", "forward_pass")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One manner of calling a model on tokens [B, T]; `run(model, tokens, **more)` gives what the model gives."""
+
+    says: str  # forward(idx, targets)
+    run: Callable[..., Any]
+    assumed: str = ""
+    from_loss: bool = False  # the logits are those that a loss was made of
+    padded: bool = False  # shorter sequences are padded to the block size on the right
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The way that gave logits, and their layout."""
+
+    way: Way
+    layout: Layout
+    vocab_size: int  # width of what came back when it was met
+    returns: str  # (Tensor [3, 7, 17], None)
+    keep: int | None = None  # ids of that vocabulary that checks use; the one after them is the padding's
+    differentiable: bool = True
+    assumed: tuple[str, ...] = ()
+    more: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)  # a causal mask where the model wants one
+
+    def raw(self, model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        given = {name: make(tokens) for name, make in self.more.items()}
+        return self.way.run(model, tokens, **{**given, **more})
+
+    def read(self, output: Any, B: int, T: int) -> Tensor:
+        logits = pick(output, self.layout, B, T)
+        return logits if self.keep is None else logits[..., :-1]
+
+    def logits(self, model: nn.Module, tokens: Tensor, **more: Any) -> Tensor:
+        """[B, T] to [B, T, V]. Raises Unreadable for an output without them."""
+        return self.read(self.raw(model, tokens, **more), *tokens.shape)
+
+
+class Uncallable(Exception):
+    """No way of calling gave logits; the attempts, the most telling first."""
+
+    def __init__(self, attempts: list[tuple[Way, Exception]]) -> None:
+        super().__init__(str(attempts[0][1]) if attempts else "no way to call it")
+        self.attempts = attempts
+
+
+def meet_forward(
+    model: nn.Module, vocab_size: int | None, block_of: Callable[[nn.Module], int], device: Any, keep: int | None = None
+) -> Forward:
+    """Tries the ways on a small batch. `block_of` tells a model's block size. Raises Uncallable."""
+    length = min(LENGTH, block_of(model))
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(keep or vocab_size or 2, (ROWS, length), generator=generator).to(device)
+    attempts: list[tuple[Way, Exception]] = []
+    for way in ways(model, keep or vocab_size or 2, block_of):
+        found = _attempt(model, way, tokens, vocab_size, keep, attempts)
+        if found is not None:
+            return found
+    attempts.sort(key=lambda attempt: not isinstance(attempt[1], Unreadable))
+    raise Uncallable(attempts)
+
+
+def _attempt(
+    model: nn.Module, way: Way, tokens: Tensor, vocab_size: int | None, keep: int | None, attempts: list
+) -> Forward | None:
+    """One way, and what can be made of it: with a head on hidden states, with one more token where one is dropped."""
+    B, T = tokens.shape
+    output = None
+    try:
+        with torch.no_grad():
+            output = way.run(model, tokens)
+        layout, logits = recognise(output, B, T, vocab_size)
+        if logits.device.type != tokens.device.type:
+            raise Unreadable(f"the logits are on {logits.device}, the tokens on {tokens.device}")
+    except Unreadable as problem:
+        attempts.append((way, problem))
+        if isinstance(output, Tensor) and output.dim() == 0 and not way.from_loss:
+            return _attempt(model, _of_a_loss(way), tokens, vocab_size, keep, attempts)
+        if problem.short:
+            return _attempt(model, _one_more(way), tokens, vocab_size, keep, attempts)
+        if problem.hidden and vocab_size is not None:
+            for other in _with_head(model, way):
+                if (found := _attempt(model, other, tokens, vocab_size, keep, attempts)) is not None:
+                    return found
+        return None
+    except Exception as error:
+        attempts.append((way, error))
+        return None
+    return Forward(
+        way, layout, logits.shape[1] if layout.says == "[B, V, T]" else logits.shape[-1],
+        described(output, {id(logits): "logits" if layout is PLAIN else f"logits {layout.says}"}), keep,
+        assumed=(way.assumed,) if way.assumed else (),
+    )  # fmt: skip
+
+
+def parameters_of(model: nn.Module) -> list[Parameter]:
+    """Of its forward, or of the function behind it."""
+    function = model.function if isinstance(model, Callable_) else model.forward
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return [Parameter("tokens")]
+    return [
+        Parameter(
+            p.name,
+            vocabulary.MISSING if p.default is p.empty else p.default,
+            None if p.annotation is p.empty else p.annotation,
+        )
+        for p in found
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ] or [Parameter("tokens")]
+
+
+def ways(model: nn.Module, vocab_size: int, block_of: Callable[[nn.Module], int]) -> Iterator[Way]:
+    """The manners of calling to try, the plainest first."""
+    if type(model).forward is nn.Module.forward:
+        yield from _methods(model, vocab_size)
+        return
+    parameters = parameters_of(model)
+    direct = list(_direct(parameters, vocab_size))
+    yield from direct
+    for way in direct[:4]:
+        yield _padded(way, block_of)
+    if any(vocabulary.squash(p.name) in vocabulary.STARTS for p in parameters):
+        yield _one_by_one(parameters)
+    if hasattr(model, "setup_caches"):
+        yield from (_prepared(way, block_of) for way in direct)
+    if isinstance(model, Callable_):
+        yield Way("f(array)", _on_array, "it reads NumPy arrays")
+        yield _row_by_row()
+    yield from _methods(model, vocab_size)
+
+
+Argument = Callable[[Tensor, nn.Module], Any]
+
+
+def _direct(parameters: list[Parameter], vocab_size: int) -> Iterator[Way]:
+    first, rest = parameters[0], parameters[1:]
+    plain = [vocabulary.squash(p.name) for p in parameters]
+    second = next((i for i, name in enumerate(plain[1:], 1) if _is_decoded(name)), None)
+    if _is_source(plain[0]) and second is not None and parameters[second].default is vocabulary.MISSING:
+        yield from _encoder_decoder(parameters, second, vocab_size)
+    required = [p for p in rest if p.default is vocabulary.MISSING]
+    choices = [list(_choices(p)) for p in required]
+    targets = next((p for p in rest if vocabulary.squash(p.name) in vocabulary.TARGETS and p not in required), None)
+    extra: list[list[tuple[Parameter, Argument]]] = [[]]
+    if targets is not None:
+        extra.append([(targets, lambda x, m: x.clone())])
+    optional = [p for p in rest if p not in required]
+    extra += [[(p, next(_choices(p)))] for p in optional if vocabulary.squash(p.name) in vocabulary.POSITIONS]
+    extra += [[(p, lambda x, m: True), *given] for p in optional if _asks_logits(p) for given in list(extra)]
+    extra += [[(p, _empty_caches)] for p in optional if vocabulary.squash(p.name) in vocabulary.CACHES]
+    extra += [
+        [(p, lambda x, m: False)]
+        for p in optional
+        if vocabulary.squash(p.name) == "usecache" and p.default is not False
+    ]
+    for more, chosen in product(extra, product(*choices)):
+        given = [*zip(required, chosen, strict=True), *more]
+        says = ", ".join([first.name, *(p.name for p, _ in given)])
+        yield Way(f"forward({says})", _caller(first, given))
+
+
+def _is_source(plain: str) -> bool:
+    return plain in vocabulary.SOURCES or (plain.startswith(("src", "source", "enc")) and "mask" not in plain)
+
+
+def _is_decoded(plain: str) -> bool:
+    return plain in vocabulary.DECODED or (plain.startswith(("tgt", "trg", "target", "dec")) and "mask" not in plain)
+
+
+def _choices(parameter: Parameter) -> Iterator[Argument]:
+    """What a required parameter of forward may want."""
+    name = vocabulary.squash(parameter.name)
+    if name in vocabulary.TARGETS or name in vocabulary.DECODED:
+        yield lambda x, m: x.clone()
+    elif name in vocabulary.STARTS:
+        yield lambda x, m: 0
+        yield lambda x, m: torch.arange(x.shape[1], device=x.device)
+    elif name in vocabulary.POSITIONS:
+        yield lambda x, m: torch.arange(x.shape[1], device=x.device)
+        yield lambda x, m: torch.arange(x.shape[1], device=x.device).expand(x.shape).contiguous()
+    elif "mask" in name or name == "ignore":
+        yield from _masks()
+    elif name in vocabulary.CACHES:
+        yield lambda x, m: None
+        yield lambda x, m: _called(m, "init_hidden", x.shape[1])
+        yield lambda x, m: _called(m, "init_hidden", x.shape[0])
+    elif name in ("training", "train", "istraining", "usecache", "inference"):
+        yield lambda x, m: False
+    else:
+        size = vocabulary.size_of(parameter.name)
+        if size == "block_size":
+            yield lambda x, m: x.shape[1]
+        yield lambda x, m: None
+
+
+def _asks_logits(parameter: Parameter) -> bool:
+    """`get_logits=False`: they are given where they are asked for."""
+    return parameter.default is False and "logit" in parameter.name and "last" not in parameter.name
+
+
+def _empty_caches(tokens: Tensor, model: nn.Module) -> list[None]:
+    """One place a block, for code that fills them whether or not a cache is asked for."""
+    return [None] * (sizes_of(model)["n_layer"] or 1)
+
+
+def _called(model: nn.Module, method: str, *arguments: Any) -> Any:
+    return getattr(model, method)(*arguments)
+
+
+def _masks() -> Iterator[Argument]:
+    yield lambda x, m: None
+    yield lambda x, m: causal(x)
+    yield lambda x, m: causal(x).float().log()
+    yield lambda x, m: torch.zeros_like(x, dtype=torch.bool)
+    yield lambda x, m: causal(x)[None, None].expand(x.shape[0], 1, -1, -1)
+
+
+def causal(tokens: Tensor) -> Tensor:
+    """[T, T], True where a query may look."""
+    T = tokens.shape[1]
+    return torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+
+
+def _caller(first: Parameter, given: list[tuple[Parameter, Argument]]) -> Callable[..., Any]:
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        arguments = {p.name: make(tokens, model) for p, make in given}
+        return model(tokens, **{**arguments, **more})
+
+    return run
+
+
+# -- encoders with decoders: a fixed source, the same for every row
+
+
+def source(tokens: Tensor, vocab_size: int) -> Tensor:
+    """[B, 5]: the sentence that is always translated."""
+    ids = torch.arange(1, SOURCE_LENGTH + 1, device=tokens.device) % vocab_size
+    return ids.expand(tokens.shape[0], -1).contiguous()
+
+
+SEEN_SOURCES: tuple[Callable[[Tensor], Any], ...] = (
+    lambda s: None,
+    lambda s: torch.ones(s.shape[0], 1, 1, s.shape[1], dtype=torch.bool, device=s.device),
+    lambda s: torch.ones(s.shape[0], 1, s.shape[1], dtype=torch.bool, device=s.device),
+    lambda s: torch.zeros(s.shape[1], s.shape[1], dtype=torch.bool, device=s.device),
+)
+SEEN_TARGETS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda x: None,
+    lambda x: causal(x)[None, None].expand(x.shape[0], -1, -1, -1),
+    lambda x: causal(x)[None].expand(x.shape[0], -1, -1),
+    lambda x: ~causal(x),
+)
+
+
+def _encoder_decoder(parameters: list[Parameter], second: int, vocab_size: int) -> Iterator[Way]:
+    first, decoded = parameters[0], parameters[second]
+    required = [p for p in parameters if p.default is vocabulary.MISSING and p not in (first, decoded)]
+    of_source = [p for p in required if "mask" in p.name and any(s in p.name for s in ("src", "source", "enc", "mem"))]
+    of_target = [p for p in required if "mask" in p.name and p not in of_source]
+    others = [p for p in required if p not in of_source + of_target]
+    for of_s, of_t in _mask_pairs(bool(of_source or of_target)):
+
+        def run(model: nn.Module, tokens: Tensor, of_s: Any = of_s, of_t: Any = of_t, **more: Any) -> Any:
+            fixed = source(tokens, vocab_size)
+            given = {**{p.name: of_s(fixed) for p in of_source}, **{p.name: of_t(tokens) for p in of_target}}
+            given |= {p.name: next(_choices(p))(tokens, model) for p in others}
+            return model(**{first.name: fixed, decoded.name: tokens}, **{**given, **more})
+
+        says = ", ".join(p.name for p in (first, decoded, *required))
+        yield Way(f"forward({says})", run, f"{first.name} is a fixed source")
+
+
+def _mask_pairs(any_masks: bool) -> Iterator[tuple[Any, Any]]:
+    """Masks of source and target that go together; None and None last, as it may mean no causal mask."""
+    if any_masks:
+        yield from zip(SEEN_SOURCES[1:], SEEN_TARGETS[1:], strict=True)
+        yield SEEN_SOURCES[1], SEEN_TARGETS[2]
+    yield SEEN_SOURCES[0], SEEN_TARGETS[0]
+
+
+def _methods(model: nn.Module, vocab_size: int) -> Iterator[Way]:
+    """Models without a forward of that kind: encode, decode and project, or a method that gives logits."""
+    parts = [getattr(model, name, None) for name in ("encode", "decode", "project")]
+    if callable(parts[0]) and callable(parts[1]):
+        head = parts[2] or next((h for n in HEADS if (h := getattr(model, n, None)) is not None and callable(h)), None)
+        for of_s, of_t in _mask_pairs(True):
+
+            def run(model: nn.Module, tokens: Tensor, of_s: Any = of_s, of_t: Any = of_t, **more: Any) -> Any:
+                fixed = source(tokens, vocab_size)
+                seen = of_s(fixed)
+                memory = model.encode(fixed, seen)  # type: ignore[operator]
+                arguments = _in_order(model.decode, memory, seen, tokens, of_t(tokens))
+                hidden = model.decode(**arguments)  # type: ignore[operator]
+                return getattr(model, "project", head)(hidden) if head is not None else hidden  # type: ignore[misc]
+
+            yield Way("encode, decode, project", run, "a fixed source")
+    others = (name for name in dir(type(model)) if name.startswith("forward_"))  # forward_train: all positions
+    for name in dict.fromkeys((*METHODS, *others)):
+        method = getattr(type(model), name, None)
+        if inspect.isfunction(method) and name != "forward":
+            yield from _method(name, method)
+
+
+def _method(name: str, method: Callable) -> Iterator[Way]:
+    required = [
+        Parameter(p.name) for p in list(inspect.signature(method).parameters.values())[1:]
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]  # fmt: skip
+    for chosen in product(*(list(_choices(p)) for p in required[1:])):
+
+        def run(model: nn.Module, tokens: Tensor, chosen: Any = chosen, **more: Any) -> Any:
+            given = {p.name: make(tokens, model) for p, make in zip(required[1:], chosen, strict=True)}
+            return getattr(model, name)(tokens, **{**given, **more})
+
+        yield Way(f"{name}({', '.join(p.name for p in required)})", run)
+
+
+def _in_order(decode: Any, memory: Any, seen: Any, tokens: Tensor, causal_mask: Any) -> dict[str, Any]:
+    """The arguments of a decode method, told apart by name."""
+    given = {}
+    for name in inspect.signature(decode).parameters:
+        plain = vocabulary.squash(name)
+        if "mask" in plain:
+            given[name] = causal_mask if any(w in plain for w in ("tgt", "trg", "target", "dec")) else seen
+        elif plain in vocabulary.DECODED or plain in ("tokens", "idx"):
+            given[name] = tokens
+        elif any(w in plain for w in ("enc", "memory", "mem", "src")):
+            given[name] = memory
+    return given
+
+
+# -- ways made of other ways
+
+
+def _one_more(way: Way) -> Way:
+    """For a model that itself cuts the last token off its input."""
+
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        return way.run(model, torch.cat((tokens, tokens[:, -1:]), dim=1), **more)
+
+    return replace(
+        way, run=run, assumed="; ".join(filter(None, (way.assumed, "it drops the last token: one is added")))
+    )
+
+
+class _Handed(TorchFunctionMode):
+    """Keeps the logits that the model hands to its loss."""
+
+    logits: Tensor | None = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (nn.functional.cross_entropy, nn.functional.nll_loss):
+            self.logits = args[0] if args else (kwargs or {}).get("input")
+        return function(*args, **(kwargs or {}))
+
+
+def _of_a_loss(way: Way) -> Way:
+    """For a model that gives its loss alone."""
+
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        with _Handed() as handed:
+            loss = way.run(model, tokens, **more)
+        if handed.logits is None:
+            raise Unreadable(f"expected logits, got {described(loss)}, a loss: they have to be given as well")
+        return handed.logits
+
+    return replace(way, run=run, from_loss=True, assumed="it gives a loss: the logits are those that it is made of")
+
+
+def _with_head(model: nn.Module, way: Way) -> Iterator[Way]:
+    """For a model that gives hidden states and has a head beside."""
+    for name in HEADS:
+        if callable(getattr(model, name, None)):
+
+            def run(model: nn.Module, tokens: Tensor, name: str = name, **more: Any) -> Any:
+                output = way.run(model, tokens, **more)
+                hidden = output["last_hidden_state"] if isinstance(output, dict) else output
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+                return getattr(model, name)(hidden)
+
+            yield replace(way, says=f"{name}({way.says})", run=run, assumed=f"{name} makes logits of hidden states")
+
+
+def _padded(way: Way, block_of: Callable[[nn.Module], int]) -> Way:
+    """For a model that reads exactly block-size tokens."""
+
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        B, T = tokens.shape
+        filled = torch.cat((tokens, tokens.new_zeros(B, max(block_of(model) - T, 0))), dim=1)
+        return _cut(way.run(model, filled, **more), B, filled.shape[1], T)
+
+    return replace(
+        way, run=run, padded=True, assumed="it reads block-size tokens: shorter ones are padded at the right"
+    )
+
+
+def _cut(output: Any, B: int, S: int, T: int) -> Any:
+    """The first T positions of everything that has S."""
+    if isinstance(output, tuple | list):
+        return [_cut(item, B, S, T) for item in output]
+    if isinstance(output, Tensor) and output.dim() == 3 and output.shape[:2] == (B, S):
+        return output[:, :T]
+    if isinstance(output, Tensor) and output.dim() == 2 and output.shape[0] == B * S:
+        return output.view(B, S, -1)[:, :T]
+    return output
+
+
+def _one_by_one(parameters: list[Parameter]) -> Way:
+    start = next(p.name for p in parameters if vocabulary.squash(p.name) in vocabulary.STARTS)
+
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        steps = []
+        for t in range(tokens.shape[1]):
+            output = model(tokens[:, t : t + 1].contiguous(), **{start: t}, **more)
+            step = output[0] if isinstance(output, tuple | list) else output
+            steps.append(step.view(tokens.shape[0], 1, step.shape[-1]))
+        return torch.cat(steps, dim=1)
+
+    return Way(f"forward({parameters[0].name}, {start})", run, "it reads one token at a time")
+
+
+def _on_array(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+    return model(tokens.cpu().numpy(), **more)
+
+
+def _row_by_row() -> Way:
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        rows = [torch.as_tensor(model(row.tolist(), **more)) for row in tokens]
+        return torch.stack(rows)
+
+    return Way("f(ids)", run, "it reads one row of ids at a time")
+
+
+def _prepared(way: Way, block_of: Callable[[nn.Module], int]) -> Way:
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        set_up_caches(model, tokens.shape[0], block_of(model), tokens.device, anew=not more)
+        return way.run(model, tokens, **more)
+
+    return replace(way, run=run, assumed="setup_caches(B, block size) before each call")
+
+
+def set_up_caches(model: Any, B: int, capacity: int, device: Any, *, anew: bool) -> None:
+    """Caches that a model keeps for a larger batch do not fit a smaller one: it is made to forget them first.
+
+    `anew` for what is no continuation: what an earlier call left there, its graph too, is then gone.
+    """
+    if hasattr(model, "max_batch_size") and (anew or model.max_batch_size > B):
+        model.max_batch_size = 0
+    with torch.device(device):
+        model.setup_caches(B, capacity)

@@ -1,0 +1,164 @@
+"""A model's padding mask: the name of the argument, and by probing its shape, its polarity and its dtype.
+
+A form is obeyed if the content of masked tokens does not matter to real ones, while that of real tokens does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import vocabulary
+from .forward import causal, parameters_of
+
+DECLARED = vocabulary.words(
+    "attentionmask attnmask padmask paddingmask mask keypaddingmask srckeypaddingmask tgtkeypaddingmask inputmask "
+    "tokenmask seqmask sequencemask tgtmask trgmask srcmask masks ignore xmask tgtpaddingmask padmasks"
+)
+UNREAD = 1e-5  # what masked tokens may change, as a part of what real ones do: see "mask argument" among the laws
+
+
+@dataclass(frozen=True)
+class MaskForm:
+    """One way to write a padding mask [B, T], True for real tokens, as the argument of a model's forward."""
+
+    argument: str
+    dtype: torch.dtype = torch.bool
+    keep: bool = True  # whether true, or 1, marks real tokens rather than padding
+    shape: str = "[B, T]"
+    additive: bool = False  # 0 for real tokens and -∞ for padding
+    with_causal: bool = False  # the causal mask as well, in shapes that have two times T
+
+    def encode(self, mask: Tensor) -> Tensor:
+        mask = mask.bool()
+        B, T = mask.shape
+        seen = mask
+        if self.shape == "[B, 1, 1, T]":
+            seen = mask[:, None, None, :]
+        elif self.shape in ("[B, T, T]", "[B, 1, T, T]"):
+            seen = mask[:, None, :].expand(B, T, T)
+            if self.with_causal:
+                seen = seen & causal(mask) | torch.eye(T, dtype=torch.bool, device=mask.device)
+            seen = seen[:, None] if self.shape == "[B, 1, T, T]" else seen
+        if self.additive:
+            return torch.zeros(seen.shape, dtype=self.dtype, device=mask.device).masked_fill(~seen, -torch.inf)
+        return (seen if self.keep else ~seen).to(self.dtype)
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        says = "0 keeps, -inf drops" if self.additive else "true keeps" if self.keep else "true drops"
+        return f"{self.argument} {self.shape} {kind}, {says}"
+
+
+def mask_argument(model: nn.Module, taken: frozenset[str] = frozenset()) -> str | None:
+    """The parameter of forward that is named like a padding mask and not used otherwise."""
+    found = [p.name for p in parameters_of(model) if vocabulary.squash(p.name) in DECLARED and p.name not in taken]
+    return max(found, key=_declares, default=None)
+
+
+def _declares(name: str) -> int:
+    """How surely a name means padding."""
+    plain = vocabulary.squash(name)
+    return 2 * ("pad" in plain) + (plain in ("attentionmask", "mask")) - ("src" in plain)
+
+
+def forms(argument: str) -> Iterator[MaskForm]:
+    """The forms to try, the most usual first."""
+    usual = MaskForm(argument)
+    drop_first = "pad" in vocabulary.squash(argument)  # key_padding_mask: torch's own modules drop what is true
+    for shape in ("[B, T]", "[B, 1, 1, T]", "[B, T, T]", "[B, 1, T, T]"):
+        shaped = replace(usual, shape=shape, with_causal=shape.endswith("T, T]"))
+        for keep in (False, True) if drop_first else (True, False):
+            yield replace(shaped, keep=keep)
+            yield replace(shaped, keep=keep, dtype=torch.int64)
+            yield replace(shaped, keep=keep, dtype=torch.float32)
+        yield replace(shaped, dtype=torch.float32, additive=True)
+
+
+Read = Callable[..., Tensor]  # tokens [B, T] and arguments of forward, to logits [B, T, V]
+
+
+def obeyed(read: Read, form: MaskForm, tokens: Tensor, vocab_size: int) -> bool:
+    """Whether real tokens are deaf to what the form masks, and to nothing else."""
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, :2] = False
+    masked, real = tokens.clone(), tokens.clone()
+    masked[0, :2] = (masked[0, :2] + 1) % vocab_size
+    real[0, 2] = (real[0, 2] + 1) % vocab_size
+    given = {form.argument: form.encode(mask)}
+    first, other, third = (read(x, **given)[0, 2:] for x in (tokens, masked, real))
+    if not bool(first.isfinite().all()):
+        return False
+    heard = float((third - first)[1:].abs().max())
+    return heard > 0 and float((other - first).abs().max()) <= UNREAD * heard
+
+
+def runs(read: Read, form: MaskForm, tokens: Tensor) -> bool:
+    """Whether a call with the form is not refused."""
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, :2] = False
+    try:
+        read(tokens, **{form.argument: form.encode(mask)})
+    except Exception:
+        return False
+    return True
+
+
+def meet_mask(argument: str, read: Read, tokens: Tensor, vocab_size: int) -> tuple[MaskForm, ...]:
+    """The model's form first, then the same in the other dtypes that the model does not refuse; () for no form.
+
+    Where no form is obeyed but the usual one is accepted, that one is what the argument declares.
+    """
+    found = next((f for f in forms(argument) if _tried(read, f, tokens, vocab_size)), None)
+    if found is None:
+        found = next((f for f in forms(argument) if f.shape == "[B, T]" and runs(read, f, tokens)), None)
+    if found is None:
+        return ()
+    if "pad" not in vocabulary.squash(argument) and found.shape == "[B, 1, 1, T]":
+        found = _beside_causal(read, found, tokens, vocab_size) or found
+    others = [] if found.additive else [replace(found, dtype=d) for d in (torch.bool, torch.int64, torch.float32)]
+    return (found, *(form for form in others if form != found and runs(read, form, tokens)))
+
+
+def _beside_causal(read: Read, found: MaskForm, tokens: Tensor, vocab_size: int) -> MaskForm | None:
+    """The form that holds the causal mask as well, where the found one takes that of the model away and this does not.
+
+    Such an argument is the mask of attention: what is given stands in place of the one that the model makes.
+    """
+    whole = replace(found, shape="[B, 1, T, T]", with_causal=True)
+    ones, none = torch.ones_like(tokens, dtype=torch.bool), read(tokens)
+
+    def changes(form: MaskForm) -> bool:
+        return not torch.allclose(read(tokens, **{argument: form.encode(ones)}), none, rtol=0, atol=UNREAD)
+
+    argument = found.argument
+    return whole if changes(found) and _tried(read, whole, tokens, vocab_size) and not changes(whole) else None
+
+
+def _tried(read: Read, form: MaskForm, tokens: Tensor, vocab_size: int) -> bool:
+    try:
+        return obeyed(read, form, tokens, vocab_size)
+    except Exception:
+        return False
+
+
+def causal_forms(model: nn.Module, taken: frozenset[str] = frozenset()) -> Iterator[tuple[str, str, Any]]:
+    """Ways to hand a model its causal mask, for models that have none of their own: argument, words, maker."""
+    for parameter in parameters_of(model):
+        plain = vocabulary.squash(parameter.name)
+        if "mask" not in plain or "pad" in plain or parameter.name in taken:
+            continue
+        name = parameter.name
+        yield name, "True keeps", lambda x: causal(x)
+        yield name, "True drops", lambda x: ~causal(x)
+        yield (
+            name,
+            "-inf drops",
+            lambda x: torch.zeros(causal(x).shape, device=x.device).masked_fill(~causal(x), -torch.inf),
+        )
+        yield name, "[B, 1, T, T], True keeps", lambda x: causal(x)[None, None].expand(x.shape[0], 1, -1, -1)
+        yield name, "[B, T, T], True keeps", lambda x: causal(x)[None].expand(x.shape[0], -1, -1)

@@ -1,0 +1,98 @@
+"""What a project itself gives its settings: keywords, defaults, command-line options, YAML and JSON, read as text.
+
+Asked only where a constructor or a configuration wants a value that no size gives.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import vocabulary
+from .errors import shown
+from .sandbox import PROJECT_MARKS, Home
+
+ENDINGS = (".py", ".yaml", ".yml", ".json", ".toml", ".ipynb")
+MOST_FILES, MOST_BYTES = 300, 200_000
+SKIPPED = ("node_modules", "site-packages", "__pycache__", "venv")
+WORDS = {"true": True, "false": False, "null": None}  # of YAML and JSON
+ANNOTATION = r"(?::\s*[A-Za-z_][\w.\[\], |]*?)?"
+VALUE = r"""("[^"\n]*"|'[^'\n]*'|[-+.\w]+)"""
+
+
+class Project:
+    """The files around a subject, nearest first."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self._texts: list[tuple[str, str]] | None = None
+
+    def given(self, name: str) -> tuple[Any, str] | None:
+        """The first value that is written down for a setting, and the file; None where there is none."""
+        named = rf"""(?<![\w.])\\?["']?{re.escape(name)}\\?["']?\s*"""
+        assigned = re.compile(named + ANNOTATION + rf"[ \t]*[:=](?!=)[ \t]*{VALUE}")
+        option = re.compile(rf"""add_argument\(\s*["']--?{re.escape(name).replace("_", "[-_]")}["']([^)]*)\)""")
+        for file, text in self._read():
+            for match in option.finditer(text):
+                if (value := _of_option(match[1])) is not vocabulary.MISSING:
+                    return value, file
+            for match in assigned.finditer(text):
+                if (value := _literal(match[1])) is not vocabulary.MISSING:
+                    return value, file
+        return None
+
+    def _read(self) -> list[tuple[str, str]]:
+        if self._texts is None:
+            self._texts = []
+            for path in self._files():
+                try:
+                    if path.stat().st_size <= MOST_BYTES:
+                        self._texts.append((shown(str(path)), path.read_text(encoding="utf-8", errors="replace")))
+                except OSError:
+                    continue
+        return self._texts
+
+    def _files(self) -> list[Path]:
+        """The subject's own file, those beside it, then its project's, tests last."""
+        file = self.home.file
+        if file is None:
+            return []
+        marked = [f for f in self.home.far if any((f / mark).exists() for mark in PROJECT_MARKS)]
+        found = [file]
+        for root in (file.parent, *self.home.near, *(self.home.far if marked else ())):
+            found += [path for path in _under(root, MOST_FILES - len(found)) if path not in found]
+        return sorted(found, key=lambda path: (path != file, path.parent != file.parent, "test" in path.name))
+
+
+def _under(root: Path, most: int) -> Iterator[Path]:
+    for folder, inner, files in os.walk(root):
+        inner[:] = sorted(d for d in inner if not d.startswith(".") and d not in SKIPPED)
+        for name in sorted(files):
+            if name.endswith(ENDINGS):
+                if (most := most - 1) < 0:
+                    return
+                yield Path(folder, name)
+
+
+def _of_option(rest: str) -> Any:
+    if "store_true" in rest:
+        return False
+    if "store_false" in rest:
+        return True
+    default = re.search(rf"default\s*=\s*{VALUE}", rest)
+    return _literal(default[1]) if default else None if "default" not in rest else vocabulary.MISSING
+
+
+def _literal(text: str) -> Any:
+    """A number, string, switch or None; MISSING for a name or an expression."""
+    if text in WORDS:
+        return WORDS[text]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return vocabulary.MISSING
+    return value if isinstance(value, bool | int | float | str | None) else vocabulary.MISSING

@@ -1,0 +1,155 @@
+"""What a built model says of its own sizes: by its configuration, its tables and its repeated parts."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import vocabulary
+
+POSITIONS = re.compile(r"(^|\.|_)(w?pe|pos|positions?|positional|posemb|pos_?enc)(_|\.|$)")
+HOLDERS = ("config", "cfg", "args", "params", "hparams", "model_args", "conf")
+
+
+def sizes_of(model: nn.Module) -> dict[str, int | None]:
+    """Sizes that can be told from outside; None for those that cannot."""
+    found: dict[str, int | None] = dict.fromkeys(vocabulary.SIZES[:5])
+    for name, value in _declared(model):
+        size = vocabulary.size_of(name)
+        if size in found and found[size] is None and value > 0:
+            found[size] = value
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    if tables:
+        token = tables[0]
+        found["vocab_size"] = found["vocab_size"] or token.num_embeddings
+        found["n_embd"] = token.embedding_dim
+    positions = _position_rows(model, tables)
+    if positions is not None:
+        found["block_size"] = positions if found["block_size"] is None else min(found["block_size"], positions)
+    found["n_layer"] = _repeated(model) or found["n_layer"]
+    return found
+
+
+def reach(model: nn.Module, most: int, device: Any) -> int | None:
+    """How many tokens a plain forward reads at most; None where it reads `most`, or not even two."""
+
+    def reads(T: int) -> bool:
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, T, dtype=torch.long, device=device))
+        except Exception:  # whatever a foreign forward raises
+            return False
+        return True
+
+    if reads(most) or not reads(2):
+        return None
+    return bisect.bisect_left(range(3, most), True, key=lambda T: not reads(T)) + 2
+
+
+def _declared(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Integers by name: of the configuration that the model keeps, then of the model itself and its parts."""
+    for holder in (*(getattr(model, name, None) for name in HOLDERS), model, *list(model.modules())[1:]):
+        values = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+        for name, value in list(values.items()):
+            if isinstance(value, int) and not isinstance(value, bool):
+                yield str(name), value
+
+
+def _position_rows(model: nn.Module, tables: list[nn.Embedding]) -> int | None:
+    """Rows of a table of positions: a second embedding of the same width, or a parameter or buffer named for it."""
+    if not tables:
+        return None
+    width, rows = tables[0].embedding_dim, tables[0].num_embeddings
+    for name, module in model.named_modules():
+        other = isinstance(module, nn.Embedding) and module is not tables[0] and module.embedding_dim == width
+        if other and (_for_positions(name) or module.num_embeddings != rows):
+            return int(module.num_embeddings)
+    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        if tensor.dim() in (2, 3) and _for_positions(name) and tensor.shape[-1] == width:
+            found = [n for n in tensor.shape[:-1] if n > 1]
+            if len(found) == 1:
+                return int(found[0])
+    return None
+
+
+def _for_positions(name: str) -> bool:
+    return POSITIONS.search(name.rpartition(".")[2].lower()) is not None
+
+
+def _repeated(model: nn.Module) -> int | None:
+    """The length of the longest list of modules of one class."""
+    lengths = []
+    for module in model.modules():
+        children = list(module.children())
+        if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict) and children:
+            cls, count = Counter(type(c) for c in children).most_common(1)[0]
+            if count > 1 and any(True for _ in children[0].parameters()) and not issubclass(cls, nn.Linear):
+                lengths.append(count)
+    return lengths[0] if lengths else None
+
+
+def head_place(model: nn.Module, width: int) -> str:
+    """` (model.head: Linear to 50257)`, the module that makes logits of that width."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == width:
+            return f" ({name} is a Linear to {width})"
+    return ""
+
+
+BY_ITSELF = {"_parameters", "_buffers", "_modules", "training"}  # what is put back in a way of its own
+
+
+class Restored:
+    """One model, as it was at every call: parts, attributes (a rate, a forward of its own), weights, buffers.
+
+    The same object each time: a copy may share what it should not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.attributes = [(m, _plain(m)) for m in model.modules()]
+        self.parts = [(m, dict(m._modules), dict(m._parameters)) for m in model.modules()]  # checks take blocks out
+        tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+        self.kept = {name: (t.detach().clone(), t.requires_grad) for name, t in tensors}
+
+    def __call__(self) -> nn.Module:
+        for module, modules, parameters in self.parts:
+            _put_back(module._modules, modules)
+            _put_back(module._parameters, parameters)
+        for module, attributes in self.attributes:
+            for name in _plain(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+        tensors: list[tuple[str, Any]] = [*self.model.named_parameters(), *self.model.named_buffers()]
+        for name, tensor in tensors:
+            if name in self.kept:
+                before, gradient = self.kept[name]
+                tensor.data = before.clone()
+                tensor.grad = None
+                if tensor.is_leaf:
+                    tensor.requires_grad_(gradient)
+        return self.model
+
+    def leave(self) -> None:
+        """For good: also in training or evaluation, part by part, as it was given to us."""
+        self()
+        for module, training in self.modes:
+            module.training = training
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in BY_ITSELF}
+
+
+def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    if list(now.items()) != list(before.items()):
+        now.clear()
+        now.update(before)

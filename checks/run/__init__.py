@@ -1,0 +1,1 @@
+"""One run behind three doors: pytest, a notebook, a supervised command."""

@@ -1,0 +1,193 @@
+"""What the sanity checks leave behind: a folder each with weights, config, metrics, samples and curves, and a report.
+
+Written from the results alone; the pictures once, when the run is over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..check_sanity import Learned
+    from .verdict import Verdict
+
+FOLDERS = {
+    "check_sanity.check_memorizes_the_sentence": "sanity_check_1",
+    "check_sanity.check_learns_only_unmasked_targets": "sanity_check_2",
+}
+TITLES = {"sanity_check_1": "Every target carries loss", "sanity_check_2": "The first three targets carry none"}
+THRESHOLDS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+COLOURS = {"training": "#1f5fa8", "validation": "#d9822b", "all targets": "#8a8a8a"}
+
+
+def save_run(out: Path, verdict: Verdict) -> None:
+    """The folder of one sanity check, as soon as it has run. Raises OSError or CheckpointError where it cannot be."""
+    learned: Learned = verdict.kept["learned"]
+    folder = out / FOLDERS[verdict.check]
+    folder.mkdir(parents=True, exist_ok=True)
+    learned.trainer.save(folder / "checkpoint.pt")
+    write(folder / "config.json", json.dumps(configuration(learned), indent=2, ensure_ascii=False, default=str) + "\n")
+    write(folder / "metrics.jsonl", "".join(json.dumps(finite(record)) + "\n" for record in learned.curve))
+    write(folder / "samples.txt", samples(learned))
+
+
+def configuration(learned: Learned) -> dict[str, Any]:
+    config: Any = getattr(learned.trainer.model, "config", None)
+    return {
+        "task": {"sentence": learned.task.sentence, "skip": learned.task.skip},
+        "model": asdict(config) if hasattr(config, "__dataclass_fields__") else learned.sizes,
+        "recipe": learned.recipe,
+        "training": asdict(learned.trainer.config),
+    }
+
+
+def finite(record: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if math.isfinite(value)}
+
+
+def samples(learned: Learned) -> str:
+    return "".join(f"{how:<22}{prompt!r} → {said!r}\n" for how, prompt, said in learned.samples)
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def finish(out: Path, subject: str, verdicts: Iterable[Verdict]) -> list[Path]:
+    """Pictures and report of whatever sanity checks ran; the files written."""
+    runs = {FOLDERS[v.check]: v for v in verdicts if v.check in FOLDERS and "learned" in v.kept}
+    if not runs:
+        return []
+    written = []
+    for name, verdict in runs.items():
+        written.append(save_figure(loss_figure(TITLES[name], verdict.kept["learned"]), out / name / "loss.png"))
+    if len(runs) == 2:
+        written.append(save_figure(comparison_figure(runs), out / "comparison.png"))
+    report = out / "report.md"
+    write(report, report_text(subject, runs))
+    return [*written, report]
+
+
+# pictures
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def new_figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 if panels == 1 else 10.5, 4.2), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for ax in axes:
+        ax.set_yscale("log")
+        ax.set_xlabel("optimizer steps")
+        ax.grid(visible=True, which="major", alpha=0.3)
+    axes[0].set_ylabel("loss (nats a target)")
+    return figure, list(axes)
+
+
+def draw(ax: Axes, learned: Learned, key: str, label: str, **style: Any) -> None:
+    """One curve; a single record is a point, for a line through it would show nothing."""
+    records = [record for record in learned.curve if key in record]
+    style.setdefault("marker", "o" if len(records) == 1 else None)
+    ax.plot([r["step"] for r in records], [r[key] for r in records], label=label, **style)
+
+
+def loss_figure(title: str, learned: Learned) -> Figure:
+    figure, (ax,) = new_figure()
+    draw(ax, learned, "loss", "training", color=COLOURS["training"])
+    draw(ax, learned, "validation_loss", "validation", color=COLOURS["validation"], linestyle="--")
+    finish_axes(ax, title)
+    return figure
+
+
+def finish_axes(ax: Axes, title: str) -> None:
+    ax.axhline(THRESHOLDS[-1], color="black", linewidth=0.8, linestyle=":", label="learned: 1e-5")
+    ax.set_title(title)
+    ax.legend(frameon=False)
+
+
+def comparison_figure(runs: dict[str, Verdict]) -> Figure:
+    """Both maskings side by side: what carries loss is learned, what carries none pulls the mean of all targets up."""
+    figure, axes = new_figure(len(runs))
+    for ax, (name, verdict) in zip(axes, sorted(runs.items()), strict=True):
+        learned = verdict.kept["learned"]
+        draw(ax, learned, "validation_loss", "targets that carry loss", color=COLOURS["training"])
+        draw(ax, learned, "all_targets_loss", "all targets", color=COLOURS["all targets"], linestyle="--")
+        finish_axes(ax, TITLES[name])
+    return figure
+
+
+# report
+
+
+def report_text(subject: str, runs: dict[str, Verdict]) -> str:
+    parts = [f"# Sanity checks of {subject}\n"]
+    for name, verdict in sorted(runs.items()):
+        parts.append(section(name, verdict))
+    if len(runs) == 2:
+        parts.append("## Both maskings\n\n![both maskings](comparison.png)\n")
+    return "\n".join(parts)
+
+
+def section(name: str, verdict: Verdict) -> str:
+    learned: Learned = verdict.kept["learned"]
+    return "\n".join(
+        [
+            f"## {TITLES[name]}: {verdict.outcome}\n",
+            f"{verdict.rule}\n",
+            *([f"{verdict.says}\n"] if verdict.says else []),
+            setup(learned) + "\n",
+            losses_table(learned),
+            thresholds_table(learned),
+            f"![loss curves]({name}/loss.png)\n",
+            f"```\n{samples(learned)}```\n",
+        ]
+    )
+
+
+def setup(learned: Learned) -> str:
+    task, training = learned.task, learned.trainer.config
+    parameters = sum(p.numel() for p in learned.trainer.model.parameters())
+    sizes = ", ".join(f"{name} {value}" for name, value in learned.sizes.items())
+    kept = f"the first {task.skip} of {len(task.sentence)} targets carry no loss" if task.skip else "all carry loss"
+    return (
+        f"“{task.sentence}”: {kept}; {len(task.train)} training, {len(task.validation)} validation and "
+        f"{len(task.test)} test copies. {parameters:,} parameters ({sizes}). {learned.recipe.capitalize()} recipe: "
+        f"{training.optimizer} {training.learning_rate:g}, betas {training.beta1:g} and {training.beta2:g}, "
+        f"batch {training.batch_size}, warm-up {training.warmup_steps}, seed {training.seed}; "
+        f"{learned.trainer.steps_done} steps."
+    )
+
+
+def losses_table(learned: Learned) -> str:
+    rows = ["| loss over unmasked targets | before | after |", "|---|---|---|"]
+    rows += [
+        f"| {split} | {learned.before[split]:.4g} | {learned.after[split]:.3g} |"
+        for split in ("train", "validation", "test")
+    ]
+    if learned.task.skip:
+        rows.append(f"| masked targets (training text) | | {learned.masked:.4g} |")
+    return "\n".join(rows) + "\n"
+
+
+def thresholds_table(learned: Learned) -> str:
+    steps = [learned.crossed(threshold) for threshold in THRESHOLDS]
+    return "\n".join(
+        [
+            "| training loss at most | " + " | ".join(f"{t:g}" for t in THRESHOLDS) + " |",
+            "|---" * (len(THRESHOLDS) + 1) + "|",
+            "| first at step | " + " | ".join("never" if s is None else str(s) for s in steps) + " |\n",
+        ]
+    )

@@ -1,0 +1,206 @@
+"""The checks in a process of their own, watched: its verdict lines read, its silence bounded, its end explained.
+
+Imports nothing that takes time, so that a mistake on the command line is answered at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CHECKS = Path(__file__).resolve().parents[1]
+ROOT = str(
+    Path(str(sys.modules[__name__.partition(".")[0]].__file__)).resolve().parents[1]
+)  # where the package is found
+PATIENCE = 300.0  # seconds without a new verdict
+USAGE = """usage: transformer-checks FILE[:NAME] [options], or python -m transformer_checks FILE[:NAME] [options]
+
+FILE.py[:NAME], NOTEBOOK.ipynb[:NAME] or package.module:NAME is the model to check; `transformer` is this project's own.
+Options are those of `pytest --model`: --seed N, --checkpoint FILE, --with PART=FILE:NAME, -k WORDS, -m sanity, …
+  --patience SECONDS   how long one check may take before the run is stopped (default: 300)"""
+# Runs in the child. Neither the working directory nor ours comes before the standard library.
+BOOT = """
+import json, sys
+sys.path.append({root!r})
+import pytest
+code = pytest.main(sys.argv[2:])
+with open(sys.argv[1], "a", encoding="utf-8") as file:
+    file.write(json.dumps({{"ended": int(code)}}) + "\\n")
+sys.exit(int(code))
+"""
+
+
+@dataclass
+class Watched:
+    """What the child has written so far."""
+
+    running: str = ""  # the check that started and has no verdict yet
+    judged: int = 0
+    passed: bool = False  # a summary was written, and checks were executed
+    ended: int | None = None  # pytest's exit code, once it came to its end
+    reported: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, line: str) -> None:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        if "started" in record:
+            self.running = record["started"]
+        elif "check" in record:
+            self.running, self.judged = "", self.judged + 1
+        elif "summary" in record:
+            self.passed = record["summary"].get("executed", 0) > 0
+        elif "ended" in record:
+            self.ended = record["ended"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: pytest's own, or 1 where the process did not come to its end. By default of the command line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if given else 4
+    if given[0].startswith("-"):
+        print(f"the first argument is the model, got {given[0]}\n{USAGE}", file=sys.stderr)
+        return 4
+    try:
+        patience = _taken(given, "--patience", PATIENCE)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 4
+    with tempfile.TemporaryDirectory() as folder:
+        return _supervise(given, patience, Path(folder))
+
+
+def _taken(given: list[str], option: str, default: float) -> float:
+    """The value of an option of our own, which is taken out of the arguments."""
+    for index, text in enumerate(given):
+        name, equals, value = text.partition("=")
+        if name == option:
+            value = value if equals else (given[index + 1] if index + 1 < len(given) else "")
+            del given[index : index + (1 if equals else 2)]
+            try:
+                return float(value)
+            except ValueError:
+                raise ValueError(f"{option} takes seconds, got {value!r}") from None
+    return default
+
+
+def _supervise(given: list[str], patience: float, folder: Path) -> int:
+    verdicts, errors = folder / "verdicts.jsonl", folder / "stderr.txt"
+    ours = next((given[i + 1] for i, text in enumerate(given[:-1]) if text == "--verdicts"), None)
+    path = Path(ours) if ours else verdicts
+    start = path.stat().st_size if path.exists() else 0
+    options = given[1:] if ours else [*given[1:], "--verdicts", str(verdicts)]
+    # No conftest is read: this run is about the model alone, and a conftest's folder would come before the installed.
+    command = [sys.executable, "-P", "-X", "faulthandler", "-c", BOOT.format(root=ROOT), str(path)]
+    command += [
+        "-p",
+        f"{__name__.removesuffix('.run.supervisor')}.plugin",
+        "--noconftest",
+        "--model",
+        given[0],
+        *options,
+    ]
+    with open(errors, "wb") as stderr:
+        child = subprocess.Popen(command, stderr=stderr)
+        watched = Watched()
+        hung = _watch(child, path, start, watched, patience)
+    said = errors.read_text(encoding="utf-8", errors="replace")
+    if watched.ended is not None and not hung:
+        sys.stderr.write(said)
+        green = watched.ended == 0
+        return (
+            (0 if watched.passed and not watched.running else 1)
+            if green and "--collect-only" not in given
+            else watched.ended
+        )
+    print(_obituary(child.returncode, watched, said, hung, patience, given[0]), file=sys.stderr)
+    return 1
+
+
+def _watch(child: subprocess.Popen, path: Path, start: int, watched: Watched, patience: float) -> bool:
+    """Reads verdicts until the child ends; True if it was silent for too long and had to be stopped."""
+    rest, heard = b"", time.monotonic()
+    try:
+        while True:
+            over = child.poll() is not None
+            if path.exists():
+                with open(path, "rb") as file:
+                    file.seek(start)
+                    new = file.read()
+                start += len(new)
+                *whole, rest = (rest + new).split(b"\n")
+                for line in whole:
+                    watched.read(line.decode("utf-8", "replace"))
+                heard = time.monotonic() if new else heard
+            if over:
+                return False
+            if time.monotonic() - heard > patience:
+                _stop(child)
+                return True
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGINT)
+        child.wait()
+        return False
+
+
+def _stop(child: subprocess.Popen) -> None:
+    """First asked to say where it is (faulthandler prints its stack at SIGABRT), then stopped."""
+    child.send_signal(signal.SIGABRT)
+    try:
+        child.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _obituary(code: int, watched: Watched, said: str, hung: bool, patience: float, model: str) -> str:
+    """What is said of a process that did not come to its end."""
+    if hung:
+        how = f"was silent for {patience:g} s and was stopped"
+    elif code < 0:
+        how = f"was killed by {_signal(-code)}"
+    else:
+        how = f"ended itself with exit code {code}"
+    when = (
+        f"in {watched.running}"
+        if watched.running
+        else "before its first check"
+        if not watched.judged
+        else "between checks"
+    )
+    lines = [f"✗ the process of {model} {how} {when}; {watched.judged} checks had a verdict. This run is not green."]
+    place = _last_line(said)
+    if place:
+        lines.append(f"  where   {place}")
+    return "\n".join(lines)
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _last_line(said: str) -> str:
+    """The innermost line of somebody's own code in the stack that faulthandler printed."""
+    stack = said[said.rfind("most recent call first") :] if "most recent call first" in said else ""
+    for file, line, function in re.findall(r'File "(.+?)", line (\d+) in (.+)', stack):
+        installed = f"{os.sep}site-packages{os.sep}" in file or file.startswith((sys.prefix, sys.base_prefix, "<"))
+        if not installed and not file.startswith(str(CHECKS) + os.sep):
+            return f"{os.path.relpath(file)}:{line} in {function}"
+    return ""

@@ -1,0 +1,152 @@
+"""What one check says about one subject, as data: running a check, and what it left behind."""
+
+from __future__ import annotations
+
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from .. import checks_in
+from ..expect import CheckFailed, NotApplicable, Where, remarks
+
+Outcome = Literal["passed", "failed", "error", "not_applicable", "skipped", "blocked"]
+LEARNING = ("gradients", "optimizer")  # themes that are about parameters
+NOTHING_TO_LEARN = "the model has no parameters to train: there is nothing to differentiate"
+STOPS_OTHERS = ("failed", "error", "blocked")
+BACKWARD = "check_gradients.check_every_parameter_gets_a_gradient"  # tells of a graph that cannot be walked back
+
+
+@dataclass
+class Verdict:
+    """One line of the report. `rule` is the check's sentence, `says` what happened."""
+
+    check: str  # check_causality.check_future_cannot_change_past
+    theme: str  # causality
+    outcome: Outcome
+    rule: str
+    says: str = ""
+    evidence: dict[str, Any] = field(default_factory=dict)
+    where: Where | None = None
+    likely: tuple[str, ...] = ()
+    advice: str = ""
+    remarks: list[str] = field(default_factory=list)
+    example: dict[str, Any] = field(default_factory=dict)
+    reproduce: str = ""
+    seconds: float = 0.0
+    kept: dict[str, Any] = field(default_factory=dict)  # live objects, for whoever ran the check
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the live objects."""
+        return asdict(replace(self, kept={}))
+
+
+def check_id(check: Callable) -> str:
+    return f"{check.__module__.rpartition('.')[2]}.{check.__name__}"
+
+
+def theme(check: Callable) -> str:
+    return check.__module__.rpartition(".")[2].removeprefix("check_")
+
+
+def rule(check: Callable) -> str:
+    return " ".join((check.__doc__ or check.__name__).strip().split("\n\n")[0].split())
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """What a subject warns of is its own business, also where whoever runs the checks makes every warning an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@unwarned()
+def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verdict:
+    """Runs one check, unless a check that it needs did not pass; never raises for what a subject does.
+
+    `earlier` holds the verdicts so far by check id. KeyboardInterrupt passes through.
+    """
+    verdict = Verdict(check_id(check), theme(check), "passed", rule(check), reproduce=subject.reproduce(check))
+    for name in getattr(check, "needs", ()):
+        if name in earlier and earlier[name].outcome in STOPS_OTHERS:
+            verdict.outcome, verdict.says = "blocked", f"needs {name}, which {earlier[name].outcome}"
+            return verdict
+    if verdict.theme in LEARNING and not getattr(subject, "learns", True):
+        verdict.outcome, verdict.says = "not_applicable", NOTHING_TO_LEARN
+        return verdict
+    start = time.perf_counter()
+    with remarks() as mine, one_thread():
+        try:
+            check(subject)
+        except CheckFailed as failure:
+            found = failure.finding
+            verdict.outcome, verdict.says = "failed", found.says
+            verdict.where = found.where or _last_own_line(failure.__context__, subject)
+            verdict.evidence, verdict.likely = dict(found.evidence), found.likely
+            verdict.advice, verdict.example = found.advice, found.example
+        except NotApplicable as reason:
+            verdict.outcome, verdict.says, verdict.evidence = "not_applicable", reason.reason, dict(reason.evidence)
+        except Exception as error:
+            if _wants_gradients(error) and not getattr(subject, "learns", True):
+                verdict.outcome, verdict.says = "not_applicable", NOTHING_TO_LEARN
+                return verdict
+            if _not_on_the_cpu(error, subject):
+                verdict.outcome, verdict.says = "not_applicable", f"PyTorch cannot do this on the CPU: {error}"
+                return verdict
+            if verdict.check != BACKWARD and _backward_fails(error, subject):
+                verdict.outcome, verdict.says = "blocked", f"needs {BACKWARD}, which failed: {error}"
+                return verdict
+            verdict.outcome, verdict.says = "error", f"{type(error).__name__}: {error}"
+            verdict.where = _last_own_line(error, subject)
+    if subject.device.type == "meta" and verdict.outcome in ("failed", "error"):
+        verdict.outcome = "not_applicable"
+        verdict.says = f"nothing is computed on the meta device, so nothing can be said of it: {verdict.says}"
+    verdict.seconds = round(time.perf_counter() - start, 4)
+    verdict.evidence = {**mine.evidence, **verdict.evidence}
+    verdict.remarks, verdict.kept = mine.advice, mine.kept
+    return verdict
+
+
+def _wants_gradients(error: Exception) -> bool:
+    """Whether torch says that there is nothing to differentiate, to train or to save."""
+    says = ("does not require grad", "empty parameter list", "non-empty list of Tensors", "no parameter to train")
+    return any(words in str(error) for words in says)
+
+
+def _not_on_the_cpu(error: Exception, subject: Any) -> bool:
+    """Whether torch, not the subject, says that it has no such operation where the subject runs."""
+    if subject.device.type != "cpu" or not isinstance(error, NotImplementedError) or "CPU" not in str(error):
+        return False
+    return not subject.owns(traceback.extract_tb(error.__traceback__)[-1].filename)
+
+
+def _backward_fails(error: Exception, subject: Any) -> bool:
+    """Whether a value that backward needs was changed in place, wherever the model is asked for gradients."""
+    if "modified by an inplace operation" not in str(error):
+        return False
+    told = next(check for check in checks_in("gradients") if check_id(check) == BACKWARD)
+    return judge(told, subject, {}).outcome == "failed"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Checks build small models, on which threads cost more than they give, and on a busy machine far more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _last_own_line(error: BaseException | None, subject: Any) -> Where | None:
+    """The last line of the subject's own code that an exception went through."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    theirs = [frame for frame in frames if subject.owns(frame.filename)]
+    return Where(theirs[-1].name, "", theirs[-1].filename, theirs[-1].lineno or 0) if theirs else None

@@ -1,0 +1,255 @@
+"""How a foreign train_step is met: its parameters by their names, its batch by trying. Nothing here judges.
+
+A `MetStep` makes one optimizer step on examples, lists of token ids of equal length, in the form that it takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..expect import NotApplicable
+from .explained import parallel
+from .runs import Example, Losses, Step, examples, flat, model_of
+
+NAMES = {
+    "model": "model net network m gpt lm transformer",
+    "optimizer": "optimizer optimiser optim opt",
+    "batch": "batch data sample minibatch mini_batch",
+    "tokens": "x xb inputs input input_ids tokens idx ids src input_batch x_batch context token_ids",
+    "targets": "y yb targets target labels label tgt trg target_batch y_batch",
+    "mask": "mask attention_mask loss_mask attn_mask",
+    "loss": "loss_fn criterion loss_function loss_func crit lossfn loss",
+    "scheduler": "scheduler lr_scheduler sched",
+    "scaler": "scaler grad_scaler",
+    "device": "device",
+    "clip": "clip max_norm grad_clip clip_norm max_grad_norm grad_clip_norm clip_value clip_grad",
+    "count": "step it iteration i epoch global_step iter step_num iter_num",
+    "vocabulary": "vocab_size n_vocab",
+}
+ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
+ALWAYS = ("model", "optimizer", "batch", "tokens", "targets")  # given even where they have a default
+FORMS = ("(tokens, targets)", "{input_ids, labels}, both alike", "{tokens, targets, …}", "tokens alone")
+IGNORED = -100  # the target of padding, as PyTorch's own cross entropy has it
+SURE = 1 - 1e-6  # cosine of two updates that are the same but for their length
+RATE = 0.05
+ROWS = (5, 8)  # in a batch; micro-batches of five are uneven, and some steps insist on even ones
+CALLS = 16  # after which a step that accumulates over calls has moved the weights
+
+
+class Criterion(nn.Module):
+    """A loss for a step that wants one handed over: cross entropy of logits and targets in whatever layout."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if logits.dim() == 3 and logits.shape[:2] != targets.shape and logits.shape[::2] == targets.shape:
+            logits = logits.transpose(1, 2)  # [B, V, T]
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+class Fields(dict):
+    """A batch by names, as keys and as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to(self, device: Any) -> Fields:
+        return Fields({name: value.to(device) for name, value in self.items()})
+
+
+@dataclass(frozen=True)
+class MetStep:
+    """A subject's train_step and how it is called."""
+
+    function: Callable
+    roles: dict[str, str]  # parameter → role
+    form: str
+    right: bool  # its update on a first batch is along the gradient of the next-token loss
+    factor: float  # length of that update against the gradient's
+    dtype: torch.dtype
+    first: Step  # what it did there
+    calls: int = 1  # until the weights moved: more than one where gradients are accumulated over calls
+
+    @property
+    def says(self) -> str:
+        return f"train_step({', '.join(self.roles)}), batch as {self.form}"
+
+    def run(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Example], **given: Any) -> Step:
+        """One optimizer step. `given` are roles that the function takes, in place of neutral values."""
+        return one_step(self.function, self.roles_with(given), self.form, model, optimizer, batch, given)[0]
+
+    def takes(self, role: str) -> str | None:
+        """The parameter for a role, also one that has a default."""
+        return next((name for name, found in every_role(self.function).items() if found == role), None)
+
+    def roles_with(self, given: dict[str, Any]) -> dict[str, str]:
+        return {**self.roles, **{name: role for role in given if (name := self.takes(role))}}
+
+
+def met_step(subject: Any) -> MetStep:
+    """The subject's train_step. Raises NotApplicable where it has none, or none that can be called."""
+    met = _meet(subject)
+    if isinstance(met, NotApplicable):
+        raise NotApplicable(met.reason, **met.evidence)
+    return met
+
+
+@functools.lru_cache(maxsize=4)
+def _meet(subject: Any) -> MetStep | NotApplicable:
+    function = getattr(subject.parts, "train_step", None)
+    if function is None:
+        return NotApplicable("the subject brings no train_step")
+    roles = parameter_roles(function)
+    if isinstance(roles, str):
+        return NotApplicable(roles)
+    errors: list[str] = []
+    found = list(trials(subject, function, roles, errors))
+    if not found:
+        return NotApplicable("no way of calling train_step was found", tried=list(dict.fromkeys(errors)))
+    return next((met for met in found if met.right), found[0])
+
+
+def trials(subject: Any, function: Callable, roles: dict[str, str], errors: list[str]) -> Iterator[MetStep]:
+    """One step in every form that the function takes; the first that follows the gradient is the last tried."""
+    forms = FORMS if "batch" in roles.values() else FORMS[:2] if "targets" in roles.values() else FORMS[3:]
+    ran = False
+    for rows, dtype in itertools.product(ROWS, (torch.float64, torch.float32)):
+        if ran:
+            return  # float32 is for what float64 cannot be handed to, not for a second look
+        batch = equal_examples(subject, rows, seed=1)
+        for form in forms:
+            model = model_of(subject).to(dtype)
+            optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+            gradient = Losses(subject, model).mean(batch)[0]
+            try:
+                with warnings.catch_warnings():  # of trying what the function does not take
+                    warnings.simplefilter("ignore")
+                    step, calls = one_step(function, roles, form, model, optimizer, batch)
+            except Exception as error:
+                errors.append(f"{form}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
+                continue
+            ran = True
+            towards = -step.update / optimizer.param_groups[0]["lr"]
+            right = parallel(towards, gradient) > (SURE if dtype == torch.float64 else 1 - 1e-4)
+            factor = float(towards.norm() / gradient.norm())
+            yield MetStep(function, roles, form, right, factor, dtype, step, calls)
+            if right:
+                return
+
+
+def one_step(
+    function: Callable,
+    roles: dict[str, str],
+    form: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Example],
+    given: dict[str, Any] | None = None,
+) -> tuple[Step, int]:
+    """Calls until the weights move, or for nothing: no gradient is left for a later call. What it did, and how many."""
+    before, n = flat(model), 0
+    while True:
+        result = call(function, roles, form, model, optimizer, batch, {"count": n, **(given or {})})
+        n += 1
+        waits = any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+        if n == CALLS or not waits or not torch.equal(before, flat(model)):
+            return Step(list(batch), reported(result), before, flat(model)), n
+
+
+def equal_examples(subject: Any, count: int, *, seed: int = 0) -> list[Example]:
+    """Short enough for a step that reads whole examples and shifts inside."""
+    return examples(subject, count, ragged=False, seed=seed, longest=subject.sizes.block_size - 1)
+
+
+def parameter_roles(function: Callable) -> dict[str, str] | str:
+    """What each parameter is for; a sentence if one that has to be given is for nothing known here."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return "the parameters of train_step cannot be read"
+    roles: dict[str, str] = {}
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        role, required = ROLES.get(parameter.name.lower()), parameter.default is parameter.empty
+        if role is None and required:
+            return f"train_step takes {parameter.name!r}, and what that is is not known here"
+        if role is not None and (required or role in ALWAYS):
+            roles[parameter.name] = role
+    missing = {"model", "optimizer"} - set(roles.values())
+    return f"train_step takes no {' and no '.join(sorted(missing))}" if missing else roles
+
+
+def every_role(function: Callable) -> dict[str, str]:
+    """What each parameter of a known name is for, those with a default included."""
+    named = inspect.signature(function).parameters
+    return {name: ROLES[name.lower()] for name in named if name.lower() in ROLES}
+
+
+def call(
+    function: Callable,
+    roles: dict[str, str],
+    form: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Example],
+    given: dict[str, Any],
+) -> Any:
+    device = next(model.parameters()).device
+    longest = max(map(len, batch))
+    whole = torch.tensor([[*example, *[0] * (longest - len(example))] for example in batch], device=device)
+    labels = torch.tensor([[*example, *[IGNORED] * (longest - len(example))] for example in batch], device=device)
+    tokens, targets = whole[:, :-1].contiguous(), labels[:, 1:].contiguous()
+    if form == FORMS[1]:
+        tokens, targets = whole, labels
+    values = {
+        "model": model,
+        "optimizer": optimizer,
+        "batch": in_form(form, whole, tokens, targets),
+        "tokens": whole if form == FORMS[3] else tokens,
+        "targets": targets,
+        "mask": (targets != IGNORED).long(),
+        "loss": Criterion(),
+        "scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+        "scaler": torch.amp.GradScaler(enabled=False),
+        "device": whole.device,
+        "clip": 1e9,
+        "count": 0,
+        "vocabulary": getattr(model, "vocab_size", 0),
+    }
+    values |= given
+    return function(**{name: values[role] for name, role in roles.items()})
+
+
+def in_form(form: str, whole: Tensor, tokens: Tensor, targets: Tensor) -> Any:
+    if form == FORMS[0]:
+        return tokens, targets
+    if form == FORMS[3]:
+        return whole
+    if form == FORMS[1]:  # as the transformers library has it, which takes these names and no others
+        return Fields(input_ids=tokens, attention_mask=(targets != IGNORED).long(), labels=targets)
+    names = dict.fromkeys(("input_ids", "tokens", "inputs", "x"), tokens)
+    names |= dict.fromkeys(("labels", "targets", "target", "y"), targets)
+    return Fields(names | dict.fromkeys(("attention_mask", "mask", "loss_mask"), (targets != IGNORED).long()))
+
+
+def reported(result: Any) -> float | None:
+    """The loss among what a step returned."""
+    if isinstance(result, dict):
+        result = result.get("loss", next(iter(result.values()), None))
+    if isinstance(result, tuple | list):
+        result = result[0] if result else None
+    if isinstance(result, Tensor) and result.numel() == 1:
+        return float(result.detach())
+    return float(result) if isinstance(result, float | int) and not isinstance(result, bool) else None

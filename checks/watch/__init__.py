@@ -1,0 +1,1 @@
+"""What a forward did: calls of modules, products, softmax, dropout, casts and draws, seen from outside."""

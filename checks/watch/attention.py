@@ -1,0 +1,176 @@
+"""What attention does, seen from PyTorch's own functions: queries, keys, softmax, masks."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..probes.ablation import blocks_of
+from ..probes.influence import call
+from .calls import Call, recorded
+
+ROTARY = re.compile(r"rotary|rotate_half|\brope\b|apply_rope|freqs_cis|rotate_every", re.IGNORECASE)
+WIDE = ("no-causal-mask", "bool-mask-added-as-float", "mask-multiplied-after-softmax")
+PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+
+
+def mentions_rotary(model: nn.Module) -> bool:
+    """Whether the class of a module, or its source, names rotary positions."""
+    return any(
+        ROTARY.search(kind.__name__) or ROTARY.search(_source(kind)) for kind in {type(m) for m in model.modules()}
+    )
+
+
+def _source(kind: type) -> str:
+    if kind.__module__.startswith("torch."):
+        return ""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
+
+
+@dataclass
+class Seen:
+    """What one attention did, in a sentence, and the known bugs that do so; none where it keeps to the past."""
+
+    says: str
+    causes: tuple[str, ...] = ()
+
+
+class Attentions(TorchFunctionMode):
+    """Looks at every softmax over [.., T, T] scores and every fused attention: who may look at whom."""
+
+    def __init__(self, T: int) -> None:
+        super().__init__()
+        self.T = T
+        self.found: list[Seen] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            self.found.append(fused(*args, **kwargs))
+        elif getattr(func, "__name__", "") == "softmax" and args and args[0].shape[-2:] == (self.T, self.T):
+            self.found.append(stepwise(args[0], result, kwargs.get("dim", args[1] if len(args) > 1 else -1)))
+        return result
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Seen:
+    is_causal = more.get("is_causal", rest[1] if len(rest) > 1 else False)
+    if is_causal or q.shape[-2] == 1:
+        return Seen("scaled_dot_product_attention was called with is_causal")
+    if attn_mask is None:
+        return Seen("Fused attention was called without is_causal and without a mask", ("no-causal-mask",))
+    shown = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+    return Seen("The mask handed to scaled_dot_product_attention shows later keys", opened(shown))
+
+
+def stepwise(scores: Tensor, weights: Tensor, dim: int) -> Seen:
+    if dim % scores.dim() == scores.dim() - 2:
+        return Seen("The softmax runs over queries (axis -2), not over keys (axis -1)", ("softmax-over-queries",))
+    if dim % scores.dim() != scores.dim() - 1:
+        return Seen(f"The softmax runs over axis {dim}, not over keys (axis -1)", ("softmax-over-heads",))
+    causes = opened(weights > 0)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    fill = scores[..., future].flatten()
+    if causes[:1] == WIDE[:1] and bool((fill == fill[0]).all()):
+        says = f"Masked scores are {float(fill[0]):g}, which the softmax does not make 0"
+        return Seen(says, ("mask-fill-not-negative-enough",))
+    return Seen("The softmax gives weight to later keys", causes)
+
+
+def opened(seen: Tensor) -> tuple[str, ...]:
+    """The bugs that show these later keys; none where a query sees the past alone. seen [.., T, S]."""
+    T = seen.shape[-2]
+    t, s = seen.reshape(-1, *seen.shape[-2:]).any(dim=0).triu(1).nonzero(as_tuple=True)
+    if not len(t):
+        return ()
+    if len(t) == 1 < T - 1:
+        return ("one-position-leaks",)
+    if int(t.max()) == 0:
+        return ("causal-excludes-self",)
+    farthest = int((s - t).max())
+    if farthest == 1:
+        return ("causal-sees-one-future",)
+    return ("window-to-both-sides",) if farthest < T - 1 and int(t.max()) == T - 2 else WIDE
+
+
+class LargestScore(TorchFunctionMode):
+    """The largest score of a key that its query may see, in every softmax over [.., T, T] and every fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, T = getattr(func, "__name__", ""), args[0].shape[-2:] if args and isinstance(args[0], Tensor) else ()
+        if name == "softmax" and len(T) == 2 and T[0] == T[1]:
+            self._meet(args[0].detach().double().tril())
+        elif func is F.scaled_dot_product_attention and len(args) > 1:
+            q, k = (x.detach().double().norm(dim=-1).max() for x in args[:2])
+            self._meet(q * k / args[0].shape[-1] ** 0.5)
+        return func(*args, **(kwargs or {}))
+
+    def _meet(self, scores: Tensor) -> None:
+        self.size = max(self.size, float(scores.abs().nan_to_num(posinf=0.0).max()))
+
+
+class Products(TorchFunctionMode):
+    """Keeps the queries and keys of every product of [.., T, D] and [.., D, T], and of every fused attention."""
+
+    def __init__(self, T: int) -> None:
+        super().__init__()
+        self.T = T
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if len(args) >= 2 and all(isinstance(x, Tensor) for x in args[:2]):
+            self.look(func, *args[:2])
+        return func(*args, **(kwargs or {}))
+
+    def look(self, func: Any, q: Tensor, k: Tensor) -> None:
+        if func is F.scaled_dot_product_attention:
+            self.found.append((q.detach(), k.detach()))
+        elif func in PRODUCTS and q.dim() >= 3 and q.shape[-2] == self.T == k.shape[-1] and q.shape[-1] == k.shape[-2]:
+            self.found.append((q.detach(), k.detach().transpose(-2, -1)))
+
+
+def key_products(subject: Any, model: nn.Module, tokens: Tensor) -> dict[str, dict[str, Tensor]]:
+    """By block, its first product of queries and keys [.., T, T], in units of their mean length, and as cosines.
+
+    Of the blocks that equal tokens enter as equal vectors; of the first alone where products are not so many a block.
+    """
+    with recorded(model) as calls, Products(tokens.shape[1]) as products:
+        call(subject, model, tokens)
+    blocks = blocks_of(model)
+    each, left = divmod(len(products.found), len(blocks) or 1)
+    told = blocks if each and not left else blocks[: len(products.found)][:1]
+    alike = [name for name in told if enters_alike(calls, name, tokens.shape[1])]
+    given = {name: compared(*products.found[each * blocks.index(name)]) for name in alike}
+    return {name: products for name, products in given.items() if products is not None}
+
+
+def enters_alike(calls: list[Call], block: str, T: int) -> bool:
+    """Whether every token enters the block as the same vector."""
+    done = next((done for done in calls if done.module == block and done.inputs), None)
+    x = None if done is None else done.inputs[0]
+    return x is not None and x.dim() == 3 and x.shape[1] == T and torch.allclose(x, x[:, :1], atol=1e-12)
+
+
+def compared(q: Tensor, k: Tensor) -> dict[str, Tensor] | None:
+    """Queries against keys, two ways; None where either is 0."""
+    if q.shape[:-2] != k.shape[:-2]:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
+    if not (bool(q.any()) and bool(k.any())):
+        return None
+    lengths = q.norm(dim=-1).mean() * k.norm(dim=-1).mean()
+    unit = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+    return {"product": q @ k.transpose(-2, -1) / lengths, "cosine": unit}

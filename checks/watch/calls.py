@@ -1,0 +1,257 @@
+"""Where a rule breaks: the subject's modules wrapped, what goes in and comes out recorded, the first culprit named.
+
+Execution order is the order in which calls finish: a module that breaks a rule by itself comes before what it feeds,
+and before whatever contains it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from types import FrameType, MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..expect import Where
+
+TORCH = str(Path(torch.__file__).parent)
+OURS = str(Path(__file__).parent.parent)
+DEPTH = 4  # how far objects are searched for tensors: an output object, its cache, the cache's layers, their tensors
+
+
+@dataclass
+class Call:
+    """One finished call of one module; every tensor is a detached copy, taken before the call could change it."""
+
+    module: str  # dotted name
+    nth: int  # which call of this module, from 0
+    args: tuple
+    kwargs: dict[str, Any]
+    result: Any
+    before: Any = None  # what `watch` saw
+    after: Any = None
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Floating-point tensors only."""
+        return tensors((self.args, self.kwargs))
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return tensors(self.result)
+
+
+@contextmanager
+def recorded(model: nn.Module, watch: Callable[[], Any] = lambda: None) -> Iterator[list[Call]]:
+    """Records every module's calls, in the order in which they finish, and what `watch()` was before and after each.
+
+    Wraps `forward` rather than hooking: some code calls it directly. A module under several names has its first.
+    """
+    calls: list[Call] = []
+    wrapped = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            wrapped.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = _recording(module.forward, name or type(model).__name__, calls, watch)
+    try:
+        yield calls
+    finally:
+        for module, before in wrapped:
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
+
+
+def _recording(forward: Callable, name: str, calls: list[Call], watch: Callable[[], Any]) -> Callable:
+    numbers = count()
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        call = Call(name, next(numbers), copied(args), copied(kwargs), None, watch())
+        result = forward(*args, **kwargs)
+        call.result, call.after = copied(result), watch()
+        calls.append(call)
+        return result
+
+    return wrapped
+
+
+def each(value: Any, change: Callable[[Tensor], Tensor], other: Callable[[Any], Any] = lambda thing: thing) -> Any:
+    """The same nest of tuples, lists and dicts with every tensor changed, and every other object by `other`."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: each(item, change, other) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [each(item, change, other) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return other(value)
+
+
+def copied(value: Any) -> Any:
+    return each(value, lambda tensor: tensor.detach().clone(), _held)
+
+
+def _held(value: Any) -> Any:
+    """What an object holds later must not pass for what it held now."""
+    held = tensors(value)
+    return Held(value, held) if held else value
+
+
+@dataclass
+class Held:
+    """An object among a call's arguments or results (a cache, an output object), and the tensors it held then."""
+
+    object: Any
+    then: list[Tensor]
+
+
+def tensors(value: Any, depth: int = DEPTH) -> list[Tensor]:
+    """The floating-point tensors inside nested tuples, lists, dicts and objects, as detached copies."""
+    if isinstance(value, Held):
+        return value.then
+    if isinstance(value, Tensor):
+        return [value.detach().clone()] if value.is_floating_point() else []
+    return [t for item in _items(value) for t in tensors(item, depth - 1)] if depth else []
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, nn.Module | type) or callable(value):
+        return []
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def first_breaking(
+    model: nn.Module, run: Callable[[], Any], again: Callable[[], Any], breaks: Callable[[Tensor, Tensor], bool]
+) -> Where | None:
+    """The first module, in execution order, whose output breaks the rule between two runs while its inputs do not.
+
+    `breaks(a, b)` compares the same tensor of the two runs; tensors whose shapes differ are passed over. Calls are
+    paired by module and number, so that one that only one run makes (an expert, say) shifts nothing.
+    """
+    with recorded(model) as one:
+        run()
+    with recorded(model) as two:
+        again()
+    others = {(call.module, call.nth): call for call in two}
+
+    def broken(a: list[Tensor], b: list[Tensor]) -> bool:
+        return any(x.shape == y.shape and breaks(x, y) for x, y in zip(a, b, strict=False))
+
+    for a in one:
+        b = others.get((a.module, a.nth))
+        if b is not None and broken(a.outputs, b.outputs) and not broken(a.inputs, b.inputs):
+            return locate(model, a.module)
+    return None
+
+
+def first_bad(model: nn.Module, run: Callable[[], Any], bad: Callable[[Tensor], bool]) -> Where | None:
+    """The first module, in execution order, with a bad tensor (a NaN, say) in its output and none in its inputs."""
+    with recorded(model) as calls:
+        run()
+    for call in calls:
+        if any(map(bad, call.outputs)) and not any(map(bad, call.inputs)):
+            return locate(model, call.module)
+    return None
+
+
+def first_changing(model: nn.Module, run: Callable[[], Any], watch: Callable[[], Any]) -> Where | None:
+    """The first module, in execution order, whose call changes what `watch()` sees: a random state, a weight."""
+    with recorded(model, watch) as calls:
+        run()
+    return next((locate(model, call.module) for call in calls if call.before != call.after), None)
+
+
+def locate(model: nn.Module, name: str) -> Where:
+    """A module's class, and the file and line of its forward.
+
+    For one of PyTorch's own: the line in the forward of the module that owns it, since nobody mends torch.
+    """
+    module, owner, attribute = _walk(model, name)
+    file, line = _line(owner, attribute)
+    return Where(name, type(module).__name__, file, line)
+
+
+def _walk(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, str]:
+    """The module, the nearest module from its root that is not torch's own, and what that one calls the way to it."""
+    module, owner, attribute = model, model, ""
+    parts = [] if name == type(model).__name__ else name.split(".")
+    for part in parts:
+        if owner is module:
+            attribute = part
+        module = module.get_submodule(part)
+        if not type(module).__module__.startswith("torch."):
+            owner, attribute = module, ""
+    return module, owner, attribute
+
+
+def _line(owner: nn.Module, attribute: str) -> tuple[str, int]:
+    function = inspect.unwrap(type(owner).forward)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return "", 0
+    line = code.co_firstlineno
+    if attribute:
+        try:
+            source = inspect.getsourcelines(code)[0]
+        except (OSError, TypeError):
+            source = []
+        mentions = [n for n, text in enumerate(source) if f"self.{attribute}" in text]
+        line += mentions[0] if mentions else 0
+    return shown(code.co_filename), line
+
+
+def shown(file: str) -> str:
+    """A path as a person would write it: from here where it lies below, else whole."""
+    here = os.getcwd() + os.sep
+    return file.removeprefix(here)
+
+
+def line_now(names: Mapping[int, str] = MappingProxyType({})) -> Where | None:
+    """The line of the subject's own code that is running: the innermost frame outside torch and the checks.
+
+    `names` tells modules by their ids: the nearest one that is running is named, else the function.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((TORCH, "<")) and not _is_ours(file):
+            owner = _running(frame, names) or frame.f_locals.get("self")
+            kind = type(owner).__name__ if owner is not None else ""
+            return Where(names.get(id(owner)) or frame.f_code.co_name, kind, shown(file), frame.f_lineno)
+        frame = frame.f_back
+    return None
+
+
+def _running(frame: FrameType | None, names: Mapping[int, str]) -> Any:
+    """The innermost module with such a name whose method this frame is, or was called by."""
+    while frame is not None and names:
+        owner = frame.f_locals.get("self")
+        if names.get(id(owner)):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def called_by_checks() -> bool:
+    """Whether the caller of the calling function is a check, and not the subject."""
+    return _is_ours(sys._getframe(2).f_code.co_filename)
+
+
+def _is_ours(file: str) -> bool:
+    """The bugs are not: they play the subject."""
+    return file.startswith(OURS) and not file.startswith(os.path.join(OURS, "bugs"))

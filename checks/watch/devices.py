@@ -1,0 +1,92 @@
+"""Tensors that a forward makes where PyTorch's default device is, and then mixes with the model's own.
+
+On a CPU nothing shows; where model and tokens are on a GPU, the same line raises.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..expect import Where
+from .calls import TORCH, line_now
+
+MAKERS = {
+    "arange", "zeros", "ones", "full", "empty", "eye", "linspace", "logspace", "rand", "randn", "randint", "randperm",
+    "tensor", "as_tensor", "from_numpy", "tril_indices", "triu_indices", "hann_window",
+}  # fmt: skip
+MOVES = {"to", "cuda", "type_as", "new_tensor", "copy_", "__get__"}
+ACCEPTS = {
+    "__getitem__",
+    "__setitem__",
+    "index_put_",
+    "item",
+    "tolist",
+    "numpy",
+    "__len__",
+    "size",
+    "allclose",
+    "equal",
+}
+
+
+class Homeless(TorchFunctionMode):
+    """Follows tensors made without a device; `found` is the first place where one meets a tensor of the model."""
+
+    def __init__(self, model_tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.found: tuple[str, str, str, Where | None] | None = None  # given what, what made it, what it met in, where
+        self.given = ""
+        self.aware = False  # whether it makes a tensor on a device that it names, or moves one to another's
+        self.kept: list[Tensor] = []  # so that no id is given twice
+        self.made: dict[int, str] = {}
+        self.theirs = {id(tensor) for tensor in model_tensors}
+
+    def during(self, given: str) -> Homeless:
+        """Itself, to be entered for a forward that is given so."""
+        self.given = given
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        out = func(*args, **kwargs)
+        given = [t for value in (*args, *kwargs.values()) for t in _tensors(value)]
+        strays = [self.made[id(t)] for t in given if id(t) in self.made and t.dim() > 0]
+        theirs = any(id(t) in self.theirs for t in given)
+        self._look_for_care(name, args, kwargs, bool(strays))
+        if name in MAKERS and kwargs.get("device") is None and not given:
+            self._adopt(out, self.made, name)
+        elif strays and theirs and name not in ACCEPTS | MOVES:
+            self.found = self.found or (self.given, strays[0], name, line_now())
+        elif strays and not theirs and name not in MOVES:
+            self._adopt(out, self.made, strays[0])
+        if theirs or (name in MOVES and strays):
+            self._adopt(out, self.theirs)
+        return out
+
+    def _look_for_care(self, name: str, args: Any, kwargs: Any, stray: bool) -> None:
+        """Sets `aware` where the model's own code names a device; what PyTorch's modules do inside is not its care."""
+        if sys._getframe(2).f_code.co_filename.startswith(TORCH):
+            return
+        moved = name in MOVES and stray and any(isinstance(value, torch.device | Tensor) for value in args[1:])
+        self.aware |= moved or (name in MAKERS and kwargs.get("device") is not None)
+
+    def _adopt(self, out: Any, into: dict[int, str] | set[int], name: str = "") -> None:
+        for tensor in _tensors(out):
+            self.kept.append(tensor)
+            if isinstance(into, dict):
+                into[id(tensor)] = name
+            else:
+                into.add(id(tensor))
+                self.made.pop(id(tensor), None)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []

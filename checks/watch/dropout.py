@@ -1,0 +1,135 @@
+"""Dropout that is declared and never happens: sites that leave the logits as they are, and what excuses some."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..expect import farthest
+from .calls import recorded
+from .draws import Site, holds_rate, reads_mode, sites, training_alone
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model, and `run(tokens, seed)`, which gives its logits in whatever mode its parts are."""
+
+    model: nn.Module
+    run: Callable[[Tensor, int], Tensor]
+    batches: list[Tensor]
+
+    def random(self, modules: tuple[nn.Module, ...], batches: list[Tensor] | None = None) -> bool:
+        """Whether the logits are random with only these modules in training mode."""
+        with training_alone(self.model, *modules):
+            return any(farthest(self.run(t, 1), self.run(t, 2)) > 0 for t in batches or self.batches)
+
+    def changed_by(self, *modules: nn.Module) -> bool:
+        """Whether the logits are others with only these modules in training mode."""
+        calm = [self.run(tokens, 1) for tokens in self.batches]
+        with training_alone(self.model, *modules):
+            return any(farthest(self.run(t, 1), c) > 0 for t, c in zip(self.batches, calm, strict=True))
+
+
+def silent_sites(trial: Trial) -> list[Site]:
+    """Sites in whose training nothing is dropped, although the forward reaches them and no other drops for them."""
+    silent = [site for site in sites(trial.model) if not _lives(trial, site)]
+    if not silent:
+        return []
+    trial.model.train()
+    with _executed() as codes, recorded(trial.model) as calls:
+        for tokens in trial.batches:
+            trial.run(tokens, 1)
+    trial.model.eval()
+    called = {call.module for call in calls}
+    silent = [s for s in silent if not _of_another_task(trial.model, s, called, codes)]
+    return [site for site in silent if not _done_by_its_owner(trial, site, silent)]
+
+
+def _lives(trial: Trial, site: Site) -> bool:
+    if trial.random((site.module,)):
+        return True
+    above = _ancestors(trial.model, site.name)  # some decide for what they contain: a fast path, a mode handed down
+    if trial.random(above, trial.batches[:1]):
+        return site.functional  # they are random by themselves: nothing can be said of this one
+    return trial.random((site.module, *above))
+
+
+def _ancestors(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
+    parts = name.split(".")
+    return tuple(model.get_submodule(".".join(parts[:n])) for n in range(len(parts)))
+
+
+def _of_another_task(model: nn.Module, site: Site, called: set[str], codes: set[CodeType]) -> bool:
+    """Whether the site belongs to what a forward for logits leaves aside: a part with weights that is not called, or
+    a method of the model's own that is not (one of an attention may be a second path that drops)."""
+    name = site.name if site.functional else _above(site)
+    while name and type(model.get_submodule(name)).forward is nn.Module.forward:  # a mere list or dict of modules
+        name = name.rpartition(".")[0]
+    if name:
+        return name not in called and len(list(model.get_submodule(name).parameters())) > 0
+    attribute = site.name.rpartition(".")[2]
+    others = [code for method, code in _methods(type(model)) if method not in ("__init__", "forward")]
+    return any(attribute in code.co_names and code not in codes for code in others)
+
+
+def _above(site: Site) -> str:
+    return site.name.rpartition(".")[0]
+
+
+def _methods(kind: type) -> Iterator[tuple[str, CodeType]]:
+    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    for name in {name for each in own for name in vars(each)}:
+        code = getattr(inspect.unwrap(getattr(kind, name)), "__code__", None)
+        if code is not None:
+            yield name, code
+
+
+@contextmanager
+def _executed() -> Iterator[set[CodeType]]:
+    """The code that runs inside."""
+    found: set[CodeType] = set()
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            found.add(frame.f_code)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield found
+    finally:
+        sys.setprofile(before)
+
+
+def _done_by_its_owner(trial: Trial, site: Site, silent: list[Site]) -> bool:
+    """A dropout module that only lends its rate: its owner, or a part of that, drops in its place (inside
+    scaled_dot_product_attention, say). One functional dropout stands for one module, the nearest above it."""
+    if site.functional or not site.name:
+        return False
+    model, above = trial.model, _above(site)
+    working = [m for m in _parts_that_may(model, above) if trial.random((m,), trial.batches[:1])]
+    modules = [other for other in silent if not other.functional]
+    nearer = [other for other in modules if _is_inside(_above(other), above)]
+    rivals = [other for other in modules if _above(other) == above]
+    return rivals.index(site) < len(working) - len(nearer)
+
+
+def _is_inside(name: str, above: str) -> bool:
+    return name != above and (not above or name.startswith(f"{above}."))
+
+
+def _parts_that_may(model: nn.Module, above: str) -> list[nn.Module]:
+    """Parts of a module whose code may drop for a site in it: no sites, nor far off with a rate of their own."""
+    with_their_own = {id(site.module) for site in sites(model)}
+    return [
+        module
+        for name, module in model.get_submodule(above).named_modules()
+        if reads_mode(module) and id(module) not in with_their_own and not (name.count(".") and holds_rate(module))
+    ]

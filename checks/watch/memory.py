@@ -1,0 +1,69 @@
+"""What tensors hold while something runs: exactly, on any device, beyond what was there before."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..expect import Where
+from .calls import line_now
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside that are still there: `now`, and at `peak`.
+
+    It sees what operations give, not what a kernel takes for itself meanwhile; the allocator of a GPU knows both.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}  # of what is alive, by its address; 0 for what was there before
+        self.now = self.peak = 0
+        self.largest: tuple[int, tuple[int, ...], Where | None] = (0, (), None)  # bytes, shape, and the line it is from
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            self._meet(tensor, made=False)
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            self._meet(tensor, made=True)
+        return out
+
+    def _meet(self, tensor: Tensor, *, made: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes() if made else 0
+            self.now += self.sizes[key]
+            self.peak = max(self.peak, self.now)
+            if self.sizes[key] > self.largest[0]:
+                self.largest = self.sizes[key], tuple(tensor.shape), line_now()
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes held while it runs, beyond those held before: by the allocator's account on CUDA and XPU."""
+    if device.type not in ("cuda", "xpu"):
+        with Held() as held:
+            run()
+        return held.peak
+    allocator = getattr(torch, device.type)
+    allocator.synchronize(device)
+    allocator.reset_peak_memory_stats(device)
+    before = allocator.memory_allocated(device)
+    run()
+    allocator.synchronize(device)
+    return allocator.max_memory_allocated(device) - before

@@ -1,0 +1,180 @@
+"""Products seen from PyTorch's own functions: with weights, as in a feed-forward, and with attention's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..expect import Where
+from .attention import PRODUCTS
+from .calls import line_now
+
+MIXING = {F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.cumsum, Tensor.cumsum}
+CONVOLUTIONS = {torch.conv1d, F.conv1d}
+EXACT = 1e-6  # relative: what a factor and a constant may leave unexplained, of what is computed in float32
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    return {id(module): name for name, module in model.named_modules()}
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """One product with a matrix of weights: rows [N, F] in, rows [N, G] out, and the line that asked for it.
+
+    Both are those of the graph; `matrix` tells the weights again in another call.
+    """
+
+    rows: Tensor
+    gives: Tensor
+    where: Where | None
+    matrix: int
+
+
+class WeightProducts(TorchFunctionMode):
+    """Every product with a matrix of weights. The model goes on with copies: an activation may work in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = names_of(model)
+        self.found: list[Mapped] = []
+        self.mixed: list[int] = []  # how many were found when tokens were mixed
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if mixes(func, args):
+            self.mixed.append(len(self.found))
+        known = multiplied(func, args)
+        rows = None if known is None else _flat(known[0].movedim(known[2], -1).clone())
+        result = func(*args, **(kwargs or {}))
+        if known is None or rows is None or not (isinstance(result, Tensor) and result.numel()):
+            return result
+        moved = result.movedim(known[2], -1)
+        gives = moved.reshape(-1, moved.shape[-1])
+        if not gives.requires_grad and torch.is_grad_enabled():
+            gives = gives.detach().requires_grad_()  # a frozen matrix's
+        self.found.append(Mapped(rows, gives, line_now(self.names), known[1].data_ptr()))
+        return gives.clone().view(moved.shape).movedim(-1, known[2])
+
+
+def mixes(func: Any, args: tuple) -> bool:
+    """Whether it is a part of attention, or of what does its work: products of activations, sums and convolutions."""
+    given = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(a, Tensor)]
+    if func in CONVOLUTIONS:
+        return len(given) > 1 and given[1].shape[-1] > 1
+    products = func in PRODUCTS or func in (torch.einsum, torch.baddbmm)
+    return func in MIXING or (products and sum(a.dim() > 2 for a in given) > 1)
+
+
+def _flat(x: Tensor) -> Tensor | None:
+    return x.reshape(-1, x.shape[-1]) if x.numel() and x.is_floating_point() else None
+
+
+def multiplied(func: Any, args: tuple) -> tuple[Tensor, Tensor, int] | None:
+    """What a product with a matrix of weights multiplies, the matrix, and the axis of the features."""
+    given = [a for a in args if isinstance(a, Tensor)]
+    if (func is F.linear and len(given) > 1) or (func in PRODUCTS and len(given) > 1 and given[1].dim() == 2):
+        return given[0], given[1], -1
+    if func is torch.addmm and len(given) > 2:
+        return given[1], given[2], -1
+    if func in CONVOLUTIONS and len(given) > 1 and given[1].shape[-1] == 1 and given[1].shape[1] == given[0].shape[1]:
+        return given[0], given[1], 1  # over one position alone
+    return None
+
+
+def multiple(of: Tensor, x: Tensor) -> tuple[float, float] | None:
+    """The factor and the constant that make x out of another tensor; None where no two numbers do."""
+    if not of.numel():
+        return None
+    a, b = of.double(), x.double()
+    da, db = a - a.mean(), b - b.mean()
+    if not (bool(a.isfinite().all() and b.isfinite().all()) and float(da.abs().max()) > 0):
+        return None
+    factor = float((da * db).sum() / da.square().sum())
+    apart = float((db - factor * da).abs().max())
+    if factor == 0 or not apart <= EXACT * float(db.abs().max()):
+        return None
+    return factor, float(b.mean() - factor * a.mean())
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Attention weights as they meet the values: the axis that is summed over, and how a softmax made them."""
+
+    weights: Tensor  # [..., T, S] or [..., S, T]
+    axis: int
+    along: int  # the axis of the softmax that gave them
+    factor: float  # by which they were multiplied since
+    where: Where | None
+
+    @property
+    def off(self) -> float:
+        """How far the weights of one query are from summing to one, at most."""
+        return float((self.weights.double().sum(self.axis) - 1).abs().max())
+
+
+class Attended(TorchFunctionMode):
+    """Attention's weights where they meet the values, and the keys and values of every head, layer by layer."""
+
+    def __init__(self, model: nn.Module, T: int) -> None:
+        super().__init__()
+        self.names, self.T = names_of(model), T
+        self.softmaxes: list[tuple[int, Tensor]] = []
+        self.weighed: list[Weighed] = []
+        self.keys: list[Tensor] = []  # [..., H, S, D], where no softmax had been met since the last values
+        self.pairs: list[tuple[Tensor, Tensor, Where | None]] = []  # keys and values of one attention
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            k, v = (args[i] if len(args) > i else kwargs[name] for i, name in ((1, "key"), (2, "value")))
+            self.pairs.append((k.detach().clone(), v.detach().clone(), line_now(self.names)))
+        elif func in PRODUCTS and len(args) > 1 and all(isinstance(a, Tensor) and a.dim() > 2 for a in args[:2]):
+            self.product(args[0].detach(), args[1].detach())
+        result = func(*args, **kwargs)
+        if getattr(func, "__name__", "") == "softmax" and isinstance(result, Tensor) and result.dim() > 2:
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            if isinstance(axis, int):
+                self.softmaxes.append((axis % result.dim() - result.dim(), result.detach().clone()))
+        return result
+
+    def product(self, a: Tensor, b: Tensor) -> None:
+        if a.shape[-2] == self.T <= b.shape[-1] and a.shape[-1] == b.shape[-2] != b.shape[-1]:
+            self.keys.append(b.transpose(-2, -1).clone())
+        for operand, axis, values in ((a, -1, b), (b, -2, None)):
+            found = self.came_from(operand, axis) if self.square(operand, axis) else None
+            if found is None:
+                continue
+            self.weighed.append(Weighed(operand.clone(), axis, *found, line_now(self.names)))
+            if values is not None and self.keys:
+                self.pairs.append((self.keys[-1], values.clone(), line_now(self.names)))
+            self.softmaxes.clear()
+            self.keys.clear()
+            return
+
+    def square(self, x: Tensor, axis: int) -> bool:
+        """[..., T, S] with S ≥ T, the keys along the axis summed over."""
+        queries = x.shape[-2 if axis == -1 else -1]
+        return queries == self.T <= x.shape[axis]
+
+    def came_from(self, x: Tensor, axis: int) -> tuple[int, float] | None:
+        """The axis of the softmax whose result, times one factor, this is, and the factor;
+        of one along another axis, what a mask has left of it."""
+        for along, result in reversed(self.softmaxes):
+            if result.shape != x.shape:
+                continue
+            left = x != 0
+            known = multiple(result, x) or (multiple(result[left], x[left]) if along != axis else None)
+            if known is not None and abs(known[1]) <= EXACT:
+                return along, known[0]
+        return None
+
+
+def sharing(x: Tensor) -> list[int]:
+    """For every head of [..., H, S, D] the first one that holds the same numbers."""
+    heads = x.transpose(0, -3).flatten(1)
+    return [next((i for i in range(h) if torch.equal(heads[i], heads[h])), h) for h in range(len(heads))]

@@ -1,0 +1,59 @@
+"""Where a program waits for its device: each place that needs a number of a tensor, or a shape that its data decides.
+
+On a CPU nothing waits, but the places are the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any, Self
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..expect import Where
+from .calls import line_now
+
+aten = torch.ops.aten
+READS = {
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
+    aten.equal.default, aten.is_nonzero.default,
+}  # fmt: skip
+
+
+def _picks_by_a_mask(func: Any, args: Any) -> bool:
+    """x[x > 0]: how many there are is read."""
+    indices = args[1] if func is aten.index.Tensor else ()
+    return any(index is not None and index.dtype == torch.bool for index in indices)
+
+
+class Waits(TorchDispatchMode):
+    """Counts waits by the subject's own line; on CUDA what PyTorch itself says of them is not shown meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.by_line: Counter[Where] = Counter()
+        self.said = 0  # by CUDA's own watch, whatever the operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (func in READS or _picks_by_a_mask(func, args)) and (line := line_now()) is not None:
+            self.by_line[line] += 1
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Self:
+        if self.device.type == "cuda":
+            self.caught = warnings.catch_warnings(record=True)
+            self.warned = self.caught.__enter__()
+            warnings.simplefilter("always")
+            self.before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("warn")
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode(self.before)
+            self.said = sum("synchroniz" in str(warning.message) for warning in self.warned or ())
+            self.caught.__exit__(*error)
