@@ -1,8 +1,8 @@
-"""Where a subject lives: its folders and modules, and the terms on which its code runs in our process.
+"""Sandbox for user code: its import path, time limit, captured output, restored global state.
 
-`with home:` surrounds every moment in which the subject's code runs. Inside, the modules beside its file win over ours
-and over others of the same name, never over the standard library or torch; `sys.exit` and `os._exit` raise; time is
-bounded; printing is bounded. Afterwards modules, paths and global settings are as they were.
+`with home:` surrounds every moment in which the subject's code runs. Inside, the modules beside its file win over
+others of the same name, never over the standard library, torch or this package; `sys.exit` and `os._exit` raise; time
+is bounded; printing is bounded. Afterwards modules, paths and global settings are as they were.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 RUNNING_SECONDS = 60.0  # of one call into the subject's code
 PRINTED_CHARACTERS = 10_000  # what a subject may print before the rest is dropped
 
-OURS = __name__.partition(".")[0]
-NEVER_THEIRS = sys.stdlib_module_names | {"torch", "numpy", "pytest", "_pytest", "hypothesis", "pluggy", OURS}
+NEVER_THEIRS = sys.stdlib_module_names | {
+    "torch", "numpy", "pytest", "_pytest", "hypothesis", "pluggy", __name__.partition(".")[0],
+}  # fmt: skip
 PROJECT_MARKS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "requirements.txt", "environment.yml")
 INSTALLED = tuple(
     {
@@ -78,7 +79,7 @@ class Home:
     """
 
     def __init__(self, file: Path | None = None, package_root: Path | None = None) -> None:
-        from .settings import Project  # now: no import of ours works while a subject runs
+        from .settings import Project  # now: it imports this module
 
         self.file = file
         self.near = list(dict.fromkeys(p for p in (package_root, file.parent) if p)) if file else []
@@ -93,7 +94,8 @@ class Home:
         self.project = Project(self)
         self.printed = 0
         self.argv = [str(file)] if file else list(sys.argv[:1])
-        self._finders = (_Neighbours(self, self.near), _Beyond(self, self.far))
+        # Asked before and after everything installed: the folders above give what nobody else knows.
+        self._finders = (_Neighbours(self, self.near), _Neighbours(self, self.far))
         self._path: list[str] | None = None
         self._depth = 0
         self._restore: contextlib.ExitStack | None = None
@@ -327,10 +329,10 @@ class _Bounded:
 
 
 class _Neighbours(importlib.abc.MetaPathFinder):
-    """Finds the subject's own modules beside its file, before anything installed of the same name."""
+    """Finds the subject's own modules in some of its folders."""
 
     def __init__(self, home: Home, folders: list[Path]) -> None:
-        from .imports import SubjectLoader  # now: no import of ours works while a subject runs
+        from .imports import SubjectLoader  # now: it imports this module
 
         self.home, self.folders, self._loader = home, folders, SubjectLoader
         self._names: frozenset[str] | None = None
@@ -341,7 +343,7 @@ class _Neighbours(importlib.abc.MetaPathFinder):
             found: set[str] = set()
             for folder in self.folders:
                 with contextlib.suppress(OSError):
-                    found |= set(_modules_in(folder))
+                    found.update(_modules_in(folder))
             self._names = frozenset(found)
         return self._names
 
@@ -368,10 +370,6 @@ class _Neighbours(importlib.abc.MetaPathFinder):
             if type(spec.loader) is importlib.machinery.SourceFileLoader:
                 spec.loader = self._loader(self.home, fullname, str(spec.origin))
         return spec
-
-
-class _Beyond(_Neighbours):
-    """Finds in the folders above what nobody else knows."""
 
 
 def _modules_in(folder: Path) -> Iterator[str]:
