@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 import torch
+
 from transformer_checks.transformer.data import SentenceTask
 from transformer_checks.transformer.model import Transformer, gpt2
 from transformer_checks.transformer.trainer import PUBLISHED, TrainConfig, Trainer

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformer_checks.checks.probes.matrix_products import decoding_products, training_products
-from transformer_checks.checks.probes.timing import Ratio, Runs, in_turn, ratio
-from transformer_checks.checks.subject import Sizes
 
 from benchmarks import peers
 from benchmarks.peers import Peer
+from transformer_checks.checks.probes.matrix_products import decoding_products, training_products
+from transformer_checks.checks.probes.timing import Ratio, Runs, in_turn, ratio
+from transformer_checks.checks.subject import Sizes
 
 SIZES = Sizes(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384)  # 10.7 million parameters
 B, T = 8, 256

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from transformer_checks.checks.subject import Sizes
 from transformer_checks.transformer.generation import generate
 from transformer_checks.transformer.loss import next_token_loss

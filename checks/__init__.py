@@ -5,39 +5,17 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable
-from pathlib import Path
+if __name__ == "checks":  # the folder of a checkout, imported by its own name
+    raise ImportError("write `from transformer_checks import check_model`: `pip install -e .` installs it by that name")
+
 from typing import TYPE_CHECKING, Any
+
+from .run.order import THEMES, all_checks
 
 if TYPE_CHECKING:
     from .run.notebook import Report
 
-# Themes in the order in which they run: each may need those before it.
-THEMES = (
-    "contract", "modes", "causality", "masking", "positions",
-    "initialization", "gradients", "parts", "numerics", "portability", "devices", "distributed",
-    "loss", "cache", "generation", "sampling",
-    "training", "optimizer", "evaluation", "data", "checkpoint", "spec", "memorization", "sanity",
-)  # fmt: skip
-
-
-def all_checks() -> list[Callable]:
-    """Every function `check_*` of every `check_*.py`, by theme and then as written."""
-    return [check for theme in THEMES for check in checks_in(theme)]
-
-
-def checks_in(theme: str) -> list[Callable]:
-    """The checks of one theme, as written; none where the theme has no file."""
-    if not (Path(__file__).parent / f"check_{theme}.py").exists():
-        return []
-    module = importlib.import_module(f"{__name__}.check_{theme}")
-    return [
-        check
-        for name, check in vars(module).items()
-        if name.startswith("check_") and inspect.isfunction(check) and check.__module__ == module.__name__
-    ]
+__all__ = ["THEMES", "all_checks", "check_model"]
 
 
 def check_model(model: Any, **how: Any) -> Report:

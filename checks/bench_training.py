@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..transformer.loss import next_token_loss
+from . import reference as ours
 from .expect import NotApplicable
 from .probes.loads import AXES, SMALL, TEN, Load, compiler_missing, extent, loads_of, sized, too_large
 from .probes.matrix_products import decoding_products, training_products
@@ -88,7 +89,7 @@ def plugin(config: pytest.Config) -> Any:
 @pytest.fixture
 def reference(subject: Subject) -> Subject:
     """The reference, by the door that a student's file takes, on the subject's device."""
-    return Subject.meet("transformer", device=str(subject.device))
+    return ours.reference(device=str(subject.device))
 
 
 @pytest.fixture

@@ -10,18 +10,15 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .expect import NotApplicable, advise, drawn, expect_same, fail, needs, note
+from .expect import CAUSAL, REPEATS, SHAPE, NotApplicable, advise, drawn, expect_same, fail, needs, note
 from .probes.cached import LONGEST, Reader, apart, difference, distances, first_wrong, length, reader
 from .probes.padding import ragged
 
-LOGITS = "check_contract.check_logits_have_shape"
-CAUSAL = "check_causality.check_future_cannot_change_past"
-REPEATS = "check_modes.check_eval_repeats_itself"
 DECODING = "check_cache.check_cached_decoding_equals_full"
 PIECES = "check_cache.check_cached_pieces_equal_full"
 
 
-@needs(LOGITS, CAUSAL, REPEATS)
+@needs(SHAPE, CAUSAL, REPEATS)
 def check_cached_decoding_equals_full(subject: Any) -> None:
     """Read over the cache, a prompt at once and then token by token, a text has the logits it has when read whole."""
     read, T = reader(subject), length(subject)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,8 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, farthest, needs, note
-from .probes.ablation import blocks_of, left_alone, one_block, replaced
+from .expect import (
+    CAUSAL,
+    REACHES,
+    STEADY,
+    Bound,
+    NotApplicable,
+    advise,
+    drawn,
+    expect_close,
+    expect_same,
+    fail,
+    farthest,
+    needs,
+    note,
+)
+from .probes.ablation import blocks_of, left_alone, one_block
+from .probes.embeddings import watched_embeddings
 from .probes.extra_arguments import TARGETS, taken
 from .probes.influence import (
     EVAL,
@@ -33,28 +48,16 @@ from .probes.influence import (
     moved,
 )
 from .probes.leaks import expect_no_leak, in_deviations
+from .probes.long import LONG, LONGER, telling_places
+from .probes.magnified import EXTREME, magnified, within_reach
 from .probes.padding import SIDES, ragged
 from .probes.precision import precise, precision, shared, spread
+from .probes.preconditions import expect_causal, expect_takes_mask
 from .probes.windows import declared_windows, held_by, holds, in_reach, reach, window
 from .subject import EXISTENCE
-from .watch.attention import LargestScore
 from .watch.calls import first_breaking, locate
 
-CONTRACT = (
-    "check_contract.check_logits_have_shape",
-    "check_contract.check_every_length_is_read",
-    "check_contract.check_logits_are_finite",
-    "check_contract.check_earlier_calls_leave_no_trace",
-    "check_modes.check_eval_repeats_itself",
-)
-CAUSAL = "check_causality.check_future_cannot_change_past"
-
 DROPOUT = 0.2
-EXTREME = 20  # times every weight
-REACH = 1e6  # of the logits' spread: beyond it, without norms, scores reach any finite fill, however right
-SCORES = 1e8  # of scores: masks are filled with -1e9
-LONG = 131  # tokens: past the powers of two at which tables, masks and caches are cut
-LONGER = 521  # past more of them; only around these is looked
 FARTHEST = 1031  # past the last at which a mask is commonly cut: two cuts see every pair on both sides of one
 LONGEST_TRIED = 1024
 WINDOWS = ("window-ignored", "window-off-by-one", "window-sign-error")
@@ -63,12 +66,7 @@ UNSEEN = 1e-9  # of the largest move: what one token among many may still move, 
 SEEN = 1e-3  # standard deviations of the logits: what a token in reach moves at least (clean models: 0.018)
 
 
-def expect_causal(subject: Any) -> None:
-    if not subject.causal:
-        raise NotApplicable("declared as not causal")
-
-
-@needs(*CONTRACT)
+@needs(*STEADY)
 def check_future_cannot_change_past(subject: Any) -> None:
     """Changing a token leaves every logit before it bit for bit as it was, at every length and for every pair."""
     expect_causal(subject)
@@ -116,11 +114,6 @@ def check_future_cannot_change_past_under_a_mask(subject: Any) -> None:
                 )
 
 
-def expect_takes_mask(subject: Any) -> None:
-    if not subject.takes_mask:
-        raise NotApplicable("the subject takes no padding mask")
-
-
 @needs(CAUSAL)
 def check_future_cannot_change_past_with_extreme_weights(subject: Any) -> None:
     """With every weight twenty times as large, a token still leaves the logits before it as they were."""
@@ -133,23 +126,6 @@ def check_future_cannot_change_past_with_extreme_weights(subject: Any) -> None:
     bound = precision(subject).bound(logits, single=2e-5)
     likely = ("mask-fill-of-minus-ten-thousand", "mask-fill-not-negative-enough")
     expect_no_leak(subject, model, tried, bound=bound, exact=False, likely=likely)
-
-
-def within_reach(subject: Any, model: nn.Module) -> bool:
-    """Whether magnified weights still say something about a mask: not where scores reach the largest usual fill."""
-    with LargestScore() as score:
-        logits = call(subject, model, every_id(subject, length(subject), seed=subject.seed))
-    return bool(logits.isfinite().all()) and spread(logits) <= REACH and score.size <= SCORES
-
-
-def magnified(subject: Any) -> nn.Module:
-    """Weights so large that scores of thousands stand against whatever fills the masked ones."""
-    model = precise(subject)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(EXTREME)
-    return model
 
 
 @needs(CAUSAL)
@@ -179,12 +155,6 @@ def cuts(subject: Any, T: int, places: list[int]) -> Changes:
     place = torch.tensor(places, device=plain.device)
     later = torch.arange(T, device=plain.device) >= place[:, None]
     return Changes(plain, torch.where(later, (plain + 1) % subject.sizes.vocab_size, plain), place)
-
-
-def telling_places(T: int) -> list[int]:
-    """Around each power of two, and the last two."""
-    around = {2**k + d for k in range(1, T.bit_length()) for d in (-1, 0, 1)} | {T - 2, T - 1}
-    return sorted(place for place in around if 0 < place < T)
 
 
 @needs(CAUSAL)
@@ -314,7 +284,7 @@ def rewritten(subject: Any, tokens: Tensor, case: dict[str, Any]) -> Tensor:
     return torch.cat((past, new[case["future"]]), dim=1)
 
 
-@needs(*CONTRACT)
+@needs(*STEADY)
 def check_targets_change_no_logits(subject: Any) -> None:
     """Where the forward takes targets for a loss, other targets leave every logit bit for bit as it was."""
     parameter = taken(subject, TARGETS)
@@ -367,33 +337,6 @@ def check_later_tokens_get_no_gradient(subject: Any) -> None:
         )
 
 
-@contextmanager
-def watched_embeddings(model: nn.Module, tokens: Tensor) -> Iterator[list[Tensor]]:
-    """Cuts the graph behind every module that turns just these tokens into vectors; yields the vectors as leaves."""
-    found: list[Tensor] = []
-
-    def wrap(forward: Any) -> Any:
-        def watching(*args: Any, **kwargs: Any) -> Any:
-            out = forward(*args, **kwargs)
-            given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and not a.is_floating_point()]
-            if isinstance(out, Tensor) and out.is_floating_point() and any(same_tokens(a, tokens) for a in given):
-                out = out.detach().requires_grad_()
-                found.append(out)
-            return out
-
-        return watching
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            if not any(True for _ in module.children()):
-                stack.enter_context(replaced(module, wrap))
-        yield found
-
-
-def same_tokens(given: Tensor, tokens: Tensor) -> bool:
-    return given.numel() == tokens.numel() and bool((given.flatten() == tokens.flatten()).all())
-
-
 def sizes_of_gradients(logits: Tensor, embedding: Tensor) -> Tensor:
     """[T, T], row t, column s: the largest gradient of a random sum of the logits at t at the embedding of token s."""
     weights = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(0)).to(logits)
@@ -406,7 +349,7 @@ def sizes_of_gradients(logits: Tensor, embedding: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-@needs(*CONTRACT)
+@needs(*STEADY)
 def check_past_reaches_every_later_position(subject: Any) -> None:
     """Changing a token changes the logits at its own and at every later position (within a window, if there is one)."""
     expect_causal(subject)
@@ -517,7 +460,7 @@ def expect_long_prefixes_alike(subject: Any) -> None:
         )
 
 
-@needs(CAUSAL, "check_causality.check_past_reaches_every_later_position")
+@needs(CAUSAL, REACHES)
 def check_one_block_sees_its_window(subject: Any) -> None:
     """Where a window of w tokens is declared, each block sees just the last w (or w and itself), at every position."""
     expect_causal(subject)

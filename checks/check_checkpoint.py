@@ -100,15 +100,15 @@ def in_new_process(subject: Any, path: Path, does: str, *, other: bool = False) 
     """
     end = path.with_name("end.pt")
     code = f"""
-from checks.check_checkpoint import HALF as N, Training, flat, torch
-from checks.subject import Subject
+from {__name__} import HALF as N, Training, flat, torch
+from {__package__}.run.subjects import subject_of
 torch.set_num_threads(1)
 path = {str(path)!r}
-training = Training(Subject.meet({subject.name!r}, seed={subject.seed}), dropout=0.3, other={other})
+training = Training(subject_of({subject.name!r}, seed={subject.seed}), dropout=0.3, other={other})
 {does}
 torch.save(flat(training.run.model), {str(end)!r})
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["the new process failed"])[-1])
     return torch.load(end, weights_only=True)
@@ -158,7 +158,7 @@ def check_saving_changes_nothing(subject: Any) -> None:
 
 def check_other_weights_are_refused(subject: Any) -> None:
     """Weights of another model, with a tensor missing, unknown or of another shape, raise and change nothing."""
-    load: Callable[[nn.Module, dict[str, Tensor]], Any] = getattr(subject.parts, "load_weights", None) or load_plainly
+    load: Callable[[nn.Module, dict[str, Tensor]], Any] = subject.part("load_weights") or load_plainly
     for name, damage in DAMAGES.items():
         model = model_of(subject)
         before, state = flat(model), {key: value.clone() for key, value in model.state_dict().items()}
@@ -233,7 +233,7 @@ class Trap:
 
 def check_a_file_with_code_is_not_run(subject: Any) -> None:
     """A checkpoint that holds code raises when it is loaded, and the code does not run."""
-    load = getattr(subject.parts, "load", None)
+    load = subject.part("load")
     if load is None:
         raise NotApplicable("the subject brings no load")
     with folder() as path:

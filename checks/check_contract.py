@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .expect import (
+    SHAPE,
     NotApplicable,
     Where,
     advise,
@@ -35,7 +36,6 @@ from .probes.ties import expect_declared_tie, expect_no_twins, ties
 from .subject import EXISTENCE
 from .watch.calls import Call, first_bad, locate, recorded
 
-SHAPE = "check_contract.check_logits_have_shape"
 SMALLEST = 1e-6  # standard deviations of the logits: what a part that matters moves at least (clean models: 0.1)
 
 

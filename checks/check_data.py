@@ -254,7 +254,7 @@ def of_rank(subject: Any, rank: int) -> Tensor:
 
 
 def part(subject: Any, name: str) -> Callable:
-    found = getattr(subject.parts, name, None)
+    found = subject.part(name)
     if found is None:
         raise NotApplicable(f"the subject brings no {name}")
     return found

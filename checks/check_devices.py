@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from .expect import NotApplicable, advise, fail, needs, note
+from .expect import GRADIENTS, READABLE, NotApplicable, advise, fail, needs, note
 from .loss.formula import cross_entropy
 from .probes.backward import backward, needs_no_cache_inside
 from .probes.precision import precision
@@ -30,8 +30,6 @@ from .watch.draws import seeded, set_rates
 from .watch.memory import Held, peak_bytes
 from .watch.waits import Waits
 
-CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
-GRADIENTS = (*CONTRACT, "check_gradients.check_every_parameter_gets_a_gradient")
 KERNELS = [kernel for name, kernel in SDPBackend.__members__.items() if name not in ("ERROR", "MATH", "OVERRIDEABLE")]
 TIMES = {torch.float32: 20.0, torch.bfloat16: 4.0, torch.float16: 4.0}  # as in check_numerics
 KERNELS_OWN = (
@@ -108,7 +106,7 @@ class Computed:
         return cls(logits.detach().double(), gradient_of(model))
 
 
-@needs(*GRADIENTS)
+@needs(*READABLE, GRADIENTS)
 def check_every_attention_kernel_agrees(subject: Any) -> None:
     """Each of PyTorch's attention kernels, in each precision it takes, errs little more than the explicit path."""
     needs_numbers(subject)
@@ -185,7 +183,7 @@ def refuse_more_error(
 # -- precisions
 
 
-@needs(*GRADIENTS)
+@needs(*READABLE, GRADIENTS)
 def check_mixed_precision_keeps_the_gradient(subject: Any) -> None:
     """Under autocast, in bfloat16 and in float16 with a gradient scaler, each gradient points as in float32."""
     needs_numbers(subject)
@@ -252,7 +250,7 @@ def scaled_gradient(subject: Any, model: nn.Module, tokens: Tensor, dtype: torch
     return gradient, scale
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_precision_switches_are_left_alone(subject: Any) -> None:
     """A training step leaves PyTorch's switch for TF32, which is the whole process's, as it was."""
     before = torch.get_float32_matmul_precision()
@@ -278,7 +276,7 @@ def check_precision_switches_are_left_alone(subject: Any) -> None:
 # -- another device
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_device_agrees_with_the_cpu(subject: Any) -> None:
     """On its device the model in float32 is as near to float64 on the CPU as rounding allows, with TF32 off and on."""
     needs_numbers(subject)
@@ -328,7 +326,7 @@ def float32_products(setting: str) -> Iterator[None]:
 # -- what a step costs
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_step_does_not_wait_at_each_token(subject: Any) -> None:
     """The number of times that a step waits for the device, to read a number, does not grow with the length."""
     needs_numbers(subject)
@@ -364,7 +362,7 @@ def check_step_does_not_wait_at_each_token(subject: Any) -> None:
         advise(f"a step reads numbers {sum(counts[-1].values())} times ({places}): on a GPU it waits each time")
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_memory_does_not_grow(subject: Any) -> None:
     """Fifty training steps hold no more at their end than ten."""
     needs_numbers(subject)
@@ -406,7 +404,7 @@ def after_ten(step: Callable[[], None], held: Callable[[], int]) -> int:
     return held()
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_memory_grows_no_faster_than_the_batch(subject: Any) -> None:
     """What a step holds at its peak grows in proportion to the rows of its batch."""
     needs_numbers(subject)
@@ -445,7 +443,7 @@ def check_memory_grows_no_faster_than_the_batch(subject: Any) -> None:
         )
 
 
-@needs(*CONTRACT, "check_modes.check_dropout_draws_anew")
+@needs(*READABLE, "check_modes.check_dropout_draws_anew")
 def check_deterministic_algorithms_repeat_the_step(subject: Any) -> None:
     """With PyTorch's deterministic algorithms two steps from the same seed have the same gradient, bit for bit."""
     needs_numbers(subject)

@@ -125,9 +125,9 @@ def check_looking_does_not_change_the_training(subject: Any) -> None:
 
 def sample(subject: Any, run: TrainerRun) -> None:
     """What sampling does to random states: some seed first, and all draw."""
-    generate = getattr(subject.parts, "generate", None)
+    generate = subject.part("generate")
     torch.rand(3)
-    if generate is not None and subject.met is None:
+    if generate is not None and not subject.foreign:
         generate(copy.deepcopy(run.model), torch.zeros(1, 1, dtype=torch.int64), 2, temperature=1.0)
 
 

@@ -11,24 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .expect import NotApplicable, advise, fail, needs, note
+from .expect import APPENDS, GREEDY, REPEATS, SHAPE, NotApplicable, advise, fail, needs, note
 from .generation.faults import cached, explain, first_wrong
 from .generation.met_generate import Rows
 from .generation.scripted import Stage, graphs, stage
 from .probes.module_state import renormalized
 from .watch.draws import states
 
-LOGITS = "check_contract.check_logits_have_shape"
-REPEATS = "check_modes.check_eval_repeats_itself"
 CACHED = "check_cache.check_cached_decoding_equals_full"
 ISOLATED = "check_cache.check_caches_are_isolated"
 PADDED = ("check_cache.check_cached_padding_equals_full", "check_masking.check_left_padding_changes_nothing")
-APPENDS = "check_generation.check_generate_appends_tokens"
-GREEDY = "check_generation.check_greedy_equals_the_naive_loop"
 ROWS = 64  # so many that no two windows of the text are followed by the same tokens in all of them
 
 
-@needs(LOGITS, REPEATS, CACHED, ISOLATED)
+@needs(SHAPE, REPEATS, CACHED, ISOLATED)
 def check_generate_appends_tokens(subject: Any) -> None:
     """Generate gives exactly as many new tokens as were asked for, behind the unchanged prompt or alone."""
     on = stage(subject)

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .check_causality import watched_embeddings
-from .expect import NotApplicable, Where, advise, fail, needs, note
+from .expect import GRADIENTS, READABLE, ROWS_APART, NotApplicable, Where, advise, fail, needs, note
 from .probes.ablation import blocks_of
+from .probes.embeddings import watched_embeddings
 from .probes.module_state import renormalized
 from .probes.precision import precision
 from .subject import ABSENCE, EXISTENCE
 from .watch.calls import Call, each, locate, recorded
 from .watch.draws import seeded
 
-CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
-REACH = "check_gradients.check_every_parameter_gets_a_gradient"
 ROWS = 4
 MOST = 24  # parameters whose gradient is compared
 STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -75,7 +73,7 @@ def _backward(model: nn.Module, objective: Callable[[], Tensor]) -> dict[str, Te
     return {name: parameter.grad for name, parameter in _trainable(model).items()}
 
 
-@needs(*CONTRACT, "check_contract.check_nothing_projected_is_thrown_away")
+@needs(*READABLE, "check_contract.check_nothing_projected_is_thrown_away")
 def check_every_parameter_gets_a_gradient(subject: Any) -> None:
     """Every trainable parameter gets a finite gradient that is not zero, from one of a few draws of the weights."""
     draws = (EXISTENCE[1], None, ABSENCE) * 2  # an expert may see no token of one batch, a gate may be shut by one draw
@@ -151,13 +149,13 @@ def _blame_missing(model: nn.Module, missing: dict[str, str]) -> None:
     )  # fmt: skip
 
 
-@needs(*CONTRACT, REACH)
+@needs(*READABLE, GRADIENTS)
 def check_gradients_equal_finite_differences(subject: Any) -> None:
     """What backward gives is the slope of what forward computes, for every parameter."""
     _expect_slopes(subject, _finest(subject).eval(), "")
 
 
-@needs(*CONTRACT, "check_gradients.check_gradients_equal_finite_differences")
+@needs(*READABLE, "check_gradients.check_gradients_equal_finite_differences")
 def check_training_gradients_equal_finite_differences(subject: Any) -> None:
     """In training mode too, under one dropout mask, backward gives the slope of what forward computes."""
     model = _finest(subject, **(dict(dropout=RATE) if subject.can_vary("dropout") else {})).train()
@@ -344,7 +342,7 @@ def _wrong_by_itself(module: nn.Module, call: Call, seed: int, exact: bool) -> b
         return False
 
 
-@needs(*CONTRACT, REACH, "check_masking.check_rows_do_not_touch")
+@needs(*READABLE, GRADIENTS, ROWS_APART)
 def check_rows_get_their_own_gradient(subject: Any) -> None:
     """The loss of one row has no gradient with respect to the embeddings of another."""
     model, tokens = _finest(subject), _tokens(subject)

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .expect import NotApplicable, Where, advise, fail, farthest, needs, note
+from .expect import READABLE, NotApplicable, Where, advise, fail, farthest, needs, note
 from .probes.precision import precise, precision
 from .watch.calls import Call, called_by_checks, line_now, locate, recorded
 from .watch.draws import seeded, uninitialized_memory_is_nan
 from .watch.parameters import Operands, amplification, first_inputs, gains_of
 
-CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 SEEDS = 5
 FAILURE, HIGH, LOW = 2.0, 0.5, -0.05  # nats above ln V
 SHALLOW, DEEP = 4, 16  # layers
@@ -40,7 +39,7 @@ def _fresh(subject: Any, seed: int = 0, **sizes: Any) -> nn.Module:
         return subject.build(seed=subject.seed + seed, **sizes)
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_loss_starts_near_uniform(subject: Any) -> None:
     """A model that has learned nothing gives every next token about the same probability: a loss near ln V."""
     if not subject.builds_afresh or not _drawn(subject):
@@ -87,7 +86,7 @@ def _drawn(subject: Any) -> set[str]:
     return {name for name, value in one.items() if name in other and _apart(value, other[name])}
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_layers_start_different(subject: Any) -> None:
     """No two layers, heads or experts start from the same random weights."""
     model, drawn = _fresh(subject), _drawn(subject)
@@ -146,7 +145,7 @@ def _copied_by_torch(model: nn.Module, parameter: str) -> str:
     return f"nn.{type(stacks[0]).__name__}" if stacks else ""
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_seed_decides_the_weights(subject: Any) -> None:
     """The same seed gives the same weights, another seed others."""
     if not subject.builds_afresh:
@@ -196,7 +195,7 @@ def _seeding_constructor(subject: Any) -> Where | None:
     return lines[0] if lines else None
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_depth_does_not_blow_up(subject: Any) -> None:
     """At initialization the residual stream and the logits of a deep model are about as large as of a shallow one."""
     if not subject.can_vary("n_layer"):
@@ -247,7 +246,7 @@ def _signal(subject: Any, depth: int) -> _Signal:
     return _Signal(stream, place, float(logits.double().std()))
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_matrices_start_centred(subject: Any) -> None:
     """Matrices and embeddings that are drawn at random are drawn around zero."""
     model, drawn = _fresh(subject), _drawn_afresh(subject)
@@ -303,7 +302,7 @@ def _owner(model: nn.Module, parameter: str) -> Where:
     return locate(model, parameter.rpartition(".")[0] or type(model).__name__)
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_gains_do_not_start_around_zero(subject: Any) -> None:
     """What a norm multiplies its features by does not start as noise around zero."""
     model, drawn = _fresh(subject), _drawn_afresh(subject)
@@ -334,7 +333,7 @@ def _noise_around_zero(value: Tensor) -> bool:
     return 0.1 < below < 0.9 and bool(value.mean().abs() < AROUND_ZERO * value.std())
 
 
-@needs(*CONTRACT, "check_initialization.check_loss_starts_near_uniform")
+@needs(*READABLE, "check_initialization.check_loss_starts_near_uniform")
 def check_projections_keep_the_size(subject: Any) -> None:
     """At initialization no projection makes what it is given many times larger, however wide the model."""
     _drawn_afresh(subject)
@@ -402,7 +401,7 @@ def _sizes(
     return found
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_tokens_matter_from_the_start(subject: Any) -> None:
     """The logits depend on the tokens at initialization, or do after a few steps from weights that start at zero."""
     if not subject.builds_afresh:

@@ -94,7 +94,7 @@ def _place(key: str) -> str:
 def check_targets_leave_the_logits_as_they_are(subject: Any) -> None:
     """The logits that come with a loss are those that come without targets."""
     found = answers(subject)
-    widths = {subject.sizes.vocab_size, getattr(getattr(subject.met, "forward", None), "vocab_size", 0)}
+    widths = {subject.sizes.vocab_size, subject.width}
     alone = found.logits(widths)
     if alone is None:
         raise NotApplicable("no logits [B, T, V] or of the last position come without targets")
@@ -246,7 +246,7 @@ def check_every_symbol_counts_as_target(subject: Any) -> None:
             advice="Mask by position, not by token id; or reserve an id that no text has.",
             ids=sorted(spoken),
         )
-    if "pad" not in (getattr(subject.parts, "declares", None) or {}):
+    if "pad" not in (subject.part("declares") or {}):
         advise(f"{says}: right only if {ids} is padding and nothing else, neither a character nor an end token")
         return
     if loss.left_out != (subject.declared("pad"),):
@@ -288,7 +288,7 @@ SENTENCE = "I love machine learning"
 
 def spoken_ids(subject: Any) -> set[int]:
     """The ids of the homework's sentence by the subject's own tokenizer; none where it has none that can be asked."""
-    encode = getattr(getattr(subject.parts, "tokenizer", None), "encode", None)
+    encode = getattr(subject.part("tokenizer"), "encode", None)
     try:
         return {int(i) for i in encode(SENTENCE)} if encode else set()
     except Exception:

@@ -11,22 +11,23 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from .check_causality import CONTRACT, EXTREME, expect_takes_mask, magnified, within_reach
-from .expect import NotApplicable, Where, advise, drawn, expect_close, fail, farthest, needs, note
+from .expect import STEADY, NotApplicable, Where, advise, drawn, expect_close, fail, farthest, needs, note
 from .probes.extra_arguments import DOCUMENTS, POSITIONS, taken
 from .probes.influence import EVAL, TRAIN, Way, call, every_id, length, moved, reads_one_token
+from .probes.magnified import EXTREME, magnified, within_reach
 from .probes.padding import SIDES, padded, ragged
 from .probes.precision import precise, precision, shared, spread
+from .probes.preconditions import expect_takes_mask
 from .watch.calls import first_bad, first_breaking
 
 FLOAT_MASKS = ("float-mask-added", "bool-mask-added-as-float")
 CONTENT = "check_masking.check_pad_contents_change_nothing"
+PADDED_ROWS = "check_masking.check_rows_of_padding_do_no_harm"
 ONES = "check_masking.check_mask_of_ones_changes_nothing"
-ROWS = "check_masking.check_rows_of_padding_do_no_harm"
 ADVICE = "A padded key gets weight 0 from every query of its own row: mask[:, None, None, :] over scores [B, H, T, S]."
 
 
-@needs(*CONTRACT)
+@needs(*STEADY)
 def check_mask_of_ones_changes_nothing(subject: Any) -> None:
     """A mask that marks every token as real gives the logits that no mask gives."""
     expect_takes_mask(subject)
@@ -45,7 +46,7 @@ def check_mask_of_ones_changes_nothing(subject: Any) -> None:
         )
 
 
-@needs(*CONTRACT, ONES)
+@needs(*STEADY, ONES)
 def check_pad_contents_change_nothing(subject: Any) -> None:
     """Whatever ids the padding holds, on either side, in eval and in train mode, real tokens keep their logits."""
     expect_takes_mask(subject)
@@ -109,7 +110,7 @@ def pad_reader(subject: Any, model: nn.Module, tokens: tuple[Tensor, Tensor], ma
     return first_breaking(model, one, other, breaks)
 
 
-@needs(*CONTRACT, ONES, CONTENT)
+@needs(*STEADY, ONES, CONTENT)
 def check_rows_of_padding_do_no_harm(subject: Any) -> None:
     """Padding gives finite logits and gradients, and a row of nothing but padding leaves the others as they were."""
     expect_takes_mask(subject)
@@ -176,7 +177,7 @@ def batches(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
     return dict(real=real, length=draw(st.integers(max(real), length(subject))), seed=draw(st.integers(0, 2**16)))
 
 
-@needs(*CONTRACT, ONES, CONTENT)
+@needs(*STEADY, ONES, CONTENT)
 @drawn(when=expect_takes_mask, case=batches)
 def check_right_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> None:
     """Padded on the right, by however many, the real tokens of a row get the logits of the row by itself."""
@@ -189,7 +190,7 @@ def check_right_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> N
     )
 
 
-@needs(*CONTRACT, ONES, CONTENT, ROWS)
+@needs(*STEADY, ONES, CONTENT, PADDED_ROWS)
 @drawn(when=expect_takes_mask, case=batches)
 def check_left_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> None:
     """Padded on the left, by however many, the real tokens of a row get the logits of the row by itself."""
@@ -223,7 +224,7 @@ def expect_as_alone(subject: Any, case: dict[str, Any], side: str, **finding: An
         )
 
 
-@needs(*CONTRACT, ONES)
+@needs(*STEADY, ONES)
 def check_mask_types_agree(subject: Any) -> None:
     """A mask of 0 and 1 as int or float means what the bool mask means, or is refused."""
     expect_takes_mask(subject)
@@ -242,7 +243,7 @@ def check_mask_types_agree(subject: Any) -> None:
                 continue
             says = f"a mask of 0 and 1 as {name} (padding: {side}) is read, and means something else than as bool"
             bound = precision(subject).bound(want)
-            if subject.met is not None and dtype.is_floating_point and farthest(got[mask], want[mask]) > bound.size:
+            if subject.foreign and dtype.is_floating_point and farthest(got[mask], want[mask]) > bound.size:
                 advise(f"{says}: it may be meant to be added")
                 continue
             expect_close(
@@ -259,7 +260,7 @@ def check_mask_types_agree(subject: Any) -> None:
 
 def other_types(subject: Any, mask: Tensor) -> Iterator[tuple[torch.dtype, Tensor, Way]]:
     """The mask in other types than the model's own; a foreign model has a form of its own to write each in."""
-    if subject.met is None:
+    if not subject.foreign:
         for dtype in (torch.int64, torch.uint8, torch.float32, torch.float64):
             yield dtype, mask.to(dtype), EVAL
         return
@@ -267,7 +268,7 @@ def other_types(subject: Any, mask: Tensor) -> Iterator[tuple[torch.dtype, Tenso
         yield form.dtype, mask, Way(f"with {form}", more={"form": form})
 
 
-@needs(*CONTRACT)
+@needs(*STEADY)
 def check_packed_documents_stay_apart(subject: Any) -> None:
     """Documents packed into one row, with their ids given, get the logits of each by itself."""
     parameter = taken(subject, DOCUMENTS)
@@ -307,7 +308,7 @@ def compositions(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
     )
 
 
-@needs(*CONTRACT)
+@needs(*STEADY)
 @drawn(case=compositions)
 def check_rows_do_not_touch(subject: Any, case: dict[str, Any]) -> None:
     """A row's logits are its own: alone, in another order, beside other rows, in eval and in train mode."""

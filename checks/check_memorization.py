@@ -17,18 +17,15 @@ from torch import nn
 from ..transformer.data import Batch, SentenceTask, pad_batch
 from ..transformer.generation import generate
 from ..transformer.trainer import Trainer
-from .check_sanity import LEARNED, READ_ALONE, RECIPES, objective
-from .expect import NotApplicable, advise, fail, needs, note
+from .expect import CAUSAL, REACHES, READ_ALONE, READABLE, NotApplicable, advise, fail, needs, note
 from .probes.influence import needs_one_token
 from .training.runs import refuse_chance
+from .training.sentence import LEARNED, RECIPES, objective
 
 CONTRACT = (
-    "check_contract.check_logits_have_shape",
-    "check_contract.check_logits_are_finite",
+    *READABLE,
     "check_loss.check_loss_takes_what_the_model_gives",
 )
-CAUSAL = "check_causality.check_future_cannot_change_past"
-PAST = "check_causality.check_past_reaches_every_later_position"
 BEGIN = 0
 PART = 4  # tokens of a beginning, of the middle and of an end
 SMALL = dict(n_layer=1, n_head=4, n_embd=64, dropout=0.0)
@@ -63,7 +60,7 @@ def check_memorizes_a_random_string(subject: Any) -> None:
     recite(subject, Task([tokens]))
 
 
-@needs(*CONTRACT, CAUSAL, PAST, "check_memorization.check_memorizes_a_random_string")
+@needs(*CONTRACT, CAUSAL, REACHES, "check_memorization.check_memorizes_a_random_string")
 def check_memorizes_two_strings_with_the_same_middle(subject: Any) -> None:
     """Two strings that share their middle are both said to their ends: what follows it depends on what came before."""
     part = PART if room(subject, "vocab_size", 5 * PART + 1) and room(subject, "block_size", 3 * PART) else PART - 1
@@ -116,7 +113,7 @@ def floor(strings: Strings, k: int) -> float:
 
 def judge_the_sentence(subject: Any) -> None:
     """Says so where the subject's tokenizer cuts the homework's sentence into tokens that each tell the next."""
-    encode = getattr(getattr(subject.parts, "tokenizer", None), "encode", None)
+    encode = getattr(subject.part("tokenizer"), "encode", None)
     sentence = SentenceTask().sentence
     try:
         ids = [int(i) for i in encode(sentence)] if encode else SentenceTask().tokenizer.encode(sentence)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .expect import NotApplicable, advise, expect_close, expect_same, fail, farthest, needs, note
+from .expect import READABLE, REPEATS, NotApplicable, advise, expect_close, expect_same, fail, farthest, needs, note
 from .probes.expectation import Averaged, unscaled
 from .probes.module_state import buffers_kept, renormalized
 from .probes.precision import precise, precision, spread
@@ -19,9 +19,7 @@ from .watch.calls import first_breaking, first_changing, locate
 from .watch.draws import Draws, Site, is_dropout, reads_mode, seeded, set_rates, sites, states, training_alone
 from .watch.dropout import Trial, silent_sites
 
-CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
 TRACE = "check_contract.check_earlier_calls_leave_no_trace"
-REPEATS = "check_modes.check_eval_repeats_itself"
 HALF = 0.5  # a rate at which as many are kept as dropped
 RATE = 0.3  # the dropout asked for: large enough that no site can miss every unit of a small model
 ALMOST_NONE = 1e-6  # a rate at which hardly ever one unit in a small model drops
@@ -57,7 +55,7 @@ def _masks(subject: Any, tokens: Tensor) -> Iterator[tuple[str, Tensor | None]]:
         yield "with a padding mask", mask
 
 
-@needs(*CONTRACT, TRACE)
+@needs(*READABLE, TRACE)
 def check_eval_repeats_itself(subject: Any) -> None:
     """In evaluation mode the same tokens give the same logits to the bit, whatever the random state."""
     model, tokens = _model(subject), _tokens(subject)
@@ -91,7 +89,7 @@ def _dropping_in_evaluation(
     return f" ({draws.dropped[0]}{line}, drops in it)", first
 
 
-@needs(*CONTRACT, REPEATS)
+@needs(*READABLE, REPEATS)
 def check_eval_leaves_random_state_alone(subject: Any) -> None:
     """A forward in evaluation mode neither draws from nor seeds a global random generator."""
     model, tokens = _model(subject), _tokens(subject)
@@ -117,7 +115,7 @@ def check_eval_leaves_random_state_alone(subject: Any) -> None:
             )
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_forward_leaves_weights_alone(subject: Any) -> None:
     """No forward, in evaluation or training mode, changes a parameter."""
     model, tokens = _model(subject), _tokens(subject)
@@ -148,7 +146,7 @@ def _bytes(parameters: dict[str, nn.Parameter]) -> list[bytes]:
     return [value.detach().cpu().numpy().tobytes() for value in parameters.values()]
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_modes_reach_every_part(subject: Any) -> None:
     """eval() and train() set the mode of every part of the model that has one, however it is held."""
     model = _model(subject)
@@ -206,7 +204,7 @@ def _modules_in(value: Any, path: str, depth: int = 3) -> Iterator[tuple[str, nn
             yield from _modules_in(item, f"{path}[{index}]", depth - 1)
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_gradient_mode_changes_nothing(subject: Any) -> None:
     """The logits are the same with gradients recorded, under no_grad and under inference_mode."""
     model, tokens = precise(subject), _tokens(subject)
@@ -236,7 +234,7 @@ def _real(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits if mask is None else logits.masked_fill(~mask[..., None], 0.0)
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_training_computes_what_evaluation_does(subject: Any) -> None:
     """Without dropout, training mode and evaluation mode compute the same logits."""
     model, tokens = precise(subject), _tokens(subject)
@@ -275,7 +273,7 @@ def _mode_by_design(model: nn.Module) -> str:
     return ""
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_dropout_draws_anew(subject: Any) -> None:
     """With dropout, training forwards differ from one another as the global seed decides, and move its state on."""
     model, tokens = _dropping(subject), _tokens(subject)
@@ -325,7 +323,7 @@ def _expect_no_reseeding(subject: Any, model: nn.Module, tokens: Tensor) -> None
         )
 
 
-@needs(*CONTRACT, REPEATS)
+@needs(*READABLE, REPEATS)
 def check_dropout_obeys_its_rate(subject: Any) -> None:
     """A dropout of 0 drops nothing, one of almost 0 hardly anything, and what is kept keeps its mean."""
     _dropping(subject)
@@ -417,7 +415,7 @@ def _expect_the_mean_kept(subject: Any) -> None:
             )
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_every_dropout_site_drops(subject: Any) -> None:
     """Every module that declares a dropout rate makes the logits random when it alone is in training mode."""
     model = _dropping(subject)
@@ -446,7 +444,7 @@ def _of_silence(site: Site) -> tuple[str, ...]:
     return ("attention-dropout-not-applied",) if site.functional else called
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_dropout_survives_evaluation(subject: Any) -> None:
     """After an evaluation in between, training drops as before."""
     model = _model(subject)
@@ -479,7 +477,7 @@ def check_dropout_survives_evaluation(subject: Any) -> None:
         )
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_dropout_differs_between_rows(subject: Any) -> None:
     """Every row of a batch gets a dropout mask of its own."""
     model = _dropping(subject)
@@ -508,7 +506,7 @@ def check_dropout_differs_between_rows(subject: Any) -> None:
 
 
 @needs(
-    *CONTRACT,
+    *READABLE,
     "check_modes.check_eval_repeats_itself",
     "check_modes.check_training_computes_what_evaluation_does",
 )

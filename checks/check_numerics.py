@@ -10,17 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .expect import NotApplicable, Where, advise, fail, needs, note
+from .expect import READABLE, REPEATS, NotApplicable, Where, advise, fail, needs, note
 from .probes.precision import precision
 from .probes.rounding import Casts, Promoted, naively
 from .subject import EXISTENCE
 from .watch.calls import Call, first_bad, locate, recorded
 
-CONTRACT = (
-    "check_contract.check_logits_have_shape",
-    "check_contract.check_logits_are_finite",
-    "check_modes.check_eval_repeats_itself",
-)
 # How many times the error of a naive evaluation is too much. Correct models: at most 1.6 in half precision, where the
 # rounding of results is all there is, and 4.9 in float32, where the sums inside an operation count as well.
 TIMES = {torch.float32: 20.0, torch.bfloat16: 4.0, torch.float16: 4.0}
@@ -201,7 +196,7 @@ def _varied(subject: Any, **sizes: int) -> dict[str, int]:
     return {name: value for name, value in sizes.items() if subject.can_vary(name)}
 
 
-@needs(*CONTRACT)
+@needs(*READABLE, REPEATS)
 def check_float32_keeps_its_digits(subject: Any) -> None:
     """In float32 the logits are those of float64 but for the rounding of float32."""
     tokens = _tokens(subject, 3, subject.sizes.block_size)
@@ -228,7 +223,7 @@ def check_float32_keeps_its_digits(subject: Any) -> None:
     )
 
 
-@needs(*CONTRACT)
+@needs(*READABLE, REPEATS)
 def check_bfloat16_stays_close(subject: Any) -> None:
     """Converted to bfloat16, the model is off by what rounding costs, with padding and in wide layers too."""
     trials = _short_trials(subject, torch.bfloat16)
@@ -247,7 +242,7 @@ def check_bfloat16_stays_close(subject: Any) -> None:
         )
 
 
-@needs(*CONTRACT)
+@needs(*READABLE, REPEATS)
 def check_float16_stays_close(subject: Any) -> None:
     """Converted to float16, the model is off by what rounding costs, with padding too."""
     for trial in _short_trials(subject, torch.float16):
@@ -272,7 +267,7 @@ def _short_trials(subject: Any, dtype: torch.dtype) -> list[Trial]:
     return trials
 
 
-@needs(*CONTRACT, "check_numerics.check_bfloat16_stays_close")
+@needs(*READABLE, REPEATS, "check_numerics.check_bfloat16_stays_close")
 def check_long_sequences_stay_close(subject: Any) -> None:
     """Over a long sequence, converted to bfloat16 or under autocast, the model is off by what rounding costs."""
     sizes = _varied(subject, block_size=LONG, n_layer=1, n_embd=4 * subject.sizes.n_embd)  # heads wide enough to turn
@@ -313,7 +308,7 @@ def _owed_to_buffers(subject: Any, trial: Trial) -> bool:
     return runs.error <= runs.bound
 
 
-@needs(*CONTRACT)
+@needs(*READABLE, REPEATS)
 def check_extreme_weights_give_finite_logits(subject: Any) -> None:
     """Weights twenty times too large make the model sure of itself and give no NaN or infinity."""
     model = subject.amplified(seed=subject.seed, dtype=torch.float32)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .check_training import FOLLOWS
-from .expect import NotApplicable, advise, fail, needs, note
+from .expect import FOLLOWS, NotApplicable, advise, fail, needs, note
 from .probes.module_state import renormalized
 from .training.met_step import equal_examples, met_step
 from .training.runs import Losses, TrainerRun, examples, model_of, needs_trainer, pieces

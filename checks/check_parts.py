@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .check_causality import CAUSAL, CONTRACT
-from .expect import NotApplicable, Where, advise, fail, needs, note
+from .expect import CAUSAL, REACHES, ROWS_APART, STEADY, NotApplicable, Where, advise, fail, needs, note
 from .probes.influence import call, length
 from .probes.precision import precise, spread
 from .probes.silent_parts import FeedForward, Silence, feed_forwards, narrowing_in_blocks
@@ -24,10 +23,8 @@ from .watch.calls import locate
 from .watch.norms import LARGE, Norm, norms
 from .watch.products import Attended, Weighed, sharing
 
-ROWS = "check_masking.check_rows_do_not_touch"
 ALONE = "check_parts.check_norms_act_on_each_token_alone"
 SCALE = "check_parts.check_norms_take_out_the_scale"
-REACHES = "check_causality.check_past_reaches_every_later_position"
 MATTERS = "check_contract.check_every_block_matters"
 
 TOUCHED = 1e-6  # of the largest output: what another token changes at most in a norm, if it computes in float32
@@ -68,7 +65,7 @@ def _answer(judge: Callable[[nn.Module, Norm], Any], model: nn.Module, norm: Nor
         return None
 
 
-@needs(*CONTRACT, CAUSAL, ROWS, "check_gradients.check_rows_get_their_own_gradient")
+@needs(*STEADY, CAUSAL, ROWS_APART, "check_gradients.check_rows_get_their_own_gradient")
 def check_norms_act_on_each_token_alone(subject: Any) -> None:
     """A norm's output for one token depends on no other token."""
     judged(*recognized(subject), expect_alone)
@@ -97,7 +94,7 @@ def expect_alone(model: nn.Module, norm: Norm) -> float:
     )
 
 
-@needs(*CONTRACT, ALONE)
+@needs(*STEADY, ALONE)
 def check_norms_take_out_the_scale(subject: Any) -> None:
     """A norm gives the same for a large input and for several times it, and takes away the whole mean or none of it."""
     judged(*recognized(subject), expect_scale_taken_out)
@@ -180,7 +177,7 @@ def fail_mean(model: nn.Module, norm: Norm, share: float) -> None:
     )
 
 
-@needs(*CONTRACT, ALONE, SCALE)
+@needs(*STEADY, ALONE, SCALE)
 def check_epsilon_does_not_rule_a_norm(subject: Any) -> None:
     """What a norm gives for what the model feeds it as initialized is decided by that input, not by its epsilon."""
     judged(*recognized(subject), expect_small_epsilon)
@@ -220,7 +217,7 @@ def share_of_full(norm: Norm, x: Tensor) -> float:
     return float((sizes[0] / sizes[1]).nanmedian())
 
 
-@needs(*CONTRACT, ALONE)
+@needs(*STEADY, ALONE)
 def check_gain_multiplies_and_bias_adds(subject: Any) -> None:
     """A norm's gain multiplies what depends on the input, and its bias is added whatever the input is."""
     judged(*recognized(subject), expect_factors)
@@ -272,7 +269,7 @@ def fail_factor(model: nn.Module, norm: Norm, name: str, does: str, start: int) 
     )
 
 
-@needs(*CONTRACT, ALONE, SCALE, "check_parts.check_gain_multiplies_and_bias_adds")
+@needs(*STEADY, ALONE, SCALE, "check_parts.check_gain_multiplies_and_bias_adds")
 def check_norms_are_what_they_are_called(subject: Any) -> None:
     """What is called an RMS norm leaves the mean, and like a layer norm it gives numbers of its gain's size."""
     judged(*recognized(subject), expect_as_called)
@@ -319,7 +316,7 @@ def fail_called(model: nn.Module, norm: Norm, does: str, bug: str) -> None:
     )
 
 
-@needs(*CONTRACT)
+@needs(*STEADY)
 def check_feed_forward_is_not_linear(subject: Any) -> None:
     """Between a matrix that widens a feed-forward's input and the one that narrows it again, something bends."""
     model = precise(subject, EXISTENCE[1])
@@ -350,7 +347,7 @@ def fail_linear(pair: FeedForward, factor: float, gated: bool) -> None:
     )
 
 
-@needs(*CONTRACT)
+@needs(*STEADY)
 def check_activations_are_what_they_are_called(subject: Any) -> None:
     """What the model's own code calls GELU, SiLU, Swish or ReLU gives the numbers of one, usual approximations too."""
     model = precise(subject, None)
@@ -383,7 +380,7 @@ def fail_activation(one: Activation, x: Tensor, gives: Tensor) -> None:
     )
 
 
-@needs(*CONTRACT, REACHES, MATTERS)
+@needs(*STEADY, REACHES, MATTERS)
 def check_tokens_get_past_a_silent_part(subject: Any) -> None:
     """With every attention giving zeros a token still reaches its logits; with every feed-forward, the past does."""
     if length(subject) < 2:
@@ -457,7 +454,7 @@ def fail_lost(subject: Any, model: nn.Module, part: str, silence: Silence) -> No
     )
 
 
-@needs(*CONTRACT, CAUSAL, ROWS)
+@needs(*STEADY, CAUSAL, ROWS_APART)
 def check_attention_weights_sum_to_one(subject: Any) -> None:
     """What a softmax weighs the values by sums to one over the keys of every query, in evaluation mode."""
     seen = [attended(subject, scheme).weighed for scheme in (None, EXISTENCE[1])]
@@ -499,7 +496,7 @@ def fail_sum(seen: Weighed) -> None:
     )
 
 
-@needs(*CONTRACT)
+@needs(*STEADY)
 def check_heads_that_share_keys_share_values(subject: Any) -> None:
     """Where query heads share key-value heads, those that share keys share values, and equally many share each."""
     pairs = attended(subject, EXISTENCE[1]).pairs

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .expect import Bound, NotApplicable, advise, expect_close, fail, farthest, needs, note, slow
+from .expect import READABLE, REPEATS, Bound, NotApplicable, advise, expect_close, fail, farthest, needs, note, slow
 from .probes.precision import precise, precision, spread
 from .watch.calls import first_breaking
 from .watch.devices import Homeless
 from .watch.draws import seeded
 
-CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
-REPEATS = "check_modes.check_eval_repeats_itself"  # else two paths differ as two calls on one path do
 COMPILED = 1e-4  # standard deviations of the logits in float32; correct models: 2e-6
 ROWS = 3
 RATE = 0.3
@@ -50,7 +48,7 @@ def _clearly_differ(a: Tensor, b: Tensor) -> bool:
     return farthest(a, b) > 1e-5 * spread(a)
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_forward_stays_on_its_device(subject: Any) -> None:
     """What the forward makes is where the tokens and weights are, not on the default device."""
     model, tokens = subject.build(seed=subject.seed), _tokens(subject)
@@ -79,7 +77,7 @@ def check_forward_stays_on_its_device(subject: Any) -> None:
         )
 
 
-@needs(*CONTRACT, REPEATS)
+@needs(*READABLE, REPEATS)
 def check_attention_backends_agree(subject: Any) -> None:
     """The logits are the same whichever of PyTorch's kernels, or of the model's own attention paths, computes them."""
     model, tokens = precise(subject), _tokens(subject)
@@ -181,14 +179,14 @@ def _quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-@needs(*CONTRACT, REPEATS)
+@needs(*READABLE, REPEATS)
 def check_compiled_model_agrees(subject: Any) -> None:
     """Captured by torch.compile, without a code generator, the model gives the same logits and gradients."""
     _expect_compiled(subject, "aot_eager")
 
 
 @slow("Inductor generates and compiles code for 20 to 35 seconds")
-@needs(*CONTRACT, "check_portability.check_compiled_model_agrees")
+@needs(*READABLE, "check_portability.check_compiled_model_agrees")
 def check_inductor_agrees(subject: Any) -> None:
     """Compiled by Inductor, the model gives the same logits and gradients."""
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
@@ -242,7 +240,7 @@ def _with_gradients(subject: Any, model: nn.Module, tokens: Tensor) -> tuple[Ten
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@needs(*CONTRACT, REPEATS)
+@needs(*READABLE, REPEATS)
 def check_exported_model_agrees(subject: Any) -> None:
     """Exported by torch.export, the model gives the same logits, for other tokens than those it was exported with."""
     model, tokens = subject.amplified(seed=subject.seed, dtype=torch.float32), _tokens(subject)
@@ -277,7 +275,7 @@ class _AsModule(nn.Module):
         return self.call(tokens)
 
 
-@needs(*CONTRACT, "check_gradients.check_training_gradients_equal_finite_differences")
+@needs(*READABLE, "check_gradients.check_training_gradients_equal_finite_differences")
 def check_recomputation_changes_nothing(subject: Any) -> None:
     """With activation checkpointing the loss and its gradients are those without, dropout included."""
     sizes: dict[str, Any] = dict(dropout=RATE) if subject.can_vary("dropout") else {}

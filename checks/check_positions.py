@@ -8,28 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .check_causality import CONTRACT, expect_causal, telling_places
-from .expect import NotApplicable, Where, advise, fail, needs, note
+from .expect import REACHES, STEADY, NotApplicable, Where, advise, fail, needs, note
 from .probes.ablation import one_block
 from .probes.influence import call, length, moved
+from .probes.long import telling_places
 from .probes.module_state import held_outside
 from .probes.precision import precise, spread
+from .probes.preconditions import expect_causal
 from .subject import EXISTENCE
 from .watch.attention import key_products, mentions_rotary
 from .watch.calls import locate
 
-PAST = "check_causality.check_past_reaches_every_later_position"
 SMALLEST = 1e-6  # standard deviations of the logits: what an exchange of tokens moves at least (clean models: 2e-3)
-LONG = 40  # tokens: past the powers of two at which positions may start again
-LONGER = 131  # of these only pairs with the first token and some neighbours are tried
 TURNED = 1e-4  # of a cosine: angles are commonly computed in float32; in bfloat16 they drift by 1e-2
 SETTLED = 4  # tokens after which a short convolution of equal tokens is constant
 
 NAMED = re.compile(r"(?<![a-z])(pos|position|positions|wpe|pe|freqs|alibi|rope|rotary)(?![a-z])")
 KIND = re.compile(r"rotary|rope(?![a-z])|alibi|sinusoid|learnedpos", re.IGNORECASE)
+LONG = 40  # tokens: past the powers of two at which positions may start again
+LONGER = 131  # of these only pairs with the first token and some neighbours are tried
 
 
-@needs(*CONTRACT, PAST)
+@needs(*STEADY, REACHES)
 def check_order_of_tokens_matters(subject: Any) -> None:
     """In one block, exchanging two earlier tokens changes a later logit, wherever the two stand."""
     expect_causal(subject)
@@ -117,7 +117,7 @@ def fail_alike(alike: list[tuple[int, int]], pairs: list[tuple[int, int]], T: in
     )
 
 
-@needs(*CONTRACT, "check_positions.check_order_of_tokens_matters")
+@needs(*STEADY, "check_positions.check_order_of_tokens_matters")
 def check_rotary_angle_depends_on_distance(subject: Any) -> None:
     """Where rotary positions are used, equal tokens have a score that depends on how far they are apart, alone."""
     model, T = precise(subject, None), length(subject)

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .expect import NotApplicable, advise, fail, needs, note
+from .expect import APPENDS, GREEDY, NotApplicable, advise, fail, needs, note
 from .generation.draws import DISTINCT, LEVEL, Sampler, scores, unlikely
 from .generation.met_generate import Rows
 from .generation.scripted import Stage, dealt, stage
 from .watch.draws import seeded
 
-APPENDS = "check_generation.check_generate_appends_tokens"
-GREEDY = "check_generation.check_greedy_equals_the_naive_loop"
 TEMPERATURE = "check_sampling.check_temperature_divides_the_logits"
 EXACT = 1e-4  # float32 gives probabilities to 1e-6; one token more or less moves them by 1e-2
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .expect import NotApplicable, Where, advise, fail, needs, note
+from .expect import READABLE, NotApplicable, Where, advise, fail, needs, note
 from .family.aspects.drawing import draws
 from .family.aspects.dropping import SITES, Dropped, dropped
 from .family.aspects.gradients import slopes
@@ -20,7 +20,8 @@ from .family.aspects.remarks import remarks
 from .family.aspects.scores import Scales
 from .family.aspects.tiny import odd_epsilon, parting_scale
 from .family.blame import Simulated
-from .family.fit import FAMILIES, Settled, norm_form, settled, specimen
+from .family.fit import FAMILIES, norm_form, settled
+from .family.specimen import Settled, specimen
 from .family.stages import Explained, explain, part_from
 from .family.trace import Parting
 from .watch.calls import locate
@@ -28,8 +29,7 @@ from .watch.calls import locate
 NAMES = {"gpt2": "GPT-2", "llama": "Llama"}
 SIMULATION_SECONDS = 5.0  # of processor time, as all here
 AUTO_SECONDS = 1.5  # without a declaration
-CONTRACT = ("check_contract.check_logits_have_shape", "check_contract.check_logits_are_finite")
-LOGITS = (*CONTRACT, "check_spec.check_logits_agree")
+LOGITS = (*READABLE, "check_spec.check_logits_agree")
 GRADIENT = 1e-8  # of a tensor's largest gradient, in float64; correct models differ by 1e-14 of it
 PROBABILITY = 1e-6  # relative, of a token, in float64; correct models differ by 1e-13
 SCALE = 1e-6  # of the usual factor: one read off float64 numbers is exact to 1e-12
@@ -37,11 +37,11 @@ SCALE = 1e-6  # of the usual factor: one read off float64 numbers is exact to 1e
 
 def declared(subject: Any) -> str | None:
     """The architecture that the user, or the subject itself, declares; None for "auto"."""
-    asked = getattr(subject, "spec", None)
+    asked = subject.spec.family
     return asked if asked in FAMILIES else subject.declared("spec")
 
 
-@needs(*CONTRACT)
+@needs(*READABLE)
 def check_logits_agree(subject: Any) -> None:
     """On the same weights the logits are those of the declared architecture."""
     family = declared(subject)
@@ -271,7 +271,7 @@ def check_weights_are_the_familys(subject: Any) -> None:
             fail(
                 f"{plan.head.name} starts as a copy of {plan.embedding.name} and is not the same parameter: the two "
                 "part with the first step",
-                likely=("head-is-a-copy", "tied-weights-broken"),
+                likely=("tied-weights-broken",),
                 advice="assign the Parameter itself, head.weight = embedding.weight, after initialization",
             )
         if found.family == "gpt2":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .expect import NotApplicable, advise, fail, needs, note
+from .expect import CAUSAL, FOLLOWS, NotApplicable, advise, fail, needs, note
 from .loss.met_loss import met_loss
 from .training.explained import (
     Micro,
@@ -35,12 +35,10 @@ from .training.steps import (
     scaler_cancels,
 )
 
-FOLLOWS = "check_training.check_a_step_follows_the_gradient"
-FUTURE = "check_causality.check_future_cannot_change_past"
 STREAM_STEPS = 50
 
 
-@needs(FUTURE)
+@needs(CAUSAL)
 def check_a_step_follows_the_gradient(subject: Any) -> None:
     """Plain steps move the weights by minus the learning rate times the gradient of the mean loss, step after step."""
     if not subject.brings("trainer"):
@@ -178,10 +176,10 @@ def check_the_loss_scale_cancels(subject: Any) -> None:
         )
 
 
-@needs(FUTURE)
+@needs(CAUSAL)
 def check_an_objective_sums_and_counts(subject: Any) -> None:
     """The objective of a batch is the sum of the losses of its unmasked targets and their number."""
-    objective, pad_batch = (getattr(subject.parts, name, None) for name in ("objective", "pad_batch"))
+    objective, pad_batch = (subject.part(name) for name in ("objective", "pad_batch"))
     if objective is None or pad_batch is None:
         raise NotApplicable("the subject brings no objective over batches of its own")
     model, window = model_of(subject), examples(subject, 4)
@@ -313,7 +311,7 @@ def refuse_eval_mode(modes: list[dict[str, bool]], before: str) -> None:
         )
 
 
-@needs(FUTURE, FOLLOWS)
+@needs(CAUSAL, FOLLOWS)
 def check_a_uniform_stream_is_never_learned(subject: Any) -> None:
     """On fresh uniform random tokens no training gets its loss below ln V: there is nothing to predict."""
     if not subject.causal:
@@ -365,7 +363,7 @@ def stream_losses(subject: Any, rows: int = 16) -> list[float]:
         learning_rate=1e-2,
         objective=objective_in_use(subject),
     )
-    pad_batch = getattr(subject.parts, "pad_batch", None)
+    pad_batch = subject.part("pad_batch")
     if pad_batch is not None:
         run.data.batch = pad_batch  # type: ignore[method-assign]
     return [float(run.trainer.step()) for _ in range(STREAM_STEPS)]
@@ -373,7 +371,7 @@ def stream_losses(subject: Any, rows: int = 16) -> list[float]:
 
 def objective_in_use(subject: Any) -> Any:
     """The subject's own objective, else one of its own loss where that is a mean, else the formula."""
-    own = getattr(subject.parts, "objective", None)
+    own = subject.part("objective")
     if own is not None:
         return own
     try:

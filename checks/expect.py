@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import time
 import unittest
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,15 @@ class Finding:
     likely: tuple[str, ...] = ()  # ids of known bugs, most likely first
     advice: str = ""  # what to try
     example: dict[str, Any] = field(default_factory=dict)  # the smallest drawn case that fails
+
+
+def shown(filename: str) -> str:
+    """A file as the user would type it: relative to the working directory where that is shorter."""
+    try:
+        relative = os.path.relpath(filename)
+    except ValueError:  # another drive
+        return filename
+    return relative if len(relative) < len(filename) else filename
 
 
 class CheckFailed(AssertionError):
@@ -218,6 +228,31 @@ def expect_differs(
 
 def _number(value: Tensor) -> str:
     return f"{value.item():.6g}"
+
+
+# What other checks need, by the ids of checks.
+SHAPE = "check_contract.check_logits_have_shape"
+READABLE = (SHAPE, "check_contract.check_logits_are_finite")
+REPEATS = "check_modes.check_eval_repeats_itself"
+STEADY = (
+    SHAPE,
+    "check_contract.check_every_length_is_read",
+    "check_contract.check_logits_are_finite",
+    "check_contract.check_earlier_calls_leave_no_trace",
+    REPEATS,
+)
+CAUSAL = "check_causality.check_future_cannot_change_past"
+REACHES = "check_causality.check_past_reaches_every_later_position"
+ROWS_APART = "check_masking.check_rows_do_not_touch"
+READ_ALONE = (
+    CAUSAL,
+    "check_causality.check_prefix_gives_the_same_logits",
+    ROWS_APART,
+)  # alone as in a batch, part as whole
+GRADIENTS = "check_gradients.check_every_parameter_gets_a_gradient"
+FOLLOWS = "check_training.check_a_step_follows_the_gradient"
+APPENDS = "check_generation.check_generate_appends_tokens"
+GREEDY = "check_generation.check_greedy_equals_the_naive_loop"
 
 
 def needs(*prerequisites: str) -> Callable[[Callable], Callable]:

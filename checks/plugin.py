@@ -137,9 +137,8 @@ class Run:
         return self._subjects
 
     def _meet(self) -> list[Subject]:
-        from .family.weights.table import declare
         from .meet import UsageError
-        from .subject import Subject
+        from .run.subjects import subject_of
 
         declared = dict(
             seed=self.seed,
@@ -147,20 +146,18 @@ class Run:
             causal=not self.option("not-causal", False),
             checkpoint=self.option("checkpoint"),
             parts=_parts(self.option("with", [])),
+            spec=self.option("spec", "auto"),
         )
         try:
             self.expected = self._expected()
-            subjects = [Subject.meet(model, **declared) for model in self.option("model", [DEFAULT_MODEL])]
-            for subject in subjects:
-                declare(subject, self.option("spec", "auto"))
+            subjects = [subject_of(model, **declared) for model in self.option("model", [DEFAULT_MODEL])]
         except UsageError as error:
             raise pytest.UsageError(str(error)) from None
         return subjects
 
     def _expected(self) -> Expected:
-        from . import all_checks
         from .run.expected_failures import Expected, read
-        from .run.verdict import check_id
+        from .run.order import all_checks, check_id
 
         path = self.option("expected-failures")
         return read(path, map(check_id, all_checks())) if path else Expected()
@@ -209,7 +206,7 @@ class Run:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Subject by subject, theme by theme: what others need comes first."""
-        from . import THEMES
+        from .run.order import THEMES
 
         mine = [item for item in items if isinstance(item, CheckItem)]
         others = [item for item in items if not isinstance(item, CheckItem)]
@@ -301,7 +298,8 @@ class Run:
     # -- judging
 
     def judge(self, subject: Subject, check: Callable) -> Verdict:
-        from .run.verdict import check_id, judge
+        from .run.order import check_id
+        from .run.verdict import judge
 
         earlier = self.verdicts.setdefault(subject.name, {})
         self._write(lines.started(check_id(check), subject.name))
@@ -373,7 +371,7 @@ class CheckFile(pytest.File):
         self.run = run
 
     def collect(self) -> Iterator[pytest.Item]:
-        from . import checks_in
+        from .run.order import checks_in
 
         theme = self.path.stem.removeprefix("check_")
         checks = checks_in(theme)

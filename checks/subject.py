@@ -1,27 +1,29 @@
 """The implementation under test, behind one interface: build, logits, loss, generate, train step, tokenizer.
 
-How foreign code is met (files, constructors, return forms) is in conventions/; nothing here judges.
+What is here is called as the reference is; meet/ has the same interface over foreign code. Nothing here judges.
 """
 
 from __future__ import annotations
 
-import difflib
+import ast
+import contextlib
 import functools
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import cast as as_type
 
 import torch
 from torch import Tensor, nn
 
 from .expect import NotApplicable
-from .run.verdict import unwarned
 
-if TYPE_CHECKING:
-    from .meet.met import Met
-    from .meet.padding_mask import MaskForm
+Made = TypeVar("Made")
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,78 @@ ABSENCE = (1.5, 1.0)  # laws that something must not show: leaks, batch, length
 EXISTENCE = (None, (1.0, 0.5), (1.5, 1.0))  # laws that something must show: the best of these; None: as initialized
 
 
+@dataclass(frozen=True)
+class MaskForm:
+    """One way to write a padding mask [B, T], True for real tokens, as the argument of a model's forward."""
+
+    argument: str
+    dtype: torch.dtype = torch.bool
+    keep: bool = True  # whether true, or 1, marks real tokens rather than padding
+    shape: str = "[B, T]"
+    additive: bool = False  # 0 for real tokens and -∞ for padding
+    with_causal: bool = False  # the causal mask as well, in shapes that have two times T
+
+    def encode(self, mask: Tensor) -> Tensor:
+        mask = mask.bool()
+        B, T = mask.shape
+        seen = mask
+        if self.shape == "[B, 1, 1, T]":
+            seen = mask[:, None, None, :]
+        elif self.shape in ("[B, T, T]", "[B, 1, T, T]"):
+            seen = mask[:, None, :].expand(B, T, T)
+            if self.with_causal:
+                seen = seen & torch.ones_like(seen).tril() | torch.eye(T, dtype=torch.bool, device=mask.device)
+            seen = seen[:, None] if self.shape == "[B, 1, T, T]" else seen
+        if self.additive:
+            return torch.zeros(seen.shape, dtype=self.dtype, device=mask.device).masked_fill(~seen, -torch.inf)
+        return (seen if self.keep else ~seen).to(self.dtype)
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        says = "0 keeps, -inf drops" if self.additive else "true keeps" if self.keep else "true drops"
+        return f"{self.argument} {self.shape} {kind}, {says}"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The architecture that a subject is declared to be: gpt2 or llama; auto where none is declared."""
+
+    family: str = "auto"
+    file: str = ""  # where the user's table of weights came from
+    table: Mapping[str, str] = field(default_factory=dict)  # theirs to ours, a layer's number written *
+
+    def __str__(self) -> str:
+        return f"{self.family}:{self.file}" if self.file else self.family
+
+
+UNDECLARED = Spec()
+
+
+class KeyValueCache(Protocol):
+    """What `Subject.new_cache` gives and `Subject.logits` fills."""
+
+    inside_the_model: bool  # the model keeps its one cache itself: one text at a time
+
+
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """What a subject warns of is its own business, also where whoever runs the checks makes every warning an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Checks build small models, on which threads cost more than they give, and on a busy machine far more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Subject:
     """A model under test and what comes with it.
 
@@ -48,64 +122,37 @@ class Subject:
     `generate(model, prompt, max_new_tokens, …)`, `train_step(model, optimizer, batch)`, `trainer`, `tokenizer`.
     """
 
-    spec = "auto"  # the architecture that it is declared to be: gpt2 or llama; auto: none
-    spec_file = ""  # where the user's table of weights for it came from
-    spec_table: ClassVar[dict[str, str]] = {}  # theirs to ours, a layer's number written *
-
     def __init__(
         self,
         name: str,
-        parts: Any,
+        parts: SimpleNamespace,
         *,
         seed: int = 0,
         device: str = "cpu",
         causal: bool = True,
-        met: Met | None = None,
+        spec: Spec = UNDECLARED,
     ) -> None:
-        self.name, self.parts, self.seed, self.causal = name, parts, seed, causal
+        self.name, self.parts, self.seed, self.causal, self.spec = name, parts, seed, causal, spec
         self.device = torch.device(device)
-        self.met = met  # how foreign code is built and called; None for the reference's own interface
-        self.sizes = Sizes() if met is None else Sizes(**met.sizes)
+        self.sizes = Sizes()
+        self._made: dict[Any, Any] = {}
 
-    @classmethod
-    def meet(
-        cls,
-        what: Any = "transformer",
-        *,
-        parts: dict[str, Any] | None = None,
-        seed: int = 0,
-        device: str = "cpu",
-        causal: bool = True,
-        checkpoint: str | None = None,
-    ) -> Subject:
-        """The subject behind `FILE.py[:NAME]`, `NOTEBOOK.ipynb[:NAME]`, `package.module:NAME`, `bug:ID` or an object.
-
-        An object is a class, a factory, or one model, which is then tested at its own sizes. `parts` are what lives
-        elsewhere, `{"loss": "train.py:masked_loss"}` or functions; `checkpoint` is a file of weights.
-        Raises UsageError for whatever cannot be met, with what would settle it.
-        """
-        declared: dict[str, Any] = dict(seed=seed, device=device, causal=causal)
-        if isinstance(what, str) and (what == "transformer" or what.startswith("bug:")):
-            return _own(what, parts, checkpoint, declared)
-        from .meet.met import meet
-
-        with unwarned():
-            met = meet(what, device=device, causal=causal, checkpoint=checkpoint, parts=parts)
-        brought = SimpleNamespace(build_model=lambda **sizes: met.build(sizes), **met.parts)
-        subject = cls(what if isinstance(what, str) else met.shown, brought, met=met, **declared)
-        if not met.fresh:  # to learn these the one instance is put back, which must not happen while a check holds it
-            _ = subject.header, subject.learns
-        return subject
+    def once(
+        self,
+        make: Callable[Concatenate[Any, Arguments], Made],
+        *arguments: Arguments.args,
+        **named: Arguments.kwargs,
+    ) -> Made:
+        """What `make(subject, …)` gives, made when first asked for and then kept as long as the subject."""
+        key = (make, arguments, tuple(named.items()))
+        if key not in self._made:
+            self._made[key] = make(self, *arguments, **named)
+        return as_type(Made, self._made[key])
 
     @property
-    @unwarned()
     def header(self) -> str:
-        """One line of facts: what was met, how it is built and called, what it brings, what was assumed."""
-        if self.met is None:
-            return self.name
-        from .meet.header import header_of
-
-        return header_of(self.met)
+        """One line of facts: what was loaded, how it is built and called, which parts it has, what was assumed."""
+        return self.name
 
     @unwarned()
     def build(self, *, seed: int = 0, **sizes: Any) -> nn.Module:
@@ -123,8 +170,6 @@ class Subject:
 
     def leave(self) -> None:
         """Puts a subject that is one instance back to what it was, its training mode included."""
-        if self.met is not None:
-            self.met.leave()
 
     def amplified(
         self,
@@ -145,7 +190,7 @@ class Subject:
         model: nn.Module,
         tokens: Tensor,
         mask: Tensor | None = None,
-        cache: Any = None,
+        cache: KeyValueCache | None = None,
         *,
         form: MaskForm | None = None,
         **more: Any,
@@ -155,20 +200,16 @@ class Subject:
         `form`, one of `mask_forms`, is how the mask is written for the model; the first of them by default. `more`
         goes to the model as it is: document ids, say. Over a cache, some models answer for the last token only.
         """
-        if self.met is not None:
-            return self.met.logits(model, tokens, mask, cache, form, more)
         if mask is not None and form is not None:
             mask = form.encode(mask)
         given = {name: value for name, value in (("mask", mask), ("cache", cache)) if value is not None}
-        return model(tokens, **given, **more)
+        return as_type(Tensor, model(tokens, **given, **more))
 
-    def new_cache(self, model: nn.Module, batch_size: int) -> Any:
+    def new_cache(self, model: nn.Module, batch_size: int) -> KeyValueCache | None:
         """An empty key-value cache for `logits`, which fills it; None if the subject has no cache known here.
 
         Its `inside_the_model` is True where the model keeps its one cache itself: one text at a time.
         """
-        if self.met is not None:
-            return self.met.new_cache(model, batch_size)
         create: Any = getattr(model, "new_cache", None)
         return create(batch_size, self.sizes.block_size) if create else None
 
@@ -180,21 +221,17 @@ class Subject:
     @property
     def mask_forms(self) -> tuple[MaskForm, ...]:
         """The ways to write a padding mask that the model does not refuse: its own first, then other dtypes of it."""
-        if self.met is not None:
-            return self.met.mask_forms
-        from .meet.padding_mask import MaskForm
-
         return tuple(MaskForm("mask", dtype) for dtype in (torch.bool, torch.int64, torch.float32))
 
     @property
     def longest(self) -> int | None:
         """How many tokens the model reads at most; None if it has no such limit. `sizes.block_size` may be less."""
-        return self.sizes.block_size if self.met is None else self.met.longest
+        return self.sizes.block_size
 
     @property
     def returns(self) -> str:
         """What stands for logits in what the model returns: "logits", "log-probabilities" or "probabilities"."""
-        return "logits" if self.met is None else self.met.returns
+        return "logits"
 
     def tokens(self, B: int, T: int, *, seed: int = 0, vocab_size: int | None = None) -> Tensor:
         """Random token ids [B, T], every id as likely."""
@@ -204,11 +241,15 @@ class Subject:
 
     def brings(self, part: str) -> bool:
         """Whether the subject has its own `loss`, `generate`, `train_step`, `trainer` or `tokenizer`."""
-        return getattr(self.parts, part, None) is not None
+        return self.part(part) is not None
+
+    def part(self, name: str) -> Any:
+        """A part that comes with the model, None where there is none."""
+        return getattr(self.parts, name, None)
 
     def can_vary(self, name: str) -> bool:
         """Whether `build` can be asked for another size of this name (`n_layer`, …)."""
-        return self.met is None or name in self.met.varies
+        return True
 
     @functools.cached_property
     def learns(self) -> bool:
@@ -218,21 +259,43 @@ class Subject:
     @property
     def builds_afresh(self) -> bool:
         """Whether each `build` is a new model; else it is always the same one, put back to what it was."""
-        return self.met is None or self.met.fresh
+        return True
 
     def declared(self, what: str) -> Any:
         """What the subject says of itself in its part `declares`, a dict; None where it says nothing of this."""
-        return (getattr(self.parts, "declares", None) or {}).get(what)
+        return (self.part("declares") or {}).get(what)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it is called in a way that was found out, rather than as the reference is."""
+        return False
+
+    @property
+    def width(self) -> int:
+        """How many ids the logits have room for: more than `sizes.vocab_size` where a model rounds it up."""
+        return self.sizes.vocab_size
+
+    @property
+    def given_more(self) -> bool:
+        """Whether `logits` hands the model's forward more than tokens: targets, say, without which it answers less."""
+        return False
+
+    def running(self) -> AbstractContextManager[Any]:
+        """Surrounds calls of the subject's code that do not go through `build`, `logits` and its other methods."""
+        return contextlib.nullcontext()
+
+    def code(self) -> Iterator[tuple[str, list[ast.AST]]]:
+        """The file and the syntax nodes of each module of the subject's own code."""
+        return iter(())
 
     def owns(self, filename: str) -> bool:
         """Whether a source file is the subject's own."""
-        return self.met is not None and self.met.home.owns(filename)
+        return False
 
     def reproduce(self, check: Callable) -> str:
         """The command that runs this check alone, with this seed."""
         module, name = check.__module__.rpartition(".")[2], check.__name__
-        spec = f"{self.spec}:{shlex.quote(self.spec_file)}" if self.spec_file else self.spec
-        declared = f" --spec {spec}" if spec != "auto" else ""
+        declared = f" --spec {shlex.quote(str(self.spec))}" if self.spec.family != "auto" else ""
         declared += "" if self.causal else " --not-causal"
         return f"pytest --model {shlex.quote(self.name)} --seed {self.seed}{declared} -k '{module} and {name}'"
 
@@ -272,64 +335,3 @@ def amplify(model: nn.Module, gain: float, embedding: float, *, seed: int) -> No
             else:
                 fan = (parameter.shape[-1] * parameter.shape[-2]) ** 0.5
                 parameter.copy_(gain * fan**-0.5 * noise)
-
-
-def reference(**declared: Any) -> Subject:
-    """The reference of this project as a subject."""
-    return Subject("transformer", reference_parts(), **declared)
-
-
-def _own(what: str, parts: dict[str, Any] | None, checkpoint: str | None, declared: dict[str, Any]) -> Subject:
-    """The reference, or one of its known bugs, with other parts if such are given."""
-    if checkpoint is not None:
-        from .meet import UsageError
-
-        raise UsageError(f"--checkpoint goes with a model of yours, not with {what}")
-    subject = reference(**declared) if what == "transformer" else _bug(what.removeprefix("bug:")).subject(**declared)
-    if parts:
-        from .meet.met import given_parts  # which is all that meets foreign code: a tenth of a second
-
-        subject.parts.declares = {}  # what the reference says of its own parts holds for no others
-        vars(subject.parts).update(given_parts(parts))
-    return subject
-
-
-def _bug(id: str) -> Any:
-    from .bugs import all_bugs
-    from .meet import UsageError
-
-    known = all_bugs()
-    if id not in known:
-        near = difflib.get_close_matches(id, known, n=5) or sorted(known)[:5]
-        raise UsageError(f"no bug is called {id!r}; among the {len(known)} known ones: {', '.join(near)}")
-    return known[id]
-
-
-def reference_parts(*, spec: str | None = None, **config: Any) -> SimpleNamespace:
-    """The parts of the reference, to be replaced one at a time; `config` fixes fields of its ModelConfig.
-
-    `spec` is the architecture that they declare to be, "gpt2" or "llama"; by default they declare none.
-    """
-    from ..transformer import checkpoint, data, generation, loss, trainer
-    from ..transformer.model import ModelConfig, Transformer
-
-    def build_model(**sizes: Any) -> nn.Module:
-        return Transformer(ModelConfig(**{**sizes, **config}))
-
-    return SimpleNamespace(
-        build_model=build_model,
-        loss=loss.next_token_loss,
-        generate=generation.generate,
-        objective=trainer.next_token_objective,
-        trainer=trainer.Trainer,
-        pad_batch=data.pad_batch,
-        save=checkpoint.save,
-        load=checkpoint.load,
-        load_weights=checkpoint.load_weights,
-        declares=dict(
-            spec=spec,
-            called="loss(logits, targets, mask)", shift=0, skip=0, reduction="mean", empty=0.0, smoothing=0.0,
-            pad=None, float32=True,  # so far the loss
-            clip="norm", decay="matrices", order="every example once an epoch",  # the training
-        ),
-    )  # fmt: skip

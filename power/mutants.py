@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_checks.checks import checks_in
-from transformer_checks.checks.check_spec import declared
-from transformer_checks.checks.family.fit import FAMILIES, settled
-from transformer_checks.checks.family.weights.table import declare
-from transformer_checks.checks.run.verdict import check_id, judge
-from transformer_checks.checks.subject import Subject
 
 from power.mutations import Mutant, distinct, mutants, negated
+from transformer_checks.checks.check_spec import declared
+from transformer_checks.checks.family.fit import FAMILIES, settled
+from transformer_checks.checks.run.order import check_id, checks_in
+from transformer_checks.checks.run.subjects import subject_of
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject
 
 # Cheap ones first: a mutant is done with at the first check that fails.
 LAWS = ("contract", "modes", "causality", "positions", "masking", "initialization", "loss", "parts", "gradients",
@@ -124,14 +124,13 @@ def outcomes(subject: Subject, themes: tuple[str, ...]) -> Iterator[tuple[str, s
 
 def baseline(what: str, spec: str, laws: tuple[str, ...]) -> dict[str, Any]:
     """How the file behaves as it is, what each check says of it, and its family."""
-    subject = Subject.meet(what, seed=SEED)
+    subject = subject_of(what, seed=SEED)
     family = _family(subject) if spec == "auto" else spec
     with _called() as functions:
-        seen = behaviour(Subject.meet(what, seed=SEED))
-    subject = Subject.meet(what, seed=SEED)
+        seen = behaviour(subject_of(what, seed=SEED))
+    subject = subject_of(what, seed=SEED, spec=family or "auto")
     verdicts = {check: outcome for check, outcome, _ in outcomes(subject, laws)}
     if family:
-        declare(subject, family)
         verdicts |= {check: outcome for check, outcome, _ in outcomes(subject, ("spec",))}
     return {"behaviour": seen, "outcomes": verdicts, "family": family, "functions": functions, "built": built(subject),
             "open": left_open(subject, family)}  # fmt: skip
@@ -167,7 +166,7 @@ def _family(subject: Subject) -> str:
 def judged(what: str, before: dict[str, Any], laws: tuple[str, ...]) -> dict[str, Any]:
     """Whether a mutant is live, and which check catches it first: a law, else one of the spec."""
     try:
-        subject = Subject.meet(what, seed=SEED)
+        subject = subject_of(what, seed=SEED)
         if built(subject) != before["built"]:
             return {"result": "crashes", "says": f"is built otherwise: {subject.header}"}
         seen = behaviour(subject)
@@ -179,10 +178,8 @@ def judged(what: str, before: dict[str, Any], laws: tuple[str, ...]) -> dict[str
     changed = [n for n in {**before["behaviour"], **seen} if not alike(seen.get(n), before["behaviour"].get(n))]
     if not changed:
         return {"result": "nothing changes"}
-    subject = Subject.meet(what, seed=SEED)
+    subject = subject_of(what, seed=SEED, spec=before["family"] or "auto")
     for result, themes in (("laws", laws), ("spec", ("spec",) if before["family"] else ())):
-        if result == "spec":
-            declare(subject, before["family"])
         for check, outcome, says in outcomes(subject, themes):
             if outcome in BROKEN and before["outcomes"].get(check) not in BROKEN:
                 return {"result": result, "check": check, "says": says[:300], "changed": changed[:3]}

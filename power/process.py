@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from transformer_checks.checks import all_checks
-from transformer_checks.checks.bugs import all_bugs
-from transformer_checks.checks.run.verdict import Verdict, check_id, judge
-from transformer_checks.checks.subject import Subject
 
 import tests.variants  # noqa: F401
 from tests.controls import CONTROLS
+from transformer_checks.checks import all_checks
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.run.order import check_id
+from transformer_checks.checks.run.verdict import Verdict, judge
+from transformer_checks.checks.subject import Subject
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the libraries' own

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from transformer_checks.checks.subject import Subject
 
 CONTROLS: dict[str, Callable[..., Subject]] = {}

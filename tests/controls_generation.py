@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformer_checks.checks.subject import Subject, reference_parts
 
 from tests.controls import CONTROLS, Called
+from transformer_checks.checks.reference import reference_parts
+from transformer_checks.checks.subject import Subject
 
 LOOPS: dict[str, Callable] = {}
 LIBRARIES: dict[str, Callable[..., Subject]] = {}

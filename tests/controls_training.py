@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformer_checks.checks.subject import Subject, reference_parts
+
+from transformer_checks.checks.reference import reference_parts
+from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.loss import next_token_loss
 
 LOSSES: dict[str, tuple[Any, dict[str, Any]]] = {}

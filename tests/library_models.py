@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch.overrides import TorchFunctionMode
+
 from transformer_checks.transformer.model import ModelConfig, Transformer
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from transformer_checks.checks import checks_in
 from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.run.order import checks_in
 from transformer_checks.checks.run.verdict import Verdict, judge
 
 BUGS = all_bugs()

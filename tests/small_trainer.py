@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from transformer_checks.transformer.data import pad_batch
 from transformer_checks.transformer.model import ModelConfig, Transformer
 from transformer_checks.transformer.train_config import TrainConfig

@@ -6,10 +6,11 @@ import json
 
 import pytest
 from PIL import Image
+
 from transformer_checks.checks.check_sanity import check_learns_only_unmasked_targets, check_memorizes_the_sentence
+from transformer_checks.checks.reference import reference
 from transformer_checks.checks.run import sanity_artifacts as artifacts
 from transformer_checks.checks.run.verdict import judge
-from transformer_checks.checks.subject import reference
 from transformer_checks.transformer.checkpoint import load_model
 from transformer_checks.transformer.generation import generate
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+
 from transformer_checks.checks import check_model
-from transformer_checks.checks.meet import UsageError
+from transformer_checks.checks.meet import UsageError, sandbox
 from transformer_checks.checks.meet import imports as loading
-from transformer_checks.checks.meet import sandbox as home
-from transformer_checks.checks.subject import Subject
+from transformer_checks.checks.run.subjects import subject_of
 
 HERE = Path(__file__).parent / "bad_subjects"
 
@@ -77,10 +77,10 @@ def here(name: str) -> str:
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused_by_its_own_line(name, monkeypatch):
     if name.startswith("hangs"):
-        monkeypatch.setattr(home, "RUNNING_SECONDS", 1.0)
+        monkeypatch.setattr(sandbox, "RUNNING_SECONDS", 1.0)
         monkeypatch.setattr(loading, "LOADING_SECONDS", 1.0)
     with pytest.raises(UsageError) as refusal:
-        Subject.meet(str(HERE / name))
+        subject_of(str(HERE / name))
     said = str(refusal.value)
     assert here(name) in said
     for words in REFUSED[name]:
@@ -116,7 +116,7 @@ def test_it_can_be_checked_all_the_same(name, capsys):
         warnings.simplefilter("ignore")
         report = check_model(str(HERE / name), checks=["check_logits_have_shape"], seed=1)
     assert report.passed
-    assert len(capsys.readouterr().out) < 2 * home.PRINTED_CHARACTERS
+    assert len(capsys.readouterr().out) < 2 * sandbox.PRINTED_CHARACTERS
 
 
 def test_what_everyone_shares_is_put_back():
@@ -125,7 +125,7 @@ def test_what_everyone_shares_is_put_back():
     wanted = torch.rand(1), numpy.random.rand(), random.random()
     torch.manual_seed(7), numpy.random.seed(7), random.seed(7)
     modules, path = set(sys.modules), list(sys.path)
-    subject = Subject.meet(str(HERE / "changes_global_state.py"))
+    subject = subject_of(str(HERE / "changes_global_state.py"))
     subject.logits(subject.build(), subject.tokens(2, 3))
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled()
@@ -150,7 +150,7 @@ def test_what_everyone_shares_is_put_back():
 )
 def test_a_name_that_means_nothing_is_said_to(given, words):
     with pytest.raises(UsageError) as refusal:
-        Subject.meet(given)
+        subject_of(given)
     for word in words:
         assert word in str(refusal.value)
 

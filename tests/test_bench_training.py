@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch._dynamo  # cannot be imported twice, and each run here forgets what it imported
 from torch import nn
+
 from transformer_checks.checks import plugin
 from transformer_checks.checks.probes import loads, timing
-from transformer_checks.checks.subject import Subject
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.watch.memory import Held, peak_bytes
 
 pytest_plugins = ("pytester",)
@@ -159,7 +160,7 @@ def test_a_load_that_does_not_fit_is_said_with_what_it_takes(monkeypatch):
 
 
 def test_a_model_of_fixed_sizes_is_measured_at_them():
-    fixed = Subject.meet(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)))
+    fixed = subject_of(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)))
     (load,) = loads.loads_of(fixed)
     assert load.name == "own sizes" and load.sizes.vocab_size == 9
-    assert len(loads.loads_of(Subject.meet())) == len(loads.LOADS)
+    assert len(loads.loads_of(subject_of())) == len(loads.LOADS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformer_checks.checks import checks_in
+
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import alibi, changed, no_positions, sinusoidal, sliding_window
 from transformer_checks.checks.probes.influence import (
@@ -22,8 +22,10 @@ from transformer_checks.checks.probes.influence import (
     same_arithmetic,
 )
 from transformer_checks.checks.probes.leaks import pattern
-from transformer_checks.checks.run.verdict import check_id, judge
-from transformer_checks.checks.subject import Subject, reference, reference_parts
+from transformer_checks.checks.reference import reference, reference_parts
+from transformer_checks.checks.run.order import check_id, checks_in
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.model import Block
 
 CHECKS = {check.__name__: check for theme in ("causality", "positions") for check in checks_in(theme)}

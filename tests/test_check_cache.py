@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformer_checks.checks import checks_in
+
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import changed
 from transformer_checks.checks.probes.cached import Coarsest, distances, first_wrong
-from transformer_checks.checks.run.verdict import Verdict, check_id, judge
-from transformer_checks.checks.subject import Subject, reference_parts
+from transformer_checks.checks.reference import reference_parts
+from transformer_checks.checks.run.order import check_id, checks_in
+from transformer_checks.checks.run.verdict import Verdict, judge
+from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.model import Transformer
 
 CHECKS = {check.__name__: check for check in checks_in("cache")}
@@ -116,7 +118,7 @@ def test_rotary_positions_may_go_on_behind_the_block_and_a_token_lost_there_is_f
 
 
 @pytest.mark.parametrize(
-    "bug", [bug for bug in all_bugs().values() if bug.component == "cache"], ids=lambda bug: bug.id
+    "bug", [bug for bug in all_bugs().values() if bug.component == "key_value_cache"], ids=lambda bug: bug.id
 )
 def test_one_mistake_gives_one_finding(bug):
     assert len(findings(bug.subject(seed=SEED))) == 1

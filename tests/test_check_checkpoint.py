@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformer_checks.checks import checks_in
+
 from transformer_checks.checks.bugs import all_bugs
-from transformer_checks.checks.run.verdict import check_id, judge
-from transformer_checks.checks.subject import Subject, reference_parts
+from transformer_checks.checks.reference import reference_parts
+from transformer_checks.checks.run.order import check_id, checks_in
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject
 
 CHECKS = {check_id(check).partition(".")[2]: check for check in checks_in("checkpoint")}
 RESUMES = "check_a_resumed_training_goes_on_bit_for_bit"

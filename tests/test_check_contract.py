@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.messages import BUGS, Told, expect_told
 from transformer_checks.checks.bugs.designs import changed
 from transformer_checks.checks.check_contract import (
     check_earlier_calls_leave_no_trace,
@@ -13,11 +15,10 @@ from transformer_checks.checks.check_contract import (
     head_projections,
 )
 from transformer_checks.checks.probes.ablation import passed_by
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.model import Transformer
-
-from tests.messages import BUGS, Told, expect_told
 
 FOUND: dict[str, Told] = {
     "logits-time-first": ("logits_have_shape", None, ("[13, 3, 17]", "[3, 13, 17]"), "logits-time-first"),
@@ -177,7 +178,7 @@ def test_one_mistake_is_one_finding():
 
 
 def test_attention_called_by_keyword_is_silenced_head_by_head():
-    subject = Subject.meet(str(Path(__file__).parent / "conventions" / "annotated_dictionary.py"), seed=3)
+    subject = subject_of(str(Path(__file__).parent / "conventions" / "annotated_dictionary.py"), seed=3)
     found = judge(check_every_head_matters, subject, {})
     assert found.outcome == "passed", found.says
     assert any("attention" in name for name in head_projections(subject, subject.build(), subject.sizes.n_head))

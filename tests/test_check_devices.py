@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformer_checks.checks import checks_in
+
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.check_devices import expect_agreement
 from transformer_checks.checks.expect import CheckFailed
+from transformer_checks.checks.reference import reference, reference_parts
+from transformer_checks.checks.run.order import checks_in
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
-from transformer_checks.checks.subject import Subject, reference, reference_parts
+from transformer_checks.checks.subject import Subject
 from transformer_checks.checks.watch.waits import Waits
 from transformer_checks.transformer.model import Attention, Transformer
 
@@ -182,12 +185,12 @@ def test_what_a_process_keeps_of_its_batches_is_named():
 def test_a_students_file_is_met_in_both_processes(tmp_path, monkeypatch):
     (tmp_path / "student.py").write_text(STUDENT)
     monkeypatch.chdir(tmp_path)
-    found = judge(CHECKS["check_two_processes_train_as_one"], Subject.meet("student.py", seed=3), {})
+    found = judge(CHECKS["check_two_processes_train_as_one"], subject_of("student.py", seed=3), {})
     assert found.outcome == "passed", found.says
 
 
 def test_an_instance_has_no_way_to_another_process():
-    fixed = Subject.meet(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)), seed=3)
+    fixed = subject_of(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)), seed=3)
     assert judge(CHECKS["check_two_processes_train_as_one"], fixed, {}).outcome == "not_applicable"
 
 

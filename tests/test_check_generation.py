@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformer_checks.checks import checks_in
+
+from tests.controls_generation import LIBRARIES, LOOPS, loop_subject
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.generation.draws import scores, unlikely
 from transformer_checks.checks.generation.met_generate import Alphabet, Decoder, read_answer, understand
 from transformer_checks.checks.generation.scripted import dealt, ranked, stage
-from transformer_checks.checks.run.verdict import Verdict, check_id, judge
-from transformer_checks.checks.subject import Subject, reference_parts
+from transformer_checks.checks.reference import reference_parts
+from transformer_checks.checks.run.order import check_id, checks_in
+from transformer_checks.checks.run.subjects import subject_of
+from transformer_checks.checks.run.verdict import Verdict, judge
+from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.generation import generate
-
-from tests.controls_generation import LIBRARIES, LOOPS, loop_subject
 
 CHECKS = {check.__name__: check for theme in ("generation", "sampling") for check in checks_in(theme)}
 SEED = 3
@@ -120,7 +122,7 @@ def test_the_threshold_of_another_row_keeps_different_numbers_by_row():
     assert len(set(found.evidence["kept_by_row"])) > 1 and found.likely == ("topk-threshold-of-another-row",)
 
 
-OURS = [bug for bug in all_bugs().values() if bug.component == "generation"]
+OURS = [bug for bug in all_bugs().values() if bug.component in ("decoding", "sampling")]
 
 
 @pytest.mark.parametrize("bug", OURS, ids=lambda bug: bug.id)
@@ -339,7 +341,7 @@ def test_no_generate_is_not_applicable_and_an_unknown_signature_says_what_settle
 
 def test_a_tokenizer_that_only_stands_in_is_no_fault_of_the_model():
     """Its constructor takes a tokenizer, of which nothing but sizes is known; its generate asks that one for ids."""
-    subject = Subject.meet(str(Path(__file__).parent / "conventions" / "tokenizer_argument.py"), seed=SEED)
+    subject = subject_of(str(Path(__file__).parent / "conventions" / "tokenizer_argument.py"), seed=SEED)
     found = judge(CHECKS["check_generate_appends_tokens"], subject, {})
     assert found.outcome == "not_applicable", found.says
     assert "tokenizer of the subject's own" in found.says and "'encode'" in found.says

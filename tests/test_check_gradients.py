@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from transformer_checks.checks import checks_in
-from transformer_checks.checks.bugs import all_bugs
-from transformer_checks.checks.run.verdict import BACKWARD, Verdict, check_id, judge
 
 from tests.messages import Told, expect_told
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.run.order import check_id, checks_in
+from transformer_checks.checks.run.verdict import BACKWARD, Verdict, judge
 
 FOUND: dict[str, Told] = {
     "no-output-projection": (

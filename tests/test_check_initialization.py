@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+
+from tests.messages import Told, expect_told
 from transformer_checks.checks.bugs.designs import changed
 from transformer_checks.checks.check_initialization import (
     check_depth_does_not_blow_up,
@@ -15,8 +17,6 @@ from transformer_checks.checks.check_initialization import (
 )
 from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
-
-from tests.messages import Told, expect_told
 
 FOUND: dict[str, Told] = {
     "init-std-one": ("loss_starts_near_uniform", None, ("27.", "ln 17 = 2.83"), "init-std-one"),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformer_checks.checks import checks_in
+
+from tests.controls_training import LOSSES, loss_subject, of_transformers
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import changed
 from transformer_checks.checks.bugs.loss import ReturnsItsLoss, losses
 from transformer_checks.checks.loss.met_loss import met_loss
-from transformer_checks.checks.run.verdict import check_id, judge
-from transformer_checks.checks.subject import Subject, reference_parts
-
-from tests.controls_training import LOSSES, loss_subject, of_transformers
+from transformer_checks.checks.reference import reference_parts
+from transformer_checks.checks.run.order import check_id, checks_in
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject
 
 CHECKS = {check_id(check).partition(".")[2]: check for check in checks_in("loss")}
 PLACE, DROPPED = "check_a_place_is_trained_on_its_own_target", "check_no_target_is_dropped"

@@ -6,16 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from tests.messages import Told, expect_told, verdict
 from transformer_checks.checks.check_masking import (
     check_left_padding_changes_nothing,
     check_mask_types_agree,
     check_pad_contents_change_nothing,
 )
 from transformer_checks.checks.probes.extra_arguments import DOCUMENTS, TARGETS, taken
+from transformer_checks.checks.reference import reference
 from transformer_checks.checks.run.verdict import judge
-from transformer_checks.checks.subject import Subject, reference
-
-from tests.messages import Told, expect_told, verdict
+from transformer_checks.checks.subject import Subject
 
 FOUND: dict[str, Told] = {
     "pad-mask-ignored": (

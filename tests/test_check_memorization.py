@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.check_memorization import (
     Task,
@@ -15,8 +16,9 @@ from transformer_checks.checks.check_memorization import (
     floor,
     run,
 )
+from transformer_checks.checks.reference import reference_parts
 from transformer_checks.checks.run.verdict import judge
-from transformer_checks.checks.subject import Subject, reference_parts
+from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.data import SentenceTask
 
 BOTH = (check_memorizes_a_random_string, check_memorizes_two_strings_with_the_same_middle)

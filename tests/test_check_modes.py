@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+
+from tests.messages import Told, expect_told
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import changed
 from transformer_checks.checks.check_modes import check_dropout_obeys_its_rate, check_every_dropout_site_drops
 from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.model import Transformer
-
-from tests.messages import Told, expect_told
 
 FOUND: dict[str, Told] = {
     "attn-dropout-in-eval": (

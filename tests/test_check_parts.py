@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformer_checks.checks import checks_in
-from transformer_checks.checks.run.verdict import Verdict, judge
-from transformer_checks.checks.subject import Subject
 
 from tests.messages import BUGS, Told, expect_told
+from transformer_checks.checks.run.order import checks_in
+from transformer_checks.checks.run.verdict import Verdict, judge
+from transformer_checks.checks.subject import Subject
 
 BLOCK = "blocks.0.attention_norm"
 FOUND: dict[str, Told] = {

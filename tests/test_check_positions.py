@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from tests.messages import Told, expect_told
 from transformer_checks.checks.bugs.designs import NoPositions, changed
 from transformer_checks.checks.check_positions import check_order_of_tokens_matters
 from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
-
-from tests.messages import Told, expect_told
 
 FOUND: dict[str, Told] = {
     "position-constant": (

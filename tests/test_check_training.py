@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
-from transformer_checks.checks import checks_in
-from transformer_checks.checks.bugs import all_bugs
-from transformer_checks.checks.run.verdict import check_id, judge
-from transformer_checks.checks.subject import Subject, reference_parts
-from transformer_checks.checks.training.met_step import met_step
 
 from tests.controls_training import STEPS, next_token, step_subject
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.reference import reference_parts
+from transformer_checks.checks.run.order import check_id, checks_in
+from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject
+from transformer_checks.checks.training.met_step import met_step
 
 THEMES = ("training", "optimizer", "evaluation", "data")
 CHECKS = {check_id(check).partition(".")[2]: check for theme in THEMES for check in checks_in(theme)}

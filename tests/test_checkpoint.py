@@ -11,6 +11,7 @@ import zipfile
 import pytest
 import torch
 from torch import nn
+
 from transformer_checks.transformer import checkpoint
 from transformer_checks.transformer.checkpoint import CheckpointError, from_fields, load, load_model, load_weights, save
 from transformer_checks.transformer.data import SentenceTask

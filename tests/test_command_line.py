@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from transformer_checks.transformer import checkpoint, commands
 from transformer_checks.transformer.__main__ import main
 from transformer_checks.transformer.metrics import read_metrics
@@ -163,7 +164,8 @@ def test_help_and_mistakes_do_not_wait_for_torch(arguments):
 
 
 def test_importing_the_trainer_imports_nothing_for_the_terminal():
-    code = "import sys, transformer_checks.transformer.trainer; print({'rich', 'jsonargparse', 'matplotlib', 'yaml'} & {*sys.modules})"
+    heavy = "{'rich', 'jsonargparse', 'matplotlib', 'yaml'}"
+    code = f"import sys, transformer_checks.transformer.trainer; print({heavy} & {{*sys.modules}})"
     assert python("-c", code).stdout == "set()\n"
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
-from transformer_checks.checks.probes import timing
-from transformer_checks.checks.subject import Sizes
 
 from benchmarks import compare, peers
+from transformer_checks.checks.probes import timing
+from transformer_checks.checks.subject import Sizes
 
 # what the libraries use of torch is their business
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

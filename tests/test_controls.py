@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from transformer_checks.checks import all_checks
-from transformer_checks.checks.run.verdict import Verdict, check_id, judge
 
 import tests.variants  # noqa: F401
 from tests.controls import CONTROLS, FAULTY
+from transformer_checks.checks import all_checks
+from transformer_checks.checks.run.order import check_id
+from transformer_checks.checks.run.verdict import Verdict, judge
 
 SEED = 3
 # Diverse in positions, norms, masks, caches, experts and chance. The others of CONTROLS are for `make power`.

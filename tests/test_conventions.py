@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from transformer_checks.checks.meet.build import Recipe
 from transformer_checks.checks.meet.forward import Forward
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.subject import Subject
 
 HERE = Path(__file__).parent / "conventions"
@@ -125,7 +127,7 @@ def met() -> dict[str, Subject]:
 
 def meet(met: dict[str, Subject], name: str) -> Subject:
     if name not in met:
-        met[name] = Subject.meet(str(HERE / name))
+        met[name] = subject_of(str(HERE / name))
     return met[name]
 
 
@@ -187,19 +189,19 @@ def test_plugging_in_is_a_few_models_and_a_few_forwards(name, monkeypatch):
     build, run = Recipe.build, Forward.raw
     monkeypatch.setattr(Recipe, "build", lambda self, sizes: built.append(sizes) or build(self, sizes))
     monkeypatch.setattr(Forward, "raw", lambda self, *args, **more: called.append(more) or run(self, *args, **more))
-    assert "forward" in Subject.meet(str(HERE / name)).header
+    assert "forward" in subject_of(str(HERE / name)).header
     assert 1 <= len(built) <= 4
     assert 1 <= len(called) <= (60 if "mask" in name or "cache" in name else 8)
 
 
 def test_seeds_give_models_and_the_same_seed_the_same():
-    subject = Subject.meet(str(HERE / "keywords.py"))
+    subject = subject_of(str(HERE / "keywords.py"))
     one, again, other = (subject.build(seed=seed).tokens.weight for seed in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
 def test_one_instance_is_put_back_to_what_it_was():
-    subject = Subject.meet(str(HERE / "instance.py:model"))
+    subject = subject_of(str(HERE / "instance.py:model"))
     before = subject.build().head.weight.detach().clone()
     model = subject.amplified()
     assert model.head.weight.dtype == torch.float64

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from transformer_checks.transformer.data import CharacterTokenizer, DataOrder, SentenceTask, pad_batch
 
 thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)

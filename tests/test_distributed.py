@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed
+
 from transformer_checks.transformer import checkpoint
 from transformer_checks.transformer.__main__ import main
 from transformer_checks.transformer.data import pad_batch

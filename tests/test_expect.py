@@ -9,6 +9,7 @@ import unittest
 import pytest
 import torch
 from hypothesis import strategies as st
+
 from transformer_checks.checks.expect import (
     Bound,
     CheckFailed,
@@ -23,7 +24,7 @@ from transformer_checks.checks.expect import (
     note,
     remarks,
 )
-from transformer_checks.checks.subject import reference
+from transformer_checks.checks.reference import reference
 
 
 def finding(call):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library_models import amplified
+
 from transformer_checks.transformer import generation
 from transformer_checks.transformer.generation import generate, left_pad
 from transformer_checks.transformer.model import gpt2, llama

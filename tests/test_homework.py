@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from transformer_checks.checks import check_model
 from transformer_checks.checks.loss.which_loss import loss_in
 

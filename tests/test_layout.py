@@ -19,9 +19,9 @@ ALLOWED = {
     "transformer": ("transformer",),
     "checks.report": ("checks.report",),
     "checks.expect": (),
-    "checks.check_": (*LAWS, "checks"),
+    "checks.check_": LAWS,
     "checks.check_spec": (*LAWS, "checks.family"),
-    "checks.watch": ("checks",),
+    "checks.watch": ("checks.expect", "checks.subject", "checks.watch", "checks.probes"),
     "checks": ("checks", "transformer"),
 }
 
@@ -65,6 +65,31 @@ def test_imports_point_one_way(name):
     assert not wrong, f"{name} must not import {wrong}"
 
 
+def circle_through(name: str) -> list[str]:
+    """The modules on a way of imports from this one back to it; none where there is no such way."""
+    ways = {module: [name, module] for module in IMPORTS[name]}
+    for module in (queue := list(ways)):
+        if module == name:
+            return ways[module]
+        for further in IMPORTS[module] - set(ways):
+            ways[further] = [*ways[module], further]
+            queue.append(further)
+    return []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_import_circle(name):
+    assert not circle_through(name)
+
+
+def test_no_law_imports_a_law_or_the_reference_model():
+    """The reference enters a check by the same door as a student's file."""
+    for name, imported in IMPORTS.items():
+        if name.startswith("checks.check_"):
+            assert not [module for module in imported if module.startswith("checks.check_")], name
+            assert "transformer.model" not in imported, name
+
+
 def test_no_room_is_named_for_nothing():
     empty = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
     assert not [path for path in sources(*PACKAGES) if path.stem in empty]
@@ -96,7 +121,7 @@ def test_the_plugin_costs_a_stranger_nothing():
 def test_the_reference_is_met_without_what_meets_foreign_code():
     heavy = "{'transformer_checks.checks.meet.met', 'hypothesis', 'matplotlib', 'torch._dynamo', 'sympy', 'rich'}"
     code = (
-        "import sys; from transformer_checks.checks.subject import Subject; Subject.meet().build(); "
+        "import sys; from transformer_checks.checks.run.subjects import subject_of; subject_of().build(); "
         f"print(sorted({heavy} & set(sys.modules)))"
     )
     assert in_a_process(code) == "[]"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from transformer_checks.transformer.data import pad_batch
 from transformer_checks.transformer.loss import loss_mask, loss_sum, next_token_loss
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library_models import amplified
+
 from transformer_checks.transformer.model import PARTS, KeyValueCache, ModelConfig, Transformer, gpt2, llama
 
 FAMILIES = {"gpt2": gpt2, "llama": llama}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from transformer_checks.checks import all_checks, check_model
 from transformer_checks.checks.meet import UsageError
 from transformer_checks.checks.probes.precision import precision
 from transformer_checks.checks.run.expected_failures import read
-from transformer_checks.checks.run.verdict import check_id
-from transformer_checks.checks.subject import Subject
+from transformer_checks.checks.run.order import check_id
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.transformer.model import ModelConfig, Transformer
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "colab.ipynb"
@@ -77,7 +79,7 @@ def test_parts_are_functions_or_live_in_files(tmp_path):
 
     subject = check_model(Leaking, checks=["contract"], loss=loss, seed=1).subject
     assert subject.brings("loss") and not subject.brings("generate")
-    subject = Subject.meet(Leaking, parts={"loss": f"{tmp_path / 'train.py'}:masked"})
+    subject = subject_of(Leaking, parts={"loss": f"{tmp_path / 'train.py'}:masked"})
     assert float(subject.parts.loss(torch.ones(2, 3), None)) == 6.0
 
 
@@ -91,7 +93,7 @@ def test_parts_are_functions_or_live_in_files(tmp_path):
 )
 def test_a_part_that_is_not_there_is_said(parts, words):
     with pytest.raises(UsageError) as refusal:
-        Subject.meet(Leaking, parts=parts)
+        subject_of(Leaking, parts=parts)
     for word in words:
         assert word in str(refusal.value)
 
@@ -130,7 +132,7 @@ def saved(tmp_path, wrap=lambda state: state, **sizes) -> tuple[str, nn.Module]:
 )
 def test_a_checkpoint_brings_its_weights_and_its_sizes(tmp_path, wrap):
     file, model = saved(tmp_path, wrap)
-    subject = Subject.meet("transformer_checks.transformer.model:Transformer", checkpoint=file)
+    subject = subject_of("transformer_checks.transformer.model:Transformer", checkpoint=file)
     assert (subject.sizes.vocab_size, subject.sizes.block_size, subject.sizes.n_layer) == (21, 9, 3)
     tokens = subject.tokens(2, 9)
     assert torch.equal(subject.logits(subject.build(), tokens), model(tokens))
@@ -152,7 +154,7 @@ def test_a_checkpoint_that_does_not_fit_is_said(tmp_path, make, words):
     path = tmp_path / "weights.pt"
     make(path)
     with pytest.raises(UsageError) as refusal:
-        Subject.meet("transformer_checks.transformer.model:Transformer", checkpoint=str(path))
+        subject_of("transformer_checks.transformer.model:Transformer", checkpoint=str(path))
     for word in ("--checkpoint", str(path), *words):
         assert word in str(refusal.value)
 
@@ -210,6 +212,8 @@ def test_a_list_that_is_not_there_is_said(tmp_path):
 def test_the_example_has_three_cells_that_run(monkeypatch):
     cells = [cell for cell in json.loads(EXAMPLE.read_text())["cells"] if cell["cell_type"] == "code"]
     assert len(cells) == 3
+    urls = tomllib.loads((EXAMPLE.parent.parent / "pyproject.toml").read_text())["project"]["urls"]
+    assert cells[0]["source"] == [f"%pip install -q git+{urls['Source']}"]  # no name that an index may not have
     scope: dict = {}
     for cell in cells:
         lines = [line for line in cell["source"] if not line.startswith(("%", "!"))]
@@ -268,7 +272,7 @@ class Multiplying(Taught):
 @pytest.mark.parametrize("model", [Overflowing, Multiplying])
 def test_one_instance_is_judged_in_the_type_that_it_bears(model):
     """To learn that it takes a mask, the instance is put back: the probe must not go on with what it held before."""
-    subject = Subject.meet(model(), seed=5)
+    subject = subject_of(model(), seed=5)
     assert subject.takes_mask and precision(subject).dtype == torch.float32
 
 

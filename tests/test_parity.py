@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from library_models import Pair, Promoted, amplified
 from torch.nn import functional as F
+
 from transformer_checks.transformer.generation import generate
 from transformer_checks.transformer.model import ModelConfig, Transformer, gpt2, llama
 

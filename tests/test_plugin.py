@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo  # cannot be imported twice, and each run here forgets what it imported
+
 import transformer_checks.checks.subject  # noqa: F401  # imported once for all runs here
 
 pytest_plugins = ("pytester",)

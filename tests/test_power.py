@@ -6,12 +6,12 @@ import json
 import os
 
 import pytest
-from transformer_checks.checks.run.verdict import check_id
 
 from power import power
 from power import process as power_process
 from power.process import Task
 from power.report import report, wrong
+from transformer_checks.checks.run.order import check_id
 
 FEW = ("check_contract.check_logits_have_shape", "check_causality.check_future_cannot_change_past",
        "check_loss.check_value_is_the_closed_form")  # fmt: skip

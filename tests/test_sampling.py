@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from transformer_checks.transformer import generation
 from transformer_checks.transformer.generation import generate, next_token, top_k_filter, top_p_filter
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from transformer_checks.checks import check_sanity
 from transformer_checks.checks.check_sanity import check_learns_only_unmasked_targets, check_memorizes_the_sentence
+from transformer_checks.checks.reference import reference, reference_parts
 from transformer_checks.checks.run.verdict import judge
-from transformer_checks.checks.subject import Subject, reference, reference_parts
+from transformer_checks.checks.subject import Subject
+from transformer_checks.checks.training import sentence
 from transformer_checks.transformer.data import SentenceTask
 
 BOTH = [check_memorizes_the_sentence, check_learns_only_unmasked_targets]
@@ -30,8 +33,8 @@ def impatient(monkeypatch):
     """The published recipe ends early: what does not learn need not be waited for."""
     from dataclasses import replace
 
-    short = {name: replace(recipe, steps=60) for name, recipe in check_sanity.RECIPES.items()}
-    monkeypatch.setattr(check_sanity, "RECIPES", short)
+    short = {name: replace(recipe, steps=60) for name, recipe in sentence.RECIPES.items()}
+    monkeypatch.setattr(sentence, "RECIPES", short)
 
 
 @pytest.mark.parametrize("check", BOTH, ids=lambda c: c.__name__)
@@ -105,7 +108,8 @@ def test_a_model_that_cannot_learn_is_told_so(impatient):
 
 
 def test_learning_too_slowly_is_told_apart(impatient, monkeypatch):
-    monkeypatch.setattr(check_sanity, "LEARNED", 1e-12)
+    for module in (check_sanity, sentence):
+        monkeypatch.setattr(module, "LEARNED", 1e-12)
     verdict = judge(check_memorizes_the_sentence, reference(), {})
     assert verdict.outcome == "failed"
     assert "learns, but too slowly" in verdict.says

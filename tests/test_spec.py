@@ -8,19 +8,20 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformer_checks.checks.bugs import all_bugs
-from transformer_checks.checks.bugs.architecture import LLAMA, norms, redefine
-from transformer_checks.checks.check_spec import check_logits_agree
-from transformer_checks.checks.family.trace import alike, steps
-from transformer_checks.checks.run.verdict import Verdict, judge
-from transformer_checks.checks.subject import Subject, reference_parts
 
 from tests import variants  # noqa: F401  (adds its controls)
 from tests.controls import CONTROLS
+from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.bugs.damage import LLAMA, norms, redefine
+from transformer_checks.checks.check_spec import check_logits_agree
+from transformer_checks.checks.family.trace import alike, steps
+from transformer_checks.checks.reference import reference_parts
+from transformer_checks.checks.run.verdict import Verdict, judge
+from transformer_checks.checks.subject import Spec, Subject
 
 
 def verdict(subject: Subject, spec: str = "auto", check: Any = check_logits_agree) -> Verdict:
-    subject.spec = spec
+    subject.spec = Spec(spec)
     return judge(check, subject, {})
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformer_checks.checks import checks_in
+
+from tests import variants  # noqa: F401  (adds its controls)
+from tests.controls import CONTROLS
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import changed
 from transformer_checks.checks.family.aspects.dropping import dropped
@@ -15,18 +17,18 @@ from transformer_checks.checks.family.aspects.gradients import slopes
 from transformer_checks.checks.family.aspects.initialization import drawn
 from transformer_checks.checks.family.aspects.tiny import parting_scale
 from transformer_checks.checks.family.fit import settled
+from transformer_checks.checks.reference import reference_parts
+from transformer_checks.checks.run.order import checks_in
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import Verdict, judge
-from transformer_checks.checks.subject import Subject, reference_parts
-
-from tests import variants  # noqa: F401  (adds its controls)
-from tests.controls import CONTROLS
+from transformer_checks.checks.subject import Spec, Subject
 
 HERE = Path(__file__).parent
 CHECKS = {check.__name__: check for check in checks_in("spec")}
 
 
 def verdict(subject: Subject, name: str, spec: str = "gpt2") -> Verdict:
-    subject.spec = spec
+    subject.spec = Spec(spec)
     return judge(CHECKS[name], subject, {})
 
 
@@ -81,7 +83,7 @@ def test_an_odd_epsilon_is_measured_and_a_power_of_ten_left_open():
 
 
 def test_a_head_that_starts_as_a_copy_is_no_tie():
-    found = verdict(all_bugs()["head-is-a-copy"].subject(seed=0), "check_weights_are_the_familys")
+    found = verdict(all_bugs()["tied-weights-broken"].subject(seed=0), "check_weights_are_the_familys")
     assert found.outcome == "failed" and "head.weight" in found.says and "embedding.weight" in found.says
 
 
@@ -156,7 +158,7 @@ def test_a_last_position_that_is_another_is_named(id, what):
 
 
 def test_the_call_without_targets_is_compared_too():
-    right = Subject.meet(str(HERE / "foreign" / "last_position.py"), seed=0)
+    right = subject_of(str(HERE / "foreign" / "last_position.py"), seed=0)
     found = verdict(right, "check_last_position_agrees")
     assert found.outcome == "passed" and found.evidence["calls"] == ["forward(idx) without targets"]
 
@@ -165,7 +167,7 @@ def test_the_call_without_targets_may_be_wrong_alone(tmp_path):
     text = (HERE / "foreign" / "last_position.py").read_text()
     assert "x[:, [-1]]" in text
     (tmp_path / "model.py").write_text(text.replace("x[:, [-1]]", "x[:, [0]]"))
-    wrong = Subject.meet(str(tmp_path / "model.py"), seed=0)
+    wrong = subject_of(str(tmp_path / "model.py"), seed=0)
     assert verdict(wrong, "check_logits_agree").outcome == "passed"
     assert verdict(wrong, "check_last_position_agrees").evidence["these_are"] == "position 0"
 
@@ -194,7 +196,7 @@ def test_a_fixed_temperature_is_said_and_not_accused():
      ("separate_heads", "gpt2", "the head has a bias")],
 )  # fmt: skip
 def test_what_published_weights_would_not_fit_is_said(name, spec, what):
-    found = verdict(Subject.meet(str(HERE / "foreign" / f"{name}.py"), seed=0), "check_weights_are_the_familys", spec)
+    found = verdict(subject_of(str(HERE / "foreign" / f"{name}.py"), seed=0), "check_weights_are_the_familys", spec)
     assert found.outcome == "passed" and any(what in remark for remark in found.remarks), found.remarks
 
 
@@ -202,6 +204,6 @@ def test_a_query_that_is_called_key_is_said(tmp_path):
     text = (HERE / "foreign" / "llama_complex.py").read_text().replace("args.n_kv_heads", "args.n_heads")
     assert "(self.wq, self.wk, self.wv)" in text
     (tmp_path / "model.py").write_text(text.replace("(self.wq, self.wk, self.wv)", "(self.wk, self.wq, self.wv)"))
-    found = verdict(Subject.meet(str(tmp_path / "model.py"), seed=0), "check_weights_are_the_familys", "llama")
+    found = verdict(subject_of(str(tmp_path / "model.py"), seed=0), "check_weights_are_the_familys", "llama")
     assert found.outcome == "passed"
     assert any("wk.weight makes the queries" in remark for remark in found.remarks), found.remarks

@@ -10,11 +10,11 @@ import torch
 import transformers.models.gpt2.modeling_gpt2 as gpt2
 import transformers.models.llama.modeling_llama as llama
 from torch.nn import functional as F
-from transformer_checks.checks.check_spec import check_logits_agree
-from transformer_checks.checks.run.verdict import judge
-from transformer_checks.checks.subject import Subject
 
 from tests.test_spec_mapping import hf_gpt2, hf_llama
+from transformer_checks.checks.check_spec import check_logits_agree
+from transformer_checks.checks.run.subjects import subject_of
+from transformer_checks.checks.run.verdict import judge
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -74,8 +74,7 @@ def test_a_bug_planted_in_a_library_is_named(build, bug, patch, part, monkeypatc
         "transformer_checks.checks.check_spec.SIMULATION_SECONDS", 60.0
     )  # a busy machine must not decide
     patch(monkeypatch)
-    subject = Subject.meet(build, seed=3)
-    subject.spec = "gpt2" if build is hf_gpt2 else "llama"
+    subject = subject_of(build, seed=3, spec="gpt2" if build is hf_gpt2 else "llama")
     verdict = judge(check_logits_agree, subject, {})
     assert verdict.outcome == "failed", verdict.says
     assert bug in verdict.likely, verdict.says
@@ -84,8 +83,7 @@ def test_a_bug_planted_in_a_library_is_named(build, bug, patch, part, monkeypatc
 
 def test_what_is_in_no_catalogue_is_given_no_name(monkeypatch):
     after_init(gpt2.GPT2MLP, lambda m: setattr(m.act, "forward", F.softplus))(monkeypatch)
-    subject = Subject.meet(hf_gpt2, seed=3)
-    subject.spec = "gpt2"
+    subject = subject_of(hf_gpt2, seed=3, spec="gpt2")
     verdict = judge(check_logits_agree, subject, {})
     assert verdict.outcome == "failed"
     assert verdict.likely == ()

@@ -7,9 +7,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+
 from transformer_checks.checks.bugs.designs import no_positions
-from transformer_checks.checks.family.fit import Settled, settled
+from transformer_checks.checks.family.fit import settled
+from transformer_checks.checks.family.specimen import Settled
 from transformer_checks.checks.family.weights import inventory
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.subject import Subject
 
 with warnings.catch_warnings():
@@ -35,8 +38,8 @@ def family(name: str) -> str:
     return "llama" if "llama" in name else "gpt2"
 
 
-def foreign(name: str, seed: int = 5) -> Subject:
-    return Subject.meet(str(FOREIGN / f"{name}.py"), seed=seed)
+def foreign(name: str, seed: int = 5, spec: str = "auto") -> Subject:
+    return subject_of(str(FOREIGN / f"{name}.py"), seed=seed, spec=spec)
 
 
 def agrees(found: Settled) -> Settled:
@@ -134,7 +137,7 @@ LIBRARIES = {
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_librarys_model_agrees_without_a_table(name):
     wanted, build, groups, tied, biased = LIBRARIES[name]
-    plan = agrees(settled(Subject.meet(build, seed=5), wanted)).plan
+    plan = agrees(settled(subject_of(build, seed=5), wanted)).plan
     assert plan.shape.n_head // plan.n_kv_head == groups
     assert plan.tied == tied
     assert (plan.output.bias is not None) == biased
@@ -155,7 +158,7 @@ STRETCHED = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low
      ({"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}, "frequencies stretched 2 times, all alike")],
 )  # fmt: skip
 def test_stretched_rotary_frequencies_are_a_variant(scaling, said):
-    found = agrees(settled(Subject.meet(hf_llama(2, rope_parameters=scaling), seed=5), "llama"))
+    found = agrees(settled(subject_of(hf_llama(2, rope_parameters=scaling), seed=5), "llama"))
     assert said in found.variant.words()
 
 

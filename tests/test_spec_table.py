@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+
+from tests.test_spec_mapping import FOREIGN, STYLES, family, foreign
 from transformer_checks.checks.family import fit as settling
 from transformer_checks.checks.family.fit import settled
 from transformer_checks.checks.family.weights.planning import unsettled
 from transformer_checks.checks.family.weights.roles import NoPlan
-from transformer_checks.checks.family.weights.table import declare, pattern, shown
+from transformer_checks.checks.family.weights.table import pattern, shown
 from transformer_checks.checks.meet.errors import UsageError
 from transformer_checks.checks.run.notebook import check_model
-from transformer_checks.checks.subject import Subject
-
-from tests.test_spec_mapping import FOREIGN, STYLES, family, foreign
+from transformer_checks.checks.subject import Spec
 
 pytest_plugins = ("pytester",)
 
@@ -22,8 +22,7 @@ pytest_plugins = ("pytester",)
 def with_table(name, table, tmp_path):
     path = tmp_path / "weights.json"
     path.write_text(json.dumps(table))
-    subject = foreign(name)
-    declare(subject, f"{family(name)}:{path}")
+    subject = foreign(name, spec=f"{family(name)}:{path}")
     return settled(subject, family(name))
 
 
@@ -102,13 +101,13 @@ def test_a_wrong_shape_and_what_is_missing_are_named(tmp_path):
 def test_a_file_that_holds_no_table_is_refused(text, tmp_path):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UsageError, match=r"bad\.json"):
-        declare(foreign("conv1d_fused"), f"gpt2:{tmp_path / 'bad.json'}")
+        foreign("conv1d_fused", spec=f"gpt2:{tmp_path / 'bad.json'}")
 
 
 @pytest.mark.parametrize("spec", ["bert", "auto:x.json", "gpt2:not/there.json"])
 def test_a_declaration_that_cannot_be_is_refused(spec):
     with pytest.raises(UsageError) as error:
-        declare(foreign("conv1d_fused"), spec)
+        foreign("conv1d_fused", spec=spec)
     assert spec.rpartition(":")[2] in str(error.value)
 
 
@@ -131,8 +130,7 @@ def test_the_finding_says_what_could_not_be_told(monkeypatch):
 def test_a_finding_is_repeated_with_its_table(tmp_path):
     path = tmp_path / "weights.json"
     path.write_text("{}")
-    subject = foreign("conv1d_fused")
-    declare(subject, f"gpt2:{path}")
+    subject = foreign("conv1d_fused", spec=f"gpt2:{path}")
     assert f"--spec gpt2:{path}" in subject.reproduce(test_a_finding_is_repeated_with_its_table)
 
 
@@ -150,4 +148,4 @@ def test_minus_v_shows_the_table(pytester):
 def test_a_pattern_has_a_star_for_what_differs():
     assert pattern(["h.0.w1", "h.1.w1"]) == "h.*.w1"
     assert pattern(["h.0.head.0.w", "h.0.head.1.w", "h.1.head.0.w", "h.1.head.1.w"]) == "h.*.head.*.w"
-    assert Subject.spec_table == {}
+    assert Spec().table == {}

@@ -7,6 +7,7 @@ import signal
 import threading
 
 import pytest
+
 from transformer_checks.transformer.terminal import Interruption, Progress
 
 

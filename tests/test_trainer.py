@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.small_trainer import PLAIN, SMALL, Rows, assert_equal, trainer, weights
 from transformer_checks.transformer.data import pad_batch
 from transformer_checks.transformer.loss import next_token_loss
 from transformer_checks.transformer.model import ModelConfig, Transformer, gpt2, llama
 from transformer_checks.transformer.optimizer import decay_groups
 from transformer_checks.transformer.trainer import Trainer, next_token_objective
-
-from tests.small_trainer import PLAIN, SMALL, Rows, assert_equal, trainer, weights
 
 thorough = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.small_trainer import PLAIN, SMALL, Rows, assert_equal, trainer, weights
 from transformer_checks.transformer import checkpoint
 from transformer_checks.transformer.data import SentenceTask
 from transformer_checks.transformer.generation import generate
@@ -19,8 +21,6 @@ from transformer_checks.transformer.metrics import read_metrics
 from transformer_checks.transformer.model import ModelConfig, Transformer, gpt2, llama
 from transformer_checks.transformer.train_config import PUBLISHED, TrainConfig
 from transformer_checks.transformer.trainer import Diverged, Trainer, next_token_objective
-
-from tests.small_trainer import PLAIN, SMALL, Rows, assert_equal, trainer, weights
 
 
 def test_training_ends_at_the_threshold_or_at_the_cap():

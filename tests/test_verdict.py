@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
+
 from transformer_checks.checks.expect import NotApplicable, Where, advise, fail, keep, needs, note
+from transformer_checks.checks.reference import reference
 from transformer_checks.checks.report import lines, terminal
 from transformer_checks.checks.run.verdict import Verdict, judge
-from transformer_checks.checks.subject import reference
 
 
 def run(check, earlier=None):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+
 from transformer_checks.checks.watch.calls import first_bad, first_breaking, line_now, locate, recorded, tensors
 
 Pair = namedtuple("Pair", "hidden extra")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from tests.controls import CONTROLS, Called
 from transformer_checks.checks.bugs.designs import changed
 from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.model import (
@@ -24,8 +26,6 @@ from transformer_checks.transformer.model import (
     Transformer,
     causal_mask,
 )
-
-from tests.controls import CONTROLS, Called
 
 
 def variant(name: str, *, cache: bool = True, causal: bool = True, **config: Any) -> Callable:

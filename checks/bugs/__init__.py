@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from ..subject import Subject, reference_parts
+from ..reference import reference_parts
+from ..subject import Subject
 
 
 @dataclass(frozen=True)

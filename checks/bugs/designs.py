@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...transformer.model import ExplicitAttention, KeyValueCache, LearnedPositions, Rotation, Transformer, causal_mask
-from ..subject import reference_parts
+from ..reference import reference_parts
 
 WINDOW = 4
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..subject import reference_parts
+from ..reference import reference_parts
 from . import bug
 
 FOLLOWS = "check_training.check_a_step_follows_the_gradient"

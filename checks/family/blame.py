@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...transformer.model import GeluFeedForward, Transformer
 from .. import bugs
 from ..bugs import Bug, all_bugs
-from ..subject import reference_parts
+from ..reference import reference_parts
 from .agreement import apart
 from .reference import Variant, build, family_config, undrawn, vary
 from .weights.roles import Plan

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...transformer.model import ModelConfig, Transformer
 from .agreement import apart
-from .fit import Settled
 from .reference import Variant, build, family_config, load, undrawn, vary
+from .specimen import Settled
 from .trace import Step, checkpoints, depth, steps
 from .weights.roles import Plan
 
@@ -131,6 +131,13 @@ def _outputs(block: Any, which: tuple[str, ...]) -> list[Tensor]:
 
 def key_of(plan: Plan, variant: Variant) -> tuple:
     return tuple(choice(plan, variant) for choice in CHOICES)
+
+
+def nearest(found: Settled) -> list[tuple[Plan, Variant, dict[str, float]]]:
+    """The candidates that come nearest, with their disagreement in stages; found once."""
+    if found.near is None:
+        found.near = promising(found)
+    return found.near
 
 
 def promising(found: Settled) -> list[tuple[Plan, Variant, dict[str, float]]]:

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..expect import Bound, NotApplicable, note
-from ..subject import ABSENCE, amplify, cast
-from .agreement import BOUNDS, apart
+from ..expect import note
+from ..subject import one_thread
+from .agreement import apart
+from .closeness import nearest
 from .norms import NormForm, measure
-from .promotion import promoted
 from .reference import USUAL_BASES, USUAL_EPS, USUAL_STRETCHES, Stretch, Variant, build, norms_of, variants
-from .weights.inventory import Inventory, Weight, take
+from .specimen import Settled, Specimen, specimen
+from .weights.inventory import Weight
 from .weights.planning import plans, unsettled
-from .weights.roles import NoPlan, Plan, Shape
+from .weights.roles import NoPlan, Plan
 from .weights.table import shown, tabled
 
 FAMILIES = ("gpt2", "llama")
-# Sizes that differ from one another and from what follows from them; the first that the subject takes.
-TELLING: tuple[dict[str, int], ...] = (
-    {"n_layer": 3, "n_head": 6, "n_embd": 60},
-    {"n_layer": 3, "n_head": 4, "n_embd": 40},
-    {"n_layer": 3},
-    {"n_head": 6, "n_embd": 60},
-    {},
-)
-LARGEST = 20_000_000  # weights: beyond this, float64 and many forward passes take minutes
 LARGEST_EPS = 1e-4  # a norm's epsilon beyond this is no longer left open
 FACTORS = ("factor", "rope_factor", "scale_factor", "rope_scale_factor", "scaling_factor")  # of stretched frequencies
 ORIGINALS = ("original_max_position_embeddings", "original_context_length", "old_context_len", "original_max_seq_len")
@@ -40,120 +30,13 @@ FIRST = 16  # candidates that are tried before the choices are settled one by on
 SECONDS = 1.5  # for mapping and agreement
 
 
-@dataclass
-class Specimen:
-    """The subject as the spec looks at it: one model with amplified weights, in float64 where it runs so."""
-
-    subject: Any
-    model: nn.Module
-    shape: Shape
-    inventory: Inventory
-    tokens: Tensor
-    dtype: torch.dtype
-
-    @property
-    def bound(self) -> Bound:
-        return BOUNDS[self.dtype]
-
-    def logits(self, tokens: Tensor | None = None) -> Tensor:
-        """What the subject gives with its weights as they are now, in float64."""
-        with torch.no_grad(), self.running():
-            return self.subject.logits(self.model, self.tokens if tokens is None else tokens).double()
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(one_thread())
-            if self.dtype == torch.float64:
-                stack.enter_context(promoted())
-            yield
-
-
-@dataclass
-class Settled:
-    """How the subject compares with one family. `error` is that of the best plan and variant; None without a plan."""
-
-    family: str
-    specimen: Specimen
-    theirs: Tensor
-    plan: Plan | None = None
-    variant: Variant | None = None
-    error: float | None = None
-    why_not: str = ""  # why there is no plan
-    tried: int = 0
-    seconds: float = 0.0
-    candidates: list[tuple[Plan, Variant]] = field(default_factory=list)
-    near: list[tuple[Plan, Variant, dict[str, float]]] | None = None  # see nearest
-
-    @property
-    def agrees(self) -> bool:
-        return self.error is not None and self.error <= self.specimen.bound.size
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads and lose much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-_specimens: WeakKeyDictionary[Any, Specimen] = WeakKeyDictionary()
-_settled: WeakKeyDictionary[Any, dict[str, Settled]] = WeakKeyDictionary()
-
-
-def specimen(subject: Any) -> Specimen:
-    """Built once a subject. Raises NotApplicable where it cannot be built, run or kept in float64."""
-    if subject not in _specimens:
-        _specimens[subject] = _take(subject)
-    return _specimens[subject]
-
-
-def _take(subject: Any) -> Specimen:
-    refused: list[str] = []
-    for dtype in (torch.float64, torch.float32):
-        for sizes in TELLING:
-            try:
-                return _specimen(subject, sizes, dtype)
-            except NotApplicable as reason:
-                refused.append(reason.reason)
-            except NoPlan:
-                raise
-            except Exception as error:  # whatever a foreign model raises at sizes or types that it does not take
-                refused.append(f"{type(error).__name__}: {error}")
-            if not sizes:
-                break
-    raise NotApplicable("the model does not run at the sizes and types of the spec", tried=refused)
-
-
-def _specimen(subject: Any, sizes: dict[str, int], dtype: torch.dtype) -> Specimen:
-    for name in sizes:
-        if not subject.can_vary(name):
-            raise NotApplicable(f"{name} is fixed")
-    asked = {**vars(subject.sizes), **sizes, "dropout": 0.0 if subject.can_vary("dropout") else subject.sizes.dropout}
-    running = promoted() if dtype == torch.float64 else contextlib.nullcontext()
-    with one_thread(), running:
-        model = subject.build(seed=subject.seed, **{k: v for k, v in asked.items() if subject.can_vary(k)})
-        if sum(p.numel() for p in model.parameters()) > LARGEST:
-            raise NotApplicable(f"more than {LARGEST:,} weights: declare the architecture on a smaller model")
-        cast(model, dtype)
-        tokens = subject.tokens(3, asked["block_size"], seed=subject.seed)
-        short = tokens[:2, : min(5, tokens.shape[1])].contiguous()
-        inventory = take(model, lambda: subject.logits(model, short), asked["n_layer"])
-        amplify(model, *ABSENCE, seed=subject.seed)
-    shape = Shape(asked["vocab_size"], asked["block_size"], asked["n_head"], asked["n_embd"])
-    return Specimen(subject, model, shape, inventory, tokens, dtype)
+def _settle(subject: Any, family: str) -> Settled:
+    return settle(specimen(subject), family)
 
 
 def settled(subject: Any, family: str) -> Settled:
     """How the subject compares with this family; found once."""
-    known = _settled.setdefault(subject, {})
-    if family not in known:
-        known[family] = settle(specimen(subject), family)
-    found = known[family]
+    found = subject.once(_settle, family)
     if found.plan is not None:
         note(weights=shown(found.plan))
         if not found.agrees and (open_ := unsettled(found.plan)):
@@ -165,7 +48,7 @@ def settle(seen: Specimen, family: str) -> Settled:
     """The plan and variant of the family that give the subject's logits; else those that come nearest by rank."""
     start = time.process_time()
     found = Settled(family, seen, seen.logits())
-    table = seen.subject.spec_table
+    table = seen.subject.spec.table
     try:
         candidates = list(tabled(seen.inventory, seen.shape, table) if table else plans(seen.inventory, seen.shape))
     except NoPlan as reason:
@@ -198,15 +81,6 @@ def _try(found: Settled, candidates: list[tuple[Plan, Variant]], until: float = 
         found.tried += 1
         if found.error is None or error < found.error:
             found.plan, found.variant, found.error = plan, variant, error
-
-
-def nearest(found: Settled) -> list[tuple[Plan, Variant, dict[str, float]]]:
-    """The candidates that come nearest, with their disagreement in stages; found once."""
-    from .closeness import promising  # which is made of what is here
-
-    if found.near is None:
-        found.near = promising(found)
-    return found.near
 
 
 def unlike(plan: Plan, family: str) -> str:

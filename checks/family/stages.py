@@ -9,11 +9,12 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from ..subject import one_thread
 from .agreement import apart
 from .blame import Catalogue, Simulated, damaged, explanations, fill, logits
-from .closeness import STAGES, explicit, silenced, traced
-from .fit import Settled, nearest, one_thread
+from .closeness import STAGES, explicit, nearest, silenced, traced
 from .reference import Variant, build
+from .specimen import Settled
 from .trace import Parting, checkpoints, parting
 from .weights.roles import Plan
 

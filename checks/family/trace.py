@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...transformer.model import Transformer
-from ..expect import Where
-from ..watch.calls import OURS, TORCH, shown
+from ..expect import Where, shown
+from ..watch.calls import OURS, TORCH
 from .weights.inventory import QUESTIONS
 
 SAME = 1e-8  # relative: sums over a tensor's entries, in float64

@@ -149,9 +149,7 @@ def stage(subject: Any, **sizes: Any) -> Stage:
 
     Raises NotApplicable where there is no generate, or none whose model can be watched.
     """
-    if subject not in _known:
-        _known[subject] = learn(subject)
-    known = _known[subject]
+    known = subject.once(learn)
     model = subject.amplified(seed=subject.seed, dtype=known.dtype, **{**known.sizes, **sizes})
     script = functools.partial(ranked, banned=known.banned) if known.banned else ranked
     return Stage(
@@ -170,9 +168,6 @@ class Known:
     tie: float
     banned: tuple[int, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)  # what the model must have more of than the subject has
-
-
-_known: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
 
 
 def learn(subject: Any) -> Known:

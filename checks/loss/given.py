@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from ..expect import Where
+from ..expect import Where, shown
 from ..meet.logits import standing_for
-from ..watch.calls import shown
 
 OF_LOGITS = {"CrossEntropyLoss", "cross_entropy"}
 
@@ -25,15 +24,12 @@ def cross_entropy_line(subject: Any) -> Where | None:
 
     None where there is none, or where a logarithm is taken by hand: probabilities may then be meant.
     """
-    if subject.met is None:
-        return None
     found: Where | None = None
-    home = subject.met.home
-    for source in (source for name, source in home.sources.items() if name not in home.looked_into):
-        for node in source.nodes:
+    for filename, nodes in subject.code():
+        for node in nodes:
             word = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
             if word in ("log", "nll_loss", "NLLLoss"):
                 return None
             if word in OF_LOGITS and found is None:
-                found = Where(word, "", shown(source.filenames[0]), node.lineno)
+                found = Where(word, "", shown(filename), node.lineno)
     return found

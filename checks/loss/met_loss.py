@@ -99,7 +99,7 @@ def met_loss(subject: Any) -> MetLoss:
 
 @functools.lru_cache(maxsize=4)
 def _meet(subject: Any) -> MetLoss | NotApplicable:
-    own = getattr(subject.parts, "loss", None)
+    own = subject.part("loss")
     try:
         return recognised(forms(own, subject) if own is not None else [model_form(subject)])
     except NotApplicable as reason:

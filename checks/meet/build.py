@@ -22,7 +22,7 @@ from .arguments import CONFIG_NAMES, SPARE, WIDTH, Filling, Parameter, Settings,
 from .configs import Option
 from .definitions import pure
 from .imports import Source
-from .sandbox import Home
+from .sandbox import Sandbox
 from .stubs import Stub
 
 # What is tried when a constructor refuses the first filling: another of the strings that it compares a setting with,
@@ -54,7 +54,7 @@ class Recipe:
 
     target: Callable
     says: str  # GPTConfig(vocab_size, block_size), once built
-    home: Home
+    sandbox: Sandbox
     causal: bool
     options: dict[str, Option]  # for each parameter that is a configuration
     special: Mapping[str, Any] = field(default_factory=dict)
@@ -70,9 +70,9 @@ class Recipe:
         """A fresh model. Raises Unfillable, NotAModel, or what the subject's code raises."""
         filling = self.filling(sizes)
         self.varies, self.assumed = filling.used, filling.assumed
-        with self.home:
+        with self.sandbox:
             self.settle(sizes, filling)
-            model = as_module(self._call(filling), self.home)
+            model = as_module(self._call(filling), self.sandbox)
             self._initialize(model)
         self._sizes = {key: known for key, known in self._sizes.items() if known[0]() is not None}
         self._sizes[id(model)] = ref(model), dict(sizes)  # by id: a model may define equality as it likes
@@ -80,7 +80,7 @@ class Recipe:
 
     @functools.cached_property
     def asked(self) -> configs.Asked:
-        return configs.asked_by(self.home)
+        return configs.asked_by(self.sandbox)
 
     def filling(self, sizes: Mapping[str, Any]) -> Filling:
         said = self.asked
@@ -90,7 +90,7 @@ class Recipe:
         )  # fmt: skip
 
     def _elsewhere(self, name: str) -> Any:
-        given = self.home.project.given(name)
+        given = self.sandbox.project.given(name)
         if given is None:
             return vocabulary.MISSING
         self.places[name] = given[1]
@@ -105,7 +105,7 @@ class Recipe:
         """Where sizes are globals, sets them to those that the model was built with."""
         sizes = self.sizes_of(model)
         if self._reads_globals and sizes is not None and sizes != self._settled:
-            with self.home:
+            with self.sandbox:
                 self.settle(sizes)
 
     def _call(self, filling: Filling) -> Any:
@@ -130,24 +130,24 @@ class Recipe:
 
     def _share(self, config: Any) -> None:
         """Code may read the configuration as a global as well, which a script or a notebook elsewhere sets."""
-        for name, module in self.home.modules_now().items():
-            for free in self.home.sources[name].free_names if name in self.home.sources else ():
+        for name, module in self.sandbox.modules_now().items():
+            for free in self.sandbox.sources[name].free_names if name in self.sandbox.sources else ():
                 if vocabulary.squash(free) in CONFIG_NAMES and not hasattr(module, free):
                     setattr(module, free, config)
-                    self.home.remark(f"{free} is not defined in {name}: the model's own configuration is used")
+                    self.sandbox.remark(f"{free} is not defined in {name}: the model's own configuration is used")
                 elif type(vars(module).get(free)) is type(config):
                     setattr(module, free, config)
 
     @property
     def scope(self) -> Mapping[str, Any]:
-        return scope_of(self.target, self.home)
+        return scope_of(self.target, self.sandbox)
 
     def settle(self, sizes: Mapping[str, Any], filling: Filling | None = None) -> None:
         """Sets the sizes that the file's functions read as globals, and what is computed from them."""
-        if self.home.file is None:
+        if self.sandbox.file is None:
             return
-        for name, module in list(self.home.modules_now().items()):
-            source = self.home.sources.get(name)
+        for name, module in list(self.sandbox.modules_now().items()):
+            source = self.sandbox.sources.get(name)
             if source is not None:
                 changed = set_globals(module, source, sizes, filling or self.filling(sizes))
                 self._reads_globals |= bool(changed)
@@ -155,7 +155,7 @@ class Recipe:
 
     def _initialize(self, model: nn.Module) -> None:
         """Calls what the class has for it and its constructor does not: weights on the meta device, or by hand."""
-        name = next((n for n in INITIALIZERS if _by_hand(type(model), n, self.home)), None)
+        name = next((n for n in INITIALIZERS if _by_hand(type(model), n, self.sandbox)), None)
         on_meta = [m for m in model.modules() if any(x.is_meta for x in (*m.parameters(False), *m.buffers(False)))]
         for module in on_meta:  # what the constructor has given values keeps them
             module.to_empty(device="cpu", recurse=False)
@@ -163,13 +163,13 @@ class Recipe:
             raise NotAModel("its weights are on the meta device, and no init_weights() gives them values")
         if name is not None:
             getattr(model, name)()
-            self.home.remark(f"{name}() called after construction")
+            self.sandbox.remark(f"{name}() called after construction")
 
 
-def _by_hand(cls: type, name: str, home: Home) -> bool:
+def _by_hand(cls: type, name: str, sandbox: Sandbox) -> bool:
     """Whether a class of the subject has an initializer without arguments that its constructor never calls."""
     method = next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
-    if not inspect.isfunction(method) or not home.owns(method.__code__.co_filename):
+    if not inspect.isfunction(method) or not sandbox.owns(method.__code__.co_filename):
         return False
     required = [p for p in list(inspect.signature(method).parameters.values())[1:] if p.default is p.empty]
     makers = [vars(c)["__init__"] for c in cls.__mro__ if inspect.isfunction(vars(c).get("__init__"))]
@@ -241,38 +241,38 @@ def _classes_of(parameter: Parameter, filling: Filling, scope: Mapping[str, Any]
     return sorted(called, key=lambda cls: len(cls.__name__))
 
 
-def scope_of(target: Callable, home: Home) -> Mapping[str, Any]:
+def scope_of(target: Callable, sandbox: Sandbox) -> Mapping[str, Any]:
     """The names that the target's own module sees."""
-    module = home.modules_now().get(target.__module__) or inspect.getmodule(target)
+    module = sandbox.modules_now().get(target.__module__) or inspect.getmodule(target)
     return vars(module) if module is not None else getattr(target, "__globals__", {})
 
 
-def recipes(target: Callable, home: Home, causal: bool) -> Iterator[Recipe]:
+def recipes(target: Callable, sandbox: Sandbox, causal: bool) -> Iterator[Recipe]:
     """The ways to build with `target`, the surest first: each choice of configuration, then the variants."""
-    with home:
-        signature, scope = signature_of(target), scope_of(target, home)
+    with sandbox:
+        signature, scope = signature_of(target), scope_of(target, sandbox)
         wants = [p for p in signature.parameters if wants_config(p, scope)]
     found: list[dict[str, Option]] = []
-    for options in _configurations(wants, target, scope, home):
+    for options in _configurations(wants, target, scope, sandbox):
         found.append(options)
-        yield Recipe(target, "", home, causal, options)
+        yield Recipe(target, "", sandbox, causal, options)
     if signature.parameters or signature.takes_anything:
         for choice, special in VARIANTS:
-            yield from (Recipe(target, "", home, causal, options, special, choice) for options in found)
+            yield from (Recipe(target, "", sandbox, causal, options, special, choice) for options in found)
 
 
 def _configurations(
-    wants: list[Parameter], target: Callable, scope: Mapping[str, Any], home: Home
+    wants: list[Parameter], target: Callable, scope: Mapping[str, Any], sandbox: Sandbox
 ) -> Iterator[dict[str, Option]]:
     """An option for each parameter that is a configuration; of a single one, no more are sought than are asked for."""
     if len(wants) != 1:
-        with home:
-            choices = [list(configs.options(p, target, scope, home)) for p in wants]
+        with sandbox:
+            choices = [list(configs.options(p, target, scope, sandbox)) for p in wants]
         yield from ({p.name: o for p, o in zip(wants, chosen, strict=True)} for chosen in product(*choices))
         return
-    options = configs.options(wants[0], target, scope, home)
+    options = configs.options(wants[0], target, scope, sandbox)
     while True:
-        with home:
+        with sandbox:
             option = next(options, None)
         if option is None:
             return
@@ -301,14 +301,14 @@ class Callable_(nn.Module):
         return self.function(*args, **kwargs)
 
 
-def as_module(built: Any, home: Home) -> nn.Module:
+def as_module(built: Any, sandbox: Sandbox) -> nn.Module:
     """The model in what a factory gave."""
     if isinstance(built, nn.Module):
         return built
     if isinstance(built, tuple | list):
         for item in built:
             if isinstance(item, nn.Module):
-                home.remark(f"the factory gives {len(built)} values: the {type(item).__name__} is the model")
+                sandbox.remark(f"the factory gives {len(built)} values: the {type(item).__name__} is the model")
                 return item
     if callable(built) and not inspect.isclass(built):
         return Callable_(built)

@@ -20,7 +20,7 @@ from .arguments import Filling, signature_of
 from .build import scope_of
 from .forward import Forward, parameters_of, set_up_caches
 from .logits import Unreadable, tensors_in
-from .sandbox import Home
+from .sandbox import Sandbox
 
 RESETS = ("reset_kv_cache", "reset_cache", "clear_cache", "clear_kv_cache", "empty_cache", "reset_caches", "reset")
 KEPT = ("past_key_values", "kv_cache", "cache", "past", "presents", "state", "mems")
@@ -79,10 +79,10 @@ def step(forward: Forward, model: nn.Module, tokens: Tensor, cache: Cache, more:
 
 
 def meet_cache(
-    forward: Forward, model: nn.Module, home: Home, sizes: Mapping[str, Any], tokens: Tensor
+    forward: Forward, model: nn.Module, sandbox: Sandbox, sizes: Mapping[str, Any], tokens: Tensor
 ) -> Protocol | None:
     """The protocol that the model speaks, if any."""
-    for protocol in protocols(model, home, sizes):
+    for protocol in protocols(model, sandbox, sizes):
         try:
             apart = _apart(forward, model, protocol, tokens)
         except Exception:
@@ -107,7 +107,7 @@ def _apart(forward: Forward, model: nn.Module, protocol: Protocol, tokens: Tenso
     return float((torch.cat(pieces, dim=1) - whole[:, cut:]).abs().max() / whole.std())
 
 
-def protocols(model: nn.Module, home: Home, sizes: Mapping[str, Any]) -> Iterator[Protocol]:
+def protocols(model: nn.Module, sandbox: Sandbox, sizes: Mapping[str, Any]) -> Iterator[Protocol]:
     """The protocols that the model's signature allows, the surest first."""
     parameters = {vocabulary.squash(p.name): p for p in parameters_of(model)}
     argument = next((p.name for plain, p in parameters.items() if plain in vocabulary.CACHES), None)
@@ -130,7 +130,7 @@ def protocols(model: nn.Module, home: Home, sizes: Mapping[str, Any]) -> Iterato
             f"{argument}=, given back", lambda m, B: None, lambda c, x: {argument: c.state, **at(c, x)},
             kept=_given_back, whole_mask=True, declared=True,
         )  # fmt: skip
-        for cls in _cache_classes(model, home):
+        for cls in _cache_classes(model, sandbox):
             yield Protocol(
                 f"{argument}={cls.__name__}()", functools.partial(_filled, cls, sizes),
                 lambda c, x: {argument: c.state, **at(c, x)}, declared=False,
@@ -176,10 +176,10 @@ def _scalar(value: Any) -> bool:
     return isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
-def _cache_classes(model: nn.Module, home: Home) -> list[type]:
+def _cache_classes(model: nn.Module, sandbox: Sandbox) -> list[type]:
     """Classes called something like cache that the model's module knows."""
-    scope = scope_of(type(model), home)
-    return [v for k, v in scope.items() if inspect.isclass(v) and "cache" in k.lower() and home.owns(_file_of(v))]
+    scope = scope_of(type(model), sandbox)
+    return [v for k, v in scope.items() if inspect.isclass(v) and "cache" in k.lower() and sandbox.owns(_file_of(v))]
 
 
 def _file_of(cls: type) -> str:

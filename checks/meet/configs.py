@@ -19,7 +19,7 @@ from torch import nn
 
 from . import vocabulary
 from .arguments import CONFIG_NAMES, Filling, Parameter, Settings, signature_of
-from .sandbox import Home
+from .sandbox import Sandbox
 
 LIKE_A_CONFIG = ("config", "args", "params", "hyper", "setting", "options", "cfg")
 
@@ -32,9 +32,9 @@ class Option:
     make: Callable[[Filling], Any]
 
 
-def options(parameter: Parameter, target: Callable, scope: Mapping[str, Any], home: Home) -> Iterator[Option]:
+def options(parameter: Parameter, target: Callable, scope: Mapping[str, Any], sandbox: Sandbox) -> Iterator[Option]:
     """Ways to make what a parameter like `config` wants, the surest first."""
-    for cls in _own_classes(parameter, target, scope, home):
+    for cls in _own_classes(parameter, target, scope, sandbox):
         yield Option(cls.__name__, functools.partial(make, cls, scope))
     if (default := getattr(target, "get_default_config", None)) is not None:
         yield Option("get_default_config()", functools.partial(_adapted, default))
@@ -43,9 +43,9 @@ def options(parameter: Parameter, target: Callable, scope: Mapping[str, Any], ho
             yield Option(name, functools.partial(Settings, base=value))
         elif not name.startswith("_") and not isinstance(value, nn.Module) and sized(_plain_vars(value)) >= 2:
             yield Option(name, functools.partial(Settings, base=_plain_vars(value)))
-    for literal in _dictionaries(home, scope):
+    for literal in _dictionaries(sandbox, scope):
         yield Option("a dictionary", functools.partial(Settings, base=literal))
-    read, elsewhere = asked_by(home).read, _classes_elsewhere(home)
+    read, elsewhere = asked_by(sandbox).read, _classes_elsewhere(sandbox)
     elsewhere.sort(key=lambda cls: (-len(read & _fields(cls)), not _affinity(cls, target), cls.__name__))
     for cls in elsewhere:
         if read <= _fields(cls):
@@ -55,18 +55,18 @@ def options(parameter: Parameter, target: Callable, scope: Mapping[str, Any], ho
         yield Option(cls.__name__, functools.partial(make, cls, scope))
 
 
-def _own_classes(parameter: Parameter, target: Callable, scope: Mapping[str, Any], home: Home) -> list[type]:
+def _own_classes(parameter: Parameter, target: Callable, scope: Mapping[str, Any], sandbox: Sandbox) -> list[type]:
     """Configuration classes that the annotation, the class itself or its module names."""
     named = [resolve(parameter.kind, scope), getattr(target, "config_class", None)]
     first = [cls for cls in named if inspect.isclass(cls) and is_config(cls)]
-    found = {v for v in scope.values() if inspect.isclass(v) and is_config(v) and home.owns(_file(v))}
+    found = {v for v in scope.values() if inspect.isclass(v) and is_config(v) and sandbox.owns(_file(v))}
     rest = sorted(found, key=lambda cls: (not _affinity(cls, target), -sized(_fields(cls)), cls.__name__))
     return list(dict.fromkeys([*first, *rest]))
 
 
-def _classes_elsewhere(home: Home) -> list[type]:
+def _classes_elsewhere(sandbox: Sandbox) -> list[type]:
     """Configuration classes of other files of the project that are called something like config."""
-    modules = list(_beside(home))
+    modules = list(_beside(sandbox))
     return list({cls for module in modules for cls in vars(module).values() if inspect.isclass(cls) and is_config(cls)})
 
 
@@ -76,19 +76,19 @@ def _affinity(cls: type, target: Callable) -> bool:
     return bool(name) and name in target.__name__.lower()
 
 
-def _beside(home: Home) -> Iterator[ModuleType]:
+def _beside(sandbox: Sandbox) -> Iterator[ModuleType]:
     """Modules called something like config beside the file."""
-    if home.file is None:
+    if sandbox.file is None:
         return
-    for root in dict.fromkeys((home.file.parent, *home.near, *home.far)):
+    for root in dict.fromkeys((sandbox.file.parent, *sandbox.near, *sandbox.far)):
         for path in sorted(
-            (*root.glob("*.py"), *root.glob("*/*.py")) if root != home.file.parent else root.glob("*.py")
+            (*root.glob("*.py"), *root.glob("*/*.py")) if root != sandbox.file.parent else root.glob("*.py")
         ):
             if path.stem.lower().endswith(("config", "configs", "conf", "configuration", "args")):
-                before = set(home.sources)
+                before = set(sandbox.sources)
                 with contextlib.suppress(Exception):
-                    yield importlib.import_module(home.dotted(path, root))
-                home.looked_into |= set(home.sources) - before
+                    yield importlib.import_module(sandbox.dotted(path, root))
+                sandbox.looked_into |= set(sandbox.sources) - before
 
 
 def _file(cls: type) -> str:
@@ -192,16 +192,16 @@ class Asked:
     choices: dict[str, list[str]]  # strings that a setting is compared with: `if config.model_type == "gpt"`
 
 
-def asked_by(home: Home) -> Asked:
+def asked_by(sandbox: Sandbox) -> Asked:
     read: set[str] = set()
     mine: set[str] = set()
     from_kwargs: set[str] = set()
     optional: set[str] = set()
     nested: set[str] = set()
     choices: dict[str, list[str]] = {}
-    ordered = sorted(home.sources.items(), key=lambda item: item[0] != home.main)  # the subject's own file first
+    ordered = sorted(sandbox.sources.items(), key=lambda item: item[0] != sandbox.main)  # the subject's own file first
     for name, source in ordered:
-        scope = vars(home.modules_now().get(name, vocabulary))
+        scope = vars(sandbox.modules_now().get(name, vocabulary))
         for node in sorted(source.nodes, key=lambda node: getattr(node, "lineno", 0)):
             nested |= _inner(node)
             if isinstance(node, ast.Attribute) and _is_config(node.value):
@@ -213,7 +213,7 @@ def asked_by(home: Home) -> Asked:
                 optional.add(asked)
             elif isinstance(node, ast.Compare) and (choice := _choice(node, scope)) is not None:
                 choices.setdefault(choice[0], []).append(choice[1])
-        mine |= read if name == home.main else set()
+        mine |= read if name == sandbox.main else set()
     known = frozenset(
         name for name in read
         if vocabulary.size_of(name) or {vocabulary.squash(name)} & {*choices, *vocabulary.KEY_VALUE_HEADS}
@@ -289,10 +289,10 @@ def _is_config(node: ast.expr) -> bool:
     return plain in CONFIG_NAMES or plain == "kwargs" or plain.endswith(("config", "cfg"))
 
 
-def _dictionaries(home: Home, scope: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _dictionaries(sandbox: Sandbox, scope: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Dictionary literals with sizes as keys, wherever they stand: example configurations in `main()`."""
-    known = {**scope, "args": SimpleNamespace(**_command_line(home))}
-    for source in home.sources.values():
+    known = {**scope, "args": SimpleNamespace(**_command_line(sandbox))}
+    for source in sandbox.sources.values():
         for node in source.nodes:
             if isinstance(node, ast.Dict):
                 keys = [str(key.value) if isinstance(key, ast.Constant) else "" for key in node.keys]
@@ -301,10 +301,10 @@ def _dictionaries(home: Home, scope: Mapping[str, Any]) -> Iterator[dict[str, An
                     yield {k: v for k, v in found.items() if k and v is not vocabulary.MISSING}
 
 
-def _command_line(home: Home) -> dict[str, Any]:
+def _command_line(sandbox: Sandbox) -> dict[str, Any]:
     """Defaults of the command-line options that the subject's files define."""
     found = {}
-    for source in home.sources.values():
+    for source in sandbox.sources.values():
         for statement in source.body:
             for node in ast.walk(statement):
                 if (

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ..expect import shown
+
 if TYPE_CHECKING:
-    from .sandbox import Home
+    from .sandbox import Sandbox
 
 
 class UsageError(ValueError):
@@ -22,32 +22,23 @@ class UsageError(ValueError):
         return str(self).splitlines()
 
 
-def shown(filename: str) -> str:
-    """A file as the user would type it: relative to the working directory where that is shorter."""
-    try:
-        relative = os.path.relpath(filename)
-    except ValueError:  # another drive
-        return filename
-    return relative if len(relative) < len(filename) else filename
-
-
-def own_frames(error: BaseException, home: Home) -> Iterator[traceback.FrameSummary]:
+def own_frames(error: BaseException, sandbox: Sandbox) -> Iterator[traceback.FrameSummary]:
     """The frames of the subject's own code that an exception went through, outermost first."""
     frames = traceback.extract_tb(error.__traceback__)
-    return (frame for frame in frames if home.owns(frame.filename))
+    return (frame for frame in frames if sandbox.owns(frame.filename))
 
 
-def place(error: BaseException, home: Home) -> str:
+def place(error: BaseException, sandbox: Sandbox) -> str:
     """`model.py:12`, the last line of the subject's own code that the exception went through; "" if none."""
-    if isinstance(error, SyntaxError) and error.filename and home.owns(error.filename):
+    if isinstance(error, SyntaxError) and error.filename and sandbox.owns(error.filename):
         return f"{shown(error.filename)}:{error.lineno}"
-    frames = list(own_frames(error, home))
+    frames = list(own_frames(error, sandbox))
     return f"{shown(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
 
 
-def what_happened(error: BaseException, home: Home) -> str:
+def what_happened(error: BaseException, sandbox: Sandbox) -> str:
     """`model.py:12: self.head = nn.Linear(n, m) raised TypeError: …`."""
-    where, frames = place(error, home), list(own_frames(error, home))
+    where, frames = place(error, sandbox), list(own_frames(error, sandbox))
     said = str(error).strip() or "no message"
     said = said if len(said) < 400 else said[:400] + " …"
     said = (
@@ -58,28 +49,20 @@ def what_happened(error: BaseException, home: Home) -> str:
     if isinstance(error, SyntaxError):
         return f"{where}: {type(error).__name__}: {error.msg}" + (f"\n    {error.text.strip()}" if error.text else "")
     line = f"\n    {frames[-1].line}" if frames and frames[-1].line else ""
-    return (f"{where}: {said}{line}" if where else said) + _taken_name(str(error), home)
+    return (f"{where}: {said}{line}" if where else said) + _taken_name(str(error), sandbox)
 
 
-def _taken_name(said: str, home: Home) -> str:
+def _taken_name(said: str, sandbox: Sandbox) -> str:
     """Of a file that is called like a module of the standard library and was meant in its place."""
-    name = namesake(said, home)
+    name = namesake(said, sandbox)
     if not name:
         return ""
     return f"\n  import {name} gives the standard library's {name}: give {name}.py beside it another name"
 
 
-def namesake(said: str, home: Home) -> str:
+def namesake(said: str, sandbox: Sandbox) -> str:
     """The module of the standard library in which a name was sought and that lies beside the subject as well."""
     found = re.search(r"cannot import name '\w+' from '(\w+)'|module '(\w+)' has no attribute", said)
     name = found and (found[1] or found[2])
-    beside = [folder for folder in home.near if name and (folder / f"{name}.py").is_file()]
+    beside = [folder for folder in sandbox.near if name and (folder / f"{name}.py").is_file()]
     return name if name and beside and name in sys.stdlib_module_names else ""
-
-
-def without_us(trace: TracebackType | None) -> TracebackType | None:
-    """A traceback from its first frame on that is not ours."""
-    own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(own):
-        trace = trace.tb_next
-    return trace

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import vocabulary
-from .sandbox import Home
+from .sandbox import Sandbox
 
 if TYPE_CHECKING:
     from .met import Met
@@ -19,7 +19,7 @@ ASSIGNABLE = (bool, int, float, str, torch.dtype, type(None))
 
 def header_of(met: Met) -> str:
     """The line of facts: what was met, how it is built and called, what it has, what was assumed."""
-    ignored = ignored_index(met.home)
+    ignored = ignored_index(met.sandbox)
     facts = [
         met.shown,
         met.constructor,
@@ -31,8 +31,8 @@ def header_of(met: Met) -> str:
         *([f"brings {', '.join(sorted(met.parts))}"] if met.parts else []),
         *([met.returns] if met.returns != "logits" else []),
     ]
-    put_back = [f"{name} was changed: put back" for name in met.home.changed]
-    assumed = [*_values(met), *met.home.remarks, *met.forward.assumed, *met.assumed, *put_back]
+    put_back = [f"{name} was changed: put back" for name in met.sandbox.changed]
+    assumed = [*_values(met), *met.sandbox.remarks, *met.forward.assumed, *met.assumed, *put_back]
     return " · ".join(facts + ([f"assumed: {'; '.join(assumed)}"] if assumed else []))
 
 
@@ -51,9 +51,9 @@ def _generates(met: Met) -> bool:
     return "generate" in met.parts or met.has_generate
 
 
-def ignored_index(home: Home) -> int | None:
+def ignored_index(sandbox: Sandbox) -> int | None:
     """The `ignore_index=` that the subject's code passes to a loss."""
-    for source in (source for name, source in home.sources.items() if name not in home.looked_into):
+    for source in (source for name, source in sandbox.sources.items() if name not in sandbox.looked_into):
         for node in source.nodes:
             if isinstance(node, ast.keyword) and node.arg == "ignore_index":
                 with contextlib.suppress(ValueError):

@@ -1,11 +1,9 @@
-"""A subject's file, notebook or module brought in, on the terms of its home and under nobody's name but its own."""
+"""A subject's file, notebook or module brought in, on the terms of its sandbox and under nobody's name but its own."""
 
 from __future__ import annotations
 import __future__
 
 import ast
-import contextlib
-import functools
 import importlib
 import importlib.machinery
 import json
@@ -13,15 +11,16 @@ import linecache
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..expect import shown
 from . import vocabulary
-from .definitions import STUB, SoftImports, definitions, dropped, is_main_guard, is_script
-from .errors import UsageError, namesake, own_frames, place, shown, what_happened
-from .sandbox import Home, installed, random_state_kept
+from .definitions import STUB, SoftImports, definitions, dropped, is_script
+from .errors import UsageError, namesake, own_frames, place, what_happened
+from .sandbox import Sandbox, installed, random_state_kept
+from .source import Source
 from .stubs import NOT_RUN, Stub, left_out, stub_for
 
 LOADING_SECONDS = 60.0
@@ -39,104 +38,60 @@ LACKING = (
 )
 
 
-@dataclass
-class Source:
-    """The code of one module: a tree for a file, one a cell for a notebook."""
-
-    trees: tuple[ast.Module, ...]
-    filenames: tuple[str, ...]
-
-    @property
-    def body(self) -> list[ast.stmt]:
-        return [statement for tree in self.trees for statement in tree.body]
-
-    @functools.cached_property
-    def nodes(self) -> list[ast.AST]:
-        return [node for tree in self.trees for node in ast.walk(tree)]
-
-    @functools.cached_property
-    def guarded(self) -> dict[str, Any]:
-        """Literals that are assigned under `if __name__ == "__main__":`, which a module does not run."""
-        found = {}
-        for statement in self.body:
-            for node in statement.body if isinstance(statement, ast.If) and is_main_guard(statement) else ():
-                if isinstance(node, ast.Assign):
-                    with contextlib.suppress(ValueError):
-                        value = ast.literal_eval(node.value)
-                        found.update({t.id: value for t in node.targets if isinstance(t, ast.Name)})
-        return found
-
-    def assigns(self, name: str) -> bool:
-        """Whether the module's own code gives the name a value."""
-        return any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store) for n in self.nodes)
-
-    @functools.cached_property
-    def free_names(self) -> tuple[str, ...]:
-        """Names that functions read and do not themselves define: globals."""
-        found: set[str] = set()
-        for node in self.nodes:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                named = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
-                stored = {n.id for n in named if not isinstance(n.ctx, ast.Load)}
-                stored |= {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
-                found |= {n.id for n in named if isinstance(n.ctx, ast.Load)} - stored
-        return tuple(sorted(found))
-
-
 class SubjectLoader(importlib.machinery.SourceFileLoader):
     """Runs one of the subject's own files; leaves no bytecode behind."""
 
-    def __init__(self, home: Home, fullname: str, path: str, wanted: tuple[str, ...] = ()) -> None:
+    def __init__(self, sandbox: Sandbox, fullname: str, path: str, wanted: tuple[str, ...] = ()) -> None:
         super().__init__(fullname, path)
-        self.home, self.wanted = home, wanted
+        self.sandbox, self.wanted = sandbox, wanted
 
     def exec_module(self, module: ModuleType) -> None:
         text = importlib.util.decode_source(self.get_data(self.path))
         tree = ast.parse(text, self.path)
         source = Source((tree,), (self.path,))
-        self.home.sources[module.__name__] = source
+        self.sandbox.sources[module.__name__] = source
         fresh = dict(vars(module))
         if not is_script(tree):
             try:
-                return run(source, module, self.home)
+                return run(source, module, self.sandbox)
             except BaseException as error:
-                if not excused(error, self.home):
+                if not excused(error, self.sandbox):
                     raise
-                why = f"{place(error, self.home)} raised {type(error).__name__} at import"
+                why = f"{place(error, self.sandbox)} raised {type(error).__name__} at import"
                 vars(module).clear()
                 vars(module).update(fresh)
-                source = self.home.sources[module.__name__] = Source((ast.parse(text, self.path),), (self.path,))
+                source = self.sandbox.sources[module.__name__] = Source((ast.parse(text, self.path),), (self.path,))
         else:
             why = f"{shown(self.path)} works at import"
-        take(source, module, self.home, self.wanted, why)
+        take(source, module, self.sandbox, self.wanted, why)
 
 
-def excused(error: BaseException, home: Home) -> bool:
+def excused(error: BaseException, sandbox: Sandbox) -> bool:
     """Whether the machine is to blame: a file, library, device, network or argument that is not there."""
     if isinstance(error, SystemExit):
         return any(frame.filename.endswith("argparse.py") for frame in traceback.extract_tb(error.__traceback__))
-    if isinstance(error, ImportError) and error.path is not None and home.owns(error.path):
+    if isinstance(error, ImportError) and error.path is not None and sandbox.owns(error.path):
         return False
-    if namesake(str(error), home):
+    if namesake(str(error), sandbox):
         return False
     return isinstance(error, LACKS) or any(word in str(error).lower() for word in LACKING)
 
 
-def run(source: Source, module: ModuleType, home: Home) -> None:
+def run(source: Source, module: ModuleType, sandbox: Sandbox) -> None:
     for tree, filename in zip(source.trees, source.filenames, strict=True):
         code = _compile(SoftImports().visit(tree), filename)
-        vars(module)[STUB] = _Stands(home, filename)
+        vars(module)[STUB] = _Stands(sandbox, filename)
         exec(code, vars(module))
 
 
-def take(source: Source, module: ModuleType, home: Home, wanted: tuple[str, ...], why: str) -> None:
+def take(source: Source, module: ModuleType, sandbox: Sandbox, wanted: tuple[str, ...], why: str) -> None:
     """Definitions only; an assignment that fails is passed over, and said."""
     left: list[int] = []
     flags = _future(source)
     for tree, filename in zip(source.trees, source.filenames, strict=True):
         kept = definitions(tree, wanted)
         skipped = dropped(tree, kept)
-        vars(module)[STUB] = _Stands(home, filename)
+        vars(module)[STUB] = _Stands(sandbox, filename)
         for statement in SoftImports().visit(kept).body:
             if not _define(statement, filename, flags, module):
                 skipped.append(statement.lineno)
@@ -144,7 +99,7 @@ def take(source: Source, module: ModuleType, home: Home, wanted: tuple[str, ...]
         left += [int(cell)] * bool(skipped) if cell else skipped
     unit = "cell" if source.filenames[0].endswith("]") else "line"
     places = f", not {unit}{'s' * (len(set(left)) > 1)} {_ranges(left)}" if left else ""
-    home.remark(f"{why}: took its imports, classes, functions and constants{places}")
+    sandbox.remark(f"{why}: took its imports, classes, functions and constants{places}")
 
 
 def _define(statement: ast.stmt, filename: str, flags: int, module: ModuleType) -> bool:
@@ -190,20 +145,20 @@ def _ranges(lines: list[int]) -> str:
 class _Stands:
     """Called by an import of the subject that failed: gives stand-ins, or raises what is the subject's own fault."""
 
-    def __init__(self, home: Home, filename: str) -> None:
-        self.home, self.filename = home, filename
+    def __init__(self, sandbox: Sandbox, filename: str) -> None:
+        self.sandbox, self.filename = sandbox, filename
 
     def __call__(self, asked: tuple[tuple[str, str, str], ...], error: Exception) -> tuple[Any, ...]:
         if self._own_fault(error) and not self._left_out(asked, error):
             raise error
         found = tuple(self._one(module, name, error) for module, name, _ in asked)
         if any(isinstance(value, Stub) for value in found):
-            self.home.remark(f"{asked[0][0]} could not be imported: a stand-in is used")
+            self.sandbox.remark(f"{asked[0][0]} could not be imported: a stand-in is used")
         return found
 
     def _left_out(self, asked: tuple[tuple[str, str, str], ...], error: Exception) -> bool:
         """Whether it is a value of a module of which only the definitions were taken."""
-        source = self.home.sources.get(getattr(error, "name", None) or "")
+        source = self.sandbox.sources.get(getattr(error, "name", None) or "")
         missing = [name for module, name, _ in asked if name and not hasattr(sys.modules.get(module), name)]
         return source is not None and bool(missing) and all(source.assigns(name) for name in missing)
 
@@ -212,9 +167,9 @@ class _Stands:
             return False
         if isinstance(error, ImportError):
             mine = error.path is not None and not installed(error.path)
-            return mine or bool(namesake(str(error), self.home))
-        deeper = [frame for frame in own_frames(error, self.home) if frame.filename != self.filename]
-        broken = isinstance(error, SyntaxError) and self.home.owns(error.filename or "<frozen")
+            return mine or bool(namesake(str(error), self.sandbox))
+        deeper = [frame for frame in own_frames(error, self.sandbox) if frame.filename != self.filename]
+        broken = isinstance(error, SyntaxError) and self.sandbox.owns(error.filename or "<frozen")
         return broken or bool(deeper)
 
     def _one(self, module: str, name: str, error: Exception) -> Any:
@@ -224,7 +179,7 @@ class _Stands:
         real = sys.modules.get(module)
         if real is not None and hasattr(real, name):
             return getattr(real, name)
-        source = self.home.sources.get(module)
+        source = self.sandbox.sources.get(module)
         if source is not None and source.assigns(name):
             return left_out(module, name, shown(source.filenames[0]))
         return stub_for(module, name, error)
@@ -233,30 +188,30 @@ class _Stands:
 # -- the three kinds of source
 
 
-def load_file(home: Home, file: Path, wanted: tuple[str, ...] = ()) -> ModuleType:
+def load_file(sandbox: Sandbox, file: Path, wanted: tuple[str, ...] = ()) -> ModuleType:
     """A `.py` file under its own name, or its dotted name inside its package, or a notebook."""
 
     def load() -> ModuleType:
         if file.suffix == ".ipynb":
-            return _notebook(home, file, wanted)
-        return _by_name(home, file, wanted)
+            return _notebook(sandbox, file, wanted)
+        return _by_name(sandbox, file, wanted)
 
-    return _loaded(home, load, shown(str(file)))
+    return _loaded(sandbox, load, shown(str(file)))
 
 
-def load_module(home: Home, name: str) -> ModuleType:
+def load_module(sandbox: Sandbox, name: str) -> ModuleType:
     """An importable module; the working directory is importable too."""
-    return _loaded(home, lambda: importlib.import_module(name), name)
+    return _loaded(sandbox, lambda: importlib.import_module(name), name)
 
 
-def _loaded(home: Home, load: Callable[[], ModuleType], what: str) -> ModuleType:
+def _loaded(sandbox: Sandbox, load: Callable[[], ModuleType], what: str) -> ModuleType:
     try:
-        with random_state_kept(), home.bounded(LOADING_SECONDS), home:
+        with random_state_kept(), sandbox.bounded(LOADING_SECONDS), sandbox:
             return load()
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{what} could not be loaded\n  {what_happened(error, home)}") from None
+        raise UsageError(f"{what} could not be loaded\n  {what_happened(error, sandbox)}") from None
 
 
 def package_of(file: Path) -> tuple[Path, str]:
@@ -291,22 +246,22 @@ def _holds(folder: Path, name: str) -> bool:
     return (folder / name).is_dir() or (folder / f"{name}.py").is_file()
 
 
-def _by_name(home: Home, file: Path, wanted: tuple[str, ...]) -> ModuleType:
+def _by_name(sandbox: Sandbox, file: Path, wanted: tuple[str, ...]) -> ModuleType:
     _, dotted = package_of(file)
     package, _, _ = dotted.rpartition(".")
     if package:
         try:
             importlib.import_module(package)
         except Exception as error:
-            _bare(home, file, package, error)
+            _bare(sandbox, file, package, error)
     name = dotted if dotted.replace(".", "").isidentifier() else "subject"
     if file.name == "__init__.py" and name in sys.modules:
         return sys.modules[name]
-    loader = SubjectLoader(home, name, str(file), wanted)
+    loader = SubjectLoader(sandbox, name, str(file), wanted)
     spec = importlib.machinery.ModuleSpec(name, loader, origin=str(file))
     spec.has_location = True
     module = importlib.util.module_from_spec(spec)
-    home.names.add(name)
+    sandbox.names.add(name)
     sys.modules[name] = module
     loader.exec_module(module)
     if package and package in sys.modules:  # as an import would: code of the package may read it there
@@ -314,7 +269,7 @@ def _by_name(home: Home, file: Path, wanted: tuple[str, ...]) -> ModuleType:
     return sys.modules.get(name, module)
 
 
-def _bare(home: Home, file: Path, package: str, error: Exception) -> None:
+def _bare(sandbox: Sandbox, file: Path, package: str, error: Exception) -> None:
     """Packages without what their __init__.py does: the file itself may not need it."""
     parts = package.split(".")
     for depth in range(1, len(parts) + 1):
@@ -323,11 +278,11 @@ def _bare(home: Home, file: Path, package: str, error: Exception) -> None:
             module = ModuleType(name)
             module.__path__ = [str(file.parents[len(parts) - depth])]
             sys.modules[name] = module
-            home.names.add(name)
-    home.remark(f"{package}/__init__.py was passed over: {type(error).__name__}: {str(error)[:80]}")
+            sandbox.names.add(name)
+    sandbox.remark(f"{package}/__init__.py was passed over: {type(error).__name__}: {str(error)[:80]}")
 
 
-def _notebook(home: Home, file: Path, wanted: tuple[str, ...]) -> ModuleType:
+def _notebook(sandbox: Sandbox, file: Path, wanted: tuple[str, ...]) -> ModuleType:
     try:
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     except (ValueError, KeyError, TypeError):
@@ -342,13 +297,13 @@ def _notebook(home: Home, file: Path, wanted: tuple[str, ...]) -> ModuleType:
             trees.append(ast.parse(text, filename))
             filenames.append(filename)
         except SyntaxError as error:
-            home.remark(f"cell {number} was passed over: {error.msg}")
+            sandbox.remark(f"cell {number} was passed over: {error.msg}")
     module = ModuleType(file.stem)
     module.__file__ = str(file)
-    home.names.add(module.__name__)
+    sandbox.names.add(module.__name__)
     sys.modules[module.__name__] = module
-    home.sources[module.__name__] = source = Source(tuple(trees), tuple(filenames))
-    take(source, module, home, wanted, f"{shown(str(file))} is a notebook")
+    sandbox.sources[module.__name__] = source = Source(tuple(trees), tuple(filenames))
+    take(source, module, sandbox, wanted, f"{shown(str(file))} is a notebook")
     return module
 
 

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..expect import NotApplicable
+from ..expect import NotApplicable, shown
 from ..loss.which_loss import loss_in
 from . import vocabulary, weights
 from .axes import settle
 from .build import Recipe, Unfillable, recipes
 from .cache import Cache, Protocol, meet_cache, step
-from .errors import UsageError, place, shown, what_happened
+from .errors import UsageError, place, what_happened
 from .forward import LENGTH, ROWS, Forward, Uncallable, meet_forward
 from .logits import standing_for
 from .padding_mask import MaskForm, mask_argument, meet_mask
 from .refusals import Trial, explain, label_of, nothing, several
-from .sandbox import Home, SubjectHang
+from .sandbox import Sandbox, SubjectHang
 from .sizes import Restored, head_place, reach, sizes_of
 from .stubs import Stub
 from .which_model import COURSE, Named, asked_for, named, second_choice
@@ -42,7 +42,7 @@ PARTS = ("loss", "generate", "train_step", "objective", "trainer", "tokenizer", 
 class Met:
     """What is known of a subject once one model of it was built and gave logits."""
 
-    home: Home
+    sandbox: Sandbox
     shown: str  # model.py:GPT
     build: Callable[[Mapping[str, Any]], nn.Module]
     sizes: dict[str, Any]
@@ -75,7 +75,7 @@ class Met:
             form = form or self.mask_form
             whole = cache is None or cache.protocol.whole_mask
             given[form.argument] = form.encode(seen if whole else seen[:, -tokens.shape[1] :])
-        with self.home:
+        with self.sandbox:
             if cache is None:
                 return self.forward.logits(model, tokens, **given)
             return step(self.forward, model, tokens, cache, given)
@@ -94,7 +94,7 @@ class Met:
         if argument is None:
             return ()
         tokens = self.some_tokens()
-        with self.home, torch.no_grad():
+        with self.sandbox, torch.no_grad():
             read = functools.partial(self.forward.logits, model)
             return meet_mask(argument, read, tokens, self.sizes["vocab_size"])
 
@@ -102,13 +102,13 @@ class Met:
     def protocol(self) -> Protocol | None:
         """How the model's cache is used; None if it has none that is known here."""
         model = self.build(self.sizes)
-        with self.home:
-            return meet_cache(self.forward, model, self.home, self.sizes, self.some_tokens())
+        with self.sandbox:
+            return meet_cache(self.forward, model, self.sandbox, self.sizes, self.some_tokens())
 
     def new_cache(self, model: nn.Module, batch_size: int) -> Cache | None:
         if self.protocol is None:
             return None
-        with self.home:
+        with self.sandbox:
             return self.protocol.new(model, batch_size)
 
     @functools.cached_property
@@ -133,24 +133,24 @@ def meet(
     """Meets a spec or an object. Raises UsageError."""
     if isinstance(what, str):
         found = named(what)
-        targets, home, label = asked_for(found), found.home, found.shown
+        targets, sandbox, label = asked_for(found), found.sandbox, found.shown
         if not targets:
             raise UsageError(nothing(found))
     else:
-        found, home, targets = None, Home(), [what]
+        found, sandbox, targets = None, Sandbox(), [what]
         label = label_of(what)
     name = found.name if found else label
     course: dict[str, Any] = {}
     if found is not None and getattr(targets[0], "__name__", "") == COURSE:
         targets, course = _of_course(found, targets[0])
-    met, trials = _first(targets, home, device, causal, label, name)
+    met, trials = _first(targets, sandbox, device, causal, label, name)
     if not met and found is not None:
-        met, more = _first(second_choice(found, targets), home, device, causal, label, name)
+        met, more = _first(second_choice(found, targets), sandbox, device, causal, label, name)
         trials = trials or more
     if len(met) > 1:
         raise UsageError(several(label, [m.shown for m in met]))
     if not met:
-        raise UsageError(explain(trials, home, label))
+        raise UsageError(explain(trials, sandbox, label))
     subject = met[0] if checkpoint is None else _loaded(met[0], checkpoint, device, causal)
     if found is not None:
         subject.parts = {**course, **parts_of(found)}
@@ -160,15 +160,16 @@ def meet(
 
 def _of_course(found: Named, load: Callable) -> tuple[list[Any], dict[str, Any]]:
     """The model and the tokenizer of a course's contract, loaded from the file's own folder."""
-    assert found.home.file is not None
+    assert found.sandbox.file is not None
     try:
-        with found.home:
-            loaded = load(str(found.home.file.parent))
+        with found.sandbox:
+            loaded = load(str(found.sandbox.file.parent))
     except Exception as error:
-        raise UsageError(f"{found.shown}:{COURSE} failed on its folder\n  {what_happened(error, found.home)}") from None
+        happened = what_happened(error, found.sandbox)
+        raise UsageError(f"{found.shown}:{COURSE} failed on its folder\n  {happened}") from None
     if not isinstance(loaded, tuple | list) or not isinstance(loaded[0], nn.Module):
         raise UsageError(f"{found.shown}:{COURSE} gave {type(loaded).__name__}: expected (model, tokenizer)")
-    found.home.remark(f"{COURSE}(its folder) gives the model")
+    found.sandbox.remark(f"{COURSE}(its folder) gives the model")
     return [loaded[0]], {"tokenizer": loaded[1]} if len(loaded) > 1 else {}
 
 
@@ -183,14 +184,14 @@ def _loaded(met: Met, file: str, device: Any, causal: bool) -> Met:
         told = ", ".join(f"{k} {v}" for k, v in saved.items())
         raise UsageError(
             f"{met.shown} cannot be built in the sizes of --checkpoint {file} ({told or 'none told'})\n"
-            f"  {what_happened(error, met.home)}"
+            f"  {what_happened(error, met.sandbox)}"
         ) from None
-    with met.home:
+    with met.sandbox:
         weights.put(model, state, file)
     trials: list[Trial] = []
-    found = _try_instance(model, met.home, device, causal, trials)
+    found = _try_instance(model, met.sandbox, device, causal, trials)
     if found is None:
-        raise UsageError(explain(trials, met.home, met.shown))
+        raise UsageError(explain(trials, met.sandbox, met.shown))
     found.shown, found.recipe = met.shown, met.recipe
     found.constructor = f"{met.constructor} with weights of {shown(file)}"
     found.sizes["n_head"] = sizes["n_head"]
@@ -214,24 +215,24 @@ def _given_part(name: str, value: Any) -> Any:
     if part is None or not (callable(part) or name == "tokenizer"):
         there = ", ".join(k for k, v in found.scope.items() if inspect.isfunction(v)) or "no functions"
         raise UsageError(f"{found.shown} has no {found.name or name} to use as {name}; it has {there}")
-    return guarded(part, found.home)
+    return guarded(part, found.sandbox)
 
 
-def guarded(function: Any, home: Home) -> Any:
-    """A function of the subject's that runs on the terms of its home."""
+def guarded(function: Any, sandbox: Sandbox) -> Any:
+    """A function of the subject's that runs on the terms of its sandbox."""
     if not inspect.isfunction(function):
         return function
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with home:
+        with sandbox:
             return function(*args, **kwargs)
 
     return run
 
 
 def _first(
-    targets: list[Any], home: Home, device: Any, causal: bool, label: str, name: str
+    targets: list[Any], sandbox: Sandbox, device: Any, causal: bool, label: str, name: str
 ) -> tuple[list[Met], list[Trial]]:
     """Those of the targets that can be built and give logits; a factory's success settles it."""
     met: list[Met] = []
@@ -239,7 +240,7 @@ def _first(
     deadline = time.monotonic() + SEARCH_SECONDS
     for target in targets:
         tried = len(trials)
-        found = _try_target(target, home, device, causal, trials, deadline)
+        found = _try_target(target, sandbox, device, causal, trials, deadline)
         if found is None:
             if len(trials) > tried and isinstance(trials[-1].error, SubjectHang):
                 break
@@ -251,12 +252,14 @@ def _first(
     return met, trials
 
 
-def _try_target(target: Any, home: Home, device: Any, causal: bool, trials: list[Trial], deadline: float) -> Met | None:
+def _try_target(
+    target: Any, sandbox: Sandbox, device: Any, causal: bool, trials: list[Trial], deadline: float
+) -> Met | None:
     if isinstance(target, nn.Module):
-        return _try_instance(target, home, device, causal, trials)
+        return _try_instance(target, sandbox, device, causal, trials)
     if not inspect.isclass(target) and not inspect.isroutine(target) and not callable(target):
         return None
-    everything: Iterable[Recipe] = recipes(target, home, causal)
+    everything: Iterable[Recipe] = recipes(target, sandbox, causal)
     for sizes in OTHER_SIZES:
         tried: list[Recipe] = []
         for recipe in everything:
@@ -265,7 +268,7 @@ def _try_target(target: Any, home: Home, device: Any, causal: bool, trials: list
                 return None
             met = _try_recipe(recipe, sizes, device, trials)
             if met is not None:
-                _say_what_fails(recipe, trials, home)
+                _say_what_fails(recipe, trials, sandbox)
                 return met
             if isinstance(trials[-1].error, SubjectHang):
                 return None
@@ -275,12 +278,12 @@ def _try_target(target: Any, home: Home, device: Any, causal: bool, trials: list
     return None
 
 
-def _say_what_fails(recipe: Recipe, trials: list[Trial], home: Home) -> None:
+def _say_what_fails(recipe: Recipe, trials: list[Trial], sandbox: Sandbox) -> None:
     """A model whose own configuration breaks its constructor is met in another way, and the header says so."""
     for trial in trials:
         own = [option.says for option in trial.recipe.options.values()] if trial.recipe else []
-        if trial.target is recipe.target and own and not trial.built and (where := place(trial.error, home)):
-            home.remark(
+        if trial.target is recipe.target and own and not trial.built and (where := place(trial.error, sandbox)):
+            sandbox.remark(
                 f"with {own[0]} as it stands {where} raises {type(trial.error).__name__}: it is built otherwise"
             )
             return
@@ -322,14 +325,14 @@ def _met(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int | No
     varies = frozenset(recipe.varies.values())
     measured = sizes_of(model)
     if "block_size" not in varies and measured["block_size"] is None:
-        with recipe.home:
+        with recipe.sandbox:
             measured["block_size"] = reach(model, MOST_TOKENS, device)
     sizes = {k: asked[k] for k in vocabulary.SIZES}
     for size in vocabulary.SIZES:
         if size not in varies and measured.get(size) is not None:
             sizes[size] = measured[size]
     vocab_size = None if "vocab_size" not in varies else asked["vocab_size"] + (keep is not None)
-    with recipe.home:
+    with recipe.sandbox:
         forward, sizes["vocab_size"] = _forward(recipe, model, vocab_size, sizes, keep, asked, device)
         tokens = _tokens(sizes, device)
         forward = settle(forward, model, tokens, sizes["vocab_size"], is_causal=recipe.causal)
@@ -344,7 +347,7 @@ def _met(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int | No
 
     constructor = _constructor(recipe)
     return Met(
-        recipe.home, "", build, sizes, varies, forward, constructor, recipe=recipe, longest=longest, device=device,
+        recipe.sandbox, "", build, sizes, varies, forward, constructor, recipe=recipe, longest=longest, device=device,
         has_generate=callable(getattr(model, "generate", None)),
     )  # fmt: skip
 
@@ -376,7 +379,7 @@ def _forward(
         given = forward.vocab_size
         if not _padded_up(recipe, asked, given, block_of, device):
             raise VocabularyIgnored(asked["vocab_size"], given, head_place(model, given)) from None
-        recipe.home.remark(f"vocabulary padded from {asked['vocab_size']} to {given}")
+        recipe.sandbox.remark(f"vocabulary padded from {asked['vocab_size']} to {given}")
     return forward, keep or forward.vocab_size
 
 
@@ -405,19 +408,19 @@ def _constructor(recipe: Recipe) -> str:
     return f"{chosen or name}({filled})"
 
 
-def _try_instance(model: nn.Module, home: Home, device: Any, causal: bool, trials: list[Trial]) -> Met | None:
+def _try_instance(model: nn.Module, sandbox: Sandbox, device: Any, causal: bool, trials: list[Trial]) -> Met | None:
     """One model at its own sizes, put back to what it was before each use."""
     try:
         model = model.to(device)
         measured = sizes_of(model)
         sizes = {**vocabulary.DEFAULTS, **{k: v for k, v in measured.items() if v is not None}}
-        with home:
+        with sandbox:
             longest = measured["block_size"] or reach(model, MOST_TOKENS, device)
         sizes["block_size"] = min(longest or vocabulary.DEFAULTS["block_size"], MOST_TOKENS)
         again = Restored(model)
         with contextlib.ExitStack() as stack:
             stack.callback(again.leave)
-            stack.enter_context(home)
+            stack.enter_context(sandbox)
             forward = meet_forward(model.eval(), measured.get("vocab_size"), lambda m: int(sizes["block_size"]), device)
             sizes["vocab_size"] = forward.vocab_size
             forward = settle(forward, model, _tokens(sizes, device), forward.vocab_size, is_causal=causal)
@@ -425,7 +428,7 @@ def _try_instance(model: nn.Module, home: Home, device: Any, causal: bool, trial
         trials.append(Trial(model, None, error, True))
         return None
     return Met(
-        home, "", lambda wanted: again(), sizes, frozenset(), forward, "one instance, at its own sizes",
+        sandbox, "", lambda wanted: again(), sizes, frozenset(), forward, "one instance, at its own sizes",
         fresh=False, longest=longest, device=device, leave=again.leave,
     )  # fmt: skip
 
@@ -438,9 +441,9 @@ def parts_of(found: Named) -> dict[str, Any]:
         data = name in ("tokenizer", "declares")
         own = getattr(value, "__module__", None) == found.module.__name__ or data
         if value is not None and own and (callable(value) or data) and not isinstance(value, nn.Module | Stub):
-            parts[name] = guarded(value, found.home)
+            parts[name] = guarded(value, found.sandbox)
     other = None if "loss" in parts else loss_in(found.scope, found.module.__name__)
     if other is not None:
-        parts["loss"] = guarded(found.scope[other], found.home)
-        found.home.remark(f"{other} is its loss")
+        parts["loss"] = guarded(found.scope[other], found.sandbox)
+        found.sandbox.remark(f"{other} is its loss")
     return parts

@@ -6,12 +6,13 @@ A form is obeyed if the content of masked tokens does not matter to real ones, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..subject import MaskForm
 from . import vocabulary
 from .forward import causal, parameters_of
 
@@ -20,38 +21,6 @@ DECLARED = vocabulary.words(
     "tokenmask seqmask sequencemask tgtmask trgmask srcmask masks ignore xmask tgtpaddingmask padmasks"
 )
 UNREAD = 1e-5  # what masked tokens may change, as a part of what real ones do: see "mask argument" among the laws
-
-
-@dataclass(frozen=True)
-class MaskForm:
-    """One way to write a padding mask [B, T], True for real tokens, as the argument of a model's forward."""
-
-    argument: str
-    dtype: torch.dtype = torch.bool
-    keep: bool = True  # whether true, or 1, marks real tokens rather than padding
-    shape: str = "[B, T]"
-    additive: bool = False  # 0 for real tokens and -∞ for padding
-    with_causal: bool = False  # the causal mask as well, in shapes that have two times T
-
-    def encode(self, mask: Tensor) -> Tensor:
-        mask = mask.bool()
-        B, T = mask.shape
-        seen = mask
-        if self.shape == "[B, 1, 1, T]":
-            seen = mask[:, None, None, :]
-        elif self.shape in ("[B, T, T]", "[B, 1, T, T]"):
-            seen = mask[:, None, :].expand(B, T, T)
-            if self.with_causal:
-                seen = seen & causal(mask) | torch.eye(T, dtype=torch.bool, device=mask.device)
-            seen = seen[:, None] if self.shape == "[B, 1, T, T]" else seen
-        if self.additive:
-            return torch.zeros(seen.shape, dtype=self.dtype, device=mask.device).masked_fill(~seen, -torch.inf)
-        return (seen if self.keep else ~seen).to(self.dtype)
-
-    def __str__(self) -> str:
-        kind = str(self.dtype).removeprefix("torch.")
-        says = "0 keeps, -inf drops" if self.additive else "true keeps" if self.keep else "true drops"
-        return f"{self.argument} {self.shape} {kind}, {says}"
 
 
 def mask_argument(model: nn.Module, taken: frozenset[str] = frozenset()) -> str | None:

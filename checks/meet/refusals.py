@@ -6,13 +6,14 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from ..expect import shown
 from . import vocabulary
 from .arguments import signature_of
 from .build import Recipe, Unfillable
-from .errors import own_frames, shown, what_happened
+from .errors import own_frames, what_happened
 from .forward import Uncallable
 from .logits import Unreadable
-from .sandbox import Home, SubjectWaits
+from .sandbox import Sandbox, SubjectWaits
 from .stubs import LeftOut, MissingLibrary
 from .which_model import KINDS, Named
 
@@ -44,7 +45,7 @@ def nothing(found: Named) -> str:
     functions = {k: v for k, v in found.scope.items() if inspect.isfunction(v) and not k.startswith("_")}
     there = ", ".join(functions) or "none"
     says = f"{found.shown} has no model: no nn.Module class, no instance and no build_model (functions: {there})"
-    return f"{says}\n{_other_framework(found.home)}{factory(_of_a_function(functions))}"
+    return f"{says}\n{_other_framework(found.sandbox)}{factory(_of_a_function(functions))}"
 
 
 def _of_a_function(functions: dict[str, Any]) -> str:
@@ -57,8 +58,8 @@ def _of_a_function(functions: dict[str, Any]) -> str:
     return "…"
 
 
-def _other_framework(home: Home) -> str:
-    missing = {remark.split()[0].partition(".")[0] for remark in home.remarks if "could not be imported" in remark}
+def _other_framework(sandbox: Sandbox) -> str:
+    missing = {remark.split()[0].partition(".")[0] for remark in sandbox.remarks if "could not be imported" in remark}
     others = sorted(missing & OTHER_FRAMEWORKS)
     return f"  it is written for {', '.join(others)}: PyTorch and NumPy models can be checked\n" if others else ""
 
@@ -77,13 +78,13 @@ def factory(call: str) -> str:
     )
 
 
-def explain(trials: list[Trial], home: Home, label: str) -> str:
+def explain(trials: list[Trial], sandbox: Sandbox, label: str) -> str:
     """Why nothing could be built and called: the attempt that got farthest, and what would settle it."""
     if not trials:
         return f"{label}: nothing to try\n{factory('…')}"
     likeliest = next((t.target for t in trials if not inspect.isfunction(t.target)), None)
     trial = min((t for t in trials if inspect.isfunction(t.target) or t.target is likeliest), key=lambda t: t.rank)
-    name, where, hint = label_of(trial.target), _defined(trial.target, home), _other_framework(home)
+    name, where, hint = label_of(trial.target), _defined(trial.target, sandbox), _other_framework(sandbox)
     if isinstance(trial.error, Unfillable):
         wanted = [p.name for p in signature_of(trial.target).parameters]
         gaps = ", ".join(f"{p}=…" for p in trial.error.missing)
@@ -91,14 +92,14 @@ def explain(trials: list[Trial], home: Home, label: str) -> str:
         return f"{says}\n  seen: {name}({', '.join(wanted)})\n{hint}{factory(f'{name}({gaps}, …)')}"
     if isinstance(trial.error, Uncallable):
         first = trial.error.attempts[0][1] if trial.error.attempts else trial.error
-        settles = _remedy(first, home) or _wrapper(first)
-        return f"{where}{name} gave no logits [B, T, V]\n{_attempts(trial.error, home)}\n{hint}{settles}"
+        settles = _remedy(first, sandbox) or _wrapper(first)
+        return f"{where}{name} gave no logits [B, T, V]\n{_attempts(trial.error, sandbox)}\n{hint}{settles}"
     could = "" if trial.built else " could not be built from sizes\n "
-    settles = _remedy(trial.error, home) or factory(f"{name}(…)")
-    return f"{where}{name}{could or ':'} {what_happened(trial.error, home)}\n{hint}{settles}"
+    settles = _remedy(trial.error, sandbox) or factory(f"{name}(…)")
+    return f"{where}{name}{could or ':'} {what_happened(trial.error, sandbox)}\n{hint}{settles}"
 
 
-def _remedy(error: Exception, home: Home) -> str:
+def _remedy(error: Exception, sandbox: Sandbox) -> str:
     """What settles an error that no other way of building or calling would avoid; "" for any other."""
     if isinstance(error, MissingLibrary):
         return "  what settles it: that library, or a model that does without"
@@ -114,14 +115,14 @@ def _remedy(error: Exception, home: Home) -> str:
             "(device=tokens.device in place of .cuda())"
         )
     if "conventions.stubs" in str(error):
-        gone = ", ".join(remark.split()[0] for remark in home.remarks if "could not be imported" in remark)
+        gone = ", ".join(remark.split()[0] for remark in sandbox.remarks if "could not be imported" in remark)
         return f"  what settles it: {gone} installed (a stand-in of it was computed with), or a model that does without"
     if "2D attn_mask is" in str(error):
         return (
             "  what settles it: batch_first=True, where nn.MultiheadAttention or nn.TransformerEncoderLayer is made: "
             "without it\n  they read [T, B, C], and [B, T, C] attends from row to row of the batch"
         )
-    mine = next(iter(reversed(list(own_frames(error, home)))), None) is not None
+    mine = next(iter(reversed(list(own_frames(error, sandbox)))), None) is not None
     if isinstance(error, NotImplementedError) and mine:
         return "  what settles it: that part is still to be written"
     if isinstance(error, NameError) and mine:
@@ -129,10 +130,10 @@ def _remedy(error: Exception, home: Home) -> str:
     return ""
 
 
-def _attempts(error: Uncallable, home: Home) -> str:
+def _attempts(error: Uncallable, sandbox: Sandbox) -> str:
     lines = [] if error.attempts else ["  it has no forward of its own"]
     for way, problem in error.attempts[:4]:
-        lines.append(f"  {way.says}: {problem if isinstance(problem, Unreadable) else what_happened(problem, home)}")
+        lines.append(f"  {way.says}: {problem if isinstance(problem, Unreadable) else what_happened(problem, sandbox)}")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -151,10 +152,10 @@ def _wrapper(error: Exception) -> str:
     )
 
 
-def _defined(target: Any, home: Home) -> str:
+def _defined(target: Any, sandbox: Sandbox) -> str:
     """`model.py:29: `, where the class or factory stands."""
     target = target if inspect.isclass(target) or inspect.isfunction(target) else type(target)
     code = getattr(target if inspect.isfunction(target) else vars(target).get("__init__"), "__code__", None)
-    if code is None or not home.owns(code.co_filename):
+    if code is None or not sandbox.owns(code.co_filename):
         return ""
     return f"{shown(code.co_filename)}:{code.co_firstlineno}: "

@@ -1,6 +1,6 @@
 """Sandbox for user code: its import path, time limit, captured output, restored global state.
 
-`with home:` surrounds every moment in which the subject's code runs. Inside, the modules beside its file win over
+`with sandbox:` surrounds every moment in which the subject's code runs. Inside, the modules beside its file win over
 others of the same name, never over the standard library, torch or this package; `sys.exit` and `os._exit` raise; time
 is bounded; printing is bounded. Afterwards modules, paths and global settings are as they were.
 """
@@ -24,13 +24,13 @@ from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
 
-if TYPE_CHECKING:
-    from .imports import Source
+from .settings import Project, folders_above
+from .source import Source
 
 RUNNING_SECONDS = 60.0  # of one call into the subject's code
 PRINTED_CHARACTERS = 10_000  # what a subject may print before the rest is dropped
@@ -38,7 +38,6 @@ PRINTED_CHARACTERS = 10_000  # what a subject may print before the rest is dropp
 NEVER_THEIRS = sys.stdlib_module_names | {
     "torch", "numpy", "pytest", "_pytest", "hypothesis", "pluggy", __name__.partition(".")[0],
 }  # fmt: skip
-PROJECT_MARKS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "requirements.txt", "environment.yml")
 INSTALLED = tuple(
     {
         os.path.realpath(path) + os.sep
@@ -72,18 +71,22 @@ def installed(filename: str) -> bool:
 OUR_FOLDERS = tuple(str(Path(__file__).resolve().parents[2] / name) + os.sep for name in ("checks", "transformer"))
 
 
-class Home:
+# What runs a module of the subject: from its sandbox, dotted name and file.
+Loader = Callable[["Sandbox", str, str], importlib.abc.Loader]
+
+
+class Sandbox:
     """Of a subject from a file: its folder first, then the folders above it up to its project's root.
 
     A subject given as an object has no folders; the terms on which it runs are the same.
     """
 
-    def __init__(self, file: Path | None = None, package_root: Path | None = None) -> None:
-        from .settings import Project  # now: it imports this module
-
+    def __init__(
+        self, file: Path | None = None, package_root: Path | None = None, loader: Loader | None = None
+    ) -> None:
         self.file = file
         self.near = list(dict.fromkeys(p for p in (package_root, file.parent) if p)) if file else []
-        self.far = _folders_above(file.parent, self.near) if file else []
+        self.far = folders_above(file.parent, self.near) if file else []
         self.names: set[str] = set()  # of modules that are the subject's own
         self.modules: dict[str, ModuleType] = {}  # the same, kept here while its code does not run
         self.changed: list[str] = []  # global settings that its code left changed, put back by us
@@ -91,11 +94,11 @@ class Home:
         self.sources: dict[str, Source] = {}  # the code of its modules
         self.looked_into: set[str] = set()  # those of them that the subject itself does not use
         self.remarks: list[str] = []  # what was skipped or stood in for while its files were loaded
-        self.project = Project(self)
+        self.project = Project(file, self.near, self.far)
         self.printed = 0
         self.argv = [str(file)] if file else list(sys.argv[:1])
         # Asked before and after everything installed: the folders above give what nobody else knows.
-        self._finders = (_Neighbours(self, self.near), _Neighbours(self, self.far))
+        self._finders = (_Neighbours(self, self.near, loader), _Neighbours(self, self.far, loader))
         self._path: list[str] | None = None
         self._depth = 0
         self._restore: contextlib.ExitStack | None = None
@@ -107,7 +110,7 @@ class Home:
         return not installed(filename) and not os.path.realpath(filename).startswith(OUR_FOLDERS)
 
     def modules_now(self) -> dict[str, ModuleType]:
-        """The subject's own modules by name, inside `with home:` and outside."""
+        """The subject's own modules by name, inside `with sandbox:` and outside."""
         return {n: sys.modules[n] for n in self.names if n in sys.modules} if self._depth else self.modules
 
     def dotted(self, path: Path, root: Path) -> str:
@@ -123,7 +126,7 @@ class Home:
 
     # -- coming and going
 
-    def __enter__(self) -> Home:
+    def __enter__(self) -> Sandbox:
         self._depth += 1
         if self._depth == 1:
             with contextlib.ExitStack() as stack:
@@ -312,8 +315,8 @@ def random_state_kept() -> Iterator[None]:
 class _Bounded:
     """A stream that lets the first characters through and then says that it drops the rest."""
 
-    def __init__(self, stream: Any, home: Home) -> None:
-        self._stream, self._home = stream, home
+    def __init__(self, stream: Any, sandbox: Sandbox) -> None:
+        self._stream, self._home = stream, sandbox
 
     def write(self, text: str) -> int:
         room = PRINTED_CHARACTERS - self._home.printed
@@ -331,10 +334,8 @@ class _Bounded:
 class _Neighbours(importlib.abc.MetaPathFinder):
     """Finds the subject's own modules in some of its folders."""
 
-    def __init__(self, home: Home, folders: list[Path]) -> None:
-        from .imports import SubjectLoader  # now: it imports this module
-
-        self.home, self.folders, self._loader = home, folders, SubjectLoader
+    def __init__(self, sandbox: Sandbox, folders: list[Path], loader: Loader | None) -> None:
+        self.sandbox, self.folders, self._loader = sandbox, folders, loader
         self._names: frozenset[str] | None = None
 
     def names(self) -> frozenset[str]:
@@ -349,11 +350,11 @@ class _Neighbours(importlib.abc.MetaPathFinder):
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if path is not None:
-            mine = fullname.rpartition(".")[0] in self.home.names
+            mine = fullname.rpartition(".")[0] in self.sandbox.names
             return self._mine(fullname, PathFinder.find_spec(fullname, path)) if mine else None
         if fullname in NEVER_THEIRS:
             return None
-        package, _, inside = self.home.main.partition(".")
+        package, _, inside = self.sandbox.main.partition(".")
         near = self.folders[:1] if inside and fullname == package else self.folders  # not model/model.py for model
         spec = PathFinder.find_spec(fullname, [str(folder) for folder in near])
         if spec is not None and spec.origin is None and self._installed(fullname):
@@ -366,9 +367,9 @@ class _Neighbours(importlib.abc.MetaPathFinder):
 
     def _mine(self, fullname: str, spec: ModuleSpec | None) -> ModuleSpec | None:
         if spec is not None:
-            self.home.names.add(fullname)
-            if type(spec.loader) is importlib.machinery.SourceFileLoader:
-                spec.loader = self._loader(self.home, fullname, str(spec.origin))
+            self.sandbox.names.add(fullname)
+            if self._loader is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+                spec.loader = self._loader(self.sandbox, fullname, str(spec.origin))
         return spec
 
 
@@ -377,15 +378,3 @@ def _modules_in(folder: Path) -> Iterator[str]:
         stem, ending = os.path.splitext(entry.name)
         if stem.isidentifier() and (ending == ".py" or (not ending and entry.is_dir())):
             yield stem
-
-
-def _folders_above(folder: Path, near: list[Path]) -> list[Path]:
-    """The folders above, up to the root of the project; two of them where nothing marks a root."""
-    above = []
-    for parent in folder.resolve().parents:
-        if parent == parent.parent or parent == Path.home():
-            break
-        above.append(parent)
-        if any((parent / mark).exists() for mark in PROJECT_MARKS):
-            return [p for p in above[:6] if p not in near]
-    return [p for p in above[:2] if p not in near]

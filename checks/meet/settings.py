@@ -8,17 +8,24 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..expect import shown
 from . import vocabulary
-from .errors import shown
-from .sandbox import PROJECT_MARKS, Home
 
 ENDINGS = (".py", ".yaml", ".yml", ".json", ".toml", ".ipynb")
 MOST_FILES, MOST_BYTES = 300, 200_000
 SKIPPED = ("node_modules", "site-packages", "__pycache__", "venv")
+MARKS = (
+    ".git",
+    "pyproject.toml",
+    "setup.py",
+    "setup.cfg",
+    "requirements.txt",
+    "environment.yml",
+)  # of a project's root
 WORDS = {"true": True, "false": False, "null": None}  # of YAML and JSON
 ANNOTATION = r"(?::\s*[A-Za-z_][\w.\[\], |]*?)?"
 VALUE = r"""("[^"\n]*"|'[^'\n]*'|[-+.\w]+)"""
@@ -27,8 +34,8 @@ VALUE = r"""("[^"\n]*"|'[^'\n]*'|[-+.\w]+)"""
 class Project:
     """The files around a subject, nearest first."""
 
-    def __init__(self, home: Home) -> None:
-        self.home = home
+    def __init__(self, file: Path | None, near: Sequence[Path], far: Sequence[Path]) -> None:
+        self.file, self.near, self.far = file, near, far
         self._texts: list[tuple[str, str]] | None = None
 
     def given(self, name: str) -> tuple[Any, str] | None:
@@ -58,12 +65,12 @@ class Project:
 
     def _files(self) -> list[Path]:
         """The subject's own file, those beside it, then its project's, tests last."""
-        file = self.home.file
+        file = self.file
         if file is None:
             return []
-        marked = [f for f in self.home.far if any((f / mark).exists() for mark in PROJECT_MARKS)]
+        marked = [f for f in self.far if any((f / mark).exists() for mark in MARKS)]
         found = [file]
-        for root in (file.parent, *self.home.near, *(self.home.far if marked else ())):
+        for root in (file.parent, *self.near, *(self.far if marked else ())):
             found += [path for path in _under(root, MOST_FILES - len(found)) if path not in found]
         return sorted(found, key=lambda path: (path != file, path.parent != file.parent, "test" in path.name))
 
@@ -96,3 +103,15 @@ def _literal(text: str) -> Any:
     except (ValueError, SyntaxError):
         return vocabulary.MISSING
     return value if isinstance(value, bool | int | float | str | None) else vocabulary.MISSING
+
+
+def folders_above(folder: Path, near: list[Path]) -> list[Path]:
+    """The folders above, up to the root of the project; two of them where nothing marks a root."""
+    above = []
+    for parent in folder.resolve().parents:
+        if parent == parent.parent or parent == Path.home():
+            break
+        above.append(parent)
+        if any((parent / mark).exists() for mark in MARKS):
+            return [p for p in above[:6] if p not in near]
+    return [p for p in above[:2] if p not in near]

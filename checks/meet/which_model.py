@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import nn
 
+from ..expect import shown
 from . import vocabulary
 from .arguments import is_called, signature_of
-from .errors import UsageError, shown
-from .imports import load_file, load_module, package_of
-from .sandbox import Home, installed
+from .errors import UsageError
+from .imports import SubjectLoader, load_file, load_module, package_of
+from .sandbox import Sandbox, installed
 from .stubs import Stub
 
 SUFFIXES = (".py", ".ipynb")
@@ -33,7 +34,7 @@ FORMS = "FILE.py[:NAME], NOTEBOOK.ipynb[:NAME] or package.module:NAME"
 class Named:
     """A module brought in for a subject, and the name asked of it ("" for the one model)."""
 
-    home: Home
+    sandbox: Sandbox
     module: ModuleType
     name: str
     shown: str  # model.py, package.module
@@ -55,8 +56,8 @@ def named(spec: str) -> Named:
     file = _source_of(module, spec)
     if file is not None and not installed(str(file)):
         return _from_file(file, name, as_module=module)
-    home = Home()
-    return Named(home, load_module(home, module), name, module)
+    sandbox = Sandbox()
+    return Named(sandbox, load_module(sandbox, module), name, module)
 
 
 def split(spec: str) -> tuple[Path | None, str]:
@@ -93,16 +94,16 @@ def _source_of(module: str, spec: str) -> Path | None:
 
 
 def _from_file(file: Path, name: str, as_module: str = "") -> Named:
-    home = home_of(file)
-    module = load_file(home, file, (name,) if name else ())
-    return Named(home, module, name, as_module or shown(str(file)))
+    sandbox = home_of(file)
+    module = load_file(sandbox, file, (name,) if name else ())
+    return Named(sandbox, module, name, as_module or shown(str(file)))
 
 
-def home_of(file: Path) -> Home:
+def home_of(file: Path) -> Sandbox:
     root, dotted = (file.parent, file.stem) if file.suffix == ".ipynb" else package_of(file)
-    home = Home(file, root)
-    home.main = dotted
-    return home
+    sandbox = Sandbox(file, root, SubjectLoader)
+    sandbox.main = dotted
+    return sandbox
 
 
 # -- the model in a module
@@ -119,7 +120,7 @@ def asked_for(found: Named) -> list[Any]:
     factories = [v for k, v in scope.items() if inspect.isfunction(v) and _is_factory(k, v, found)]
     instances = [v for v in scope.values() if isinstance(v, nn.Module)]
     arrays = [v for v in scope.values() if _is_plain_model(v, found)]
-    others = [v for v in scope.values() if _is_model_class(v) and found.home.owns(inspect_file(v))]
+    others = [v for v in scope.values() if _is_model_class(v) and found.sandbox.owns(inspect_file(v))]
     candidates = classes or instances or _tops(found, others) or _tops(found, arrays)
     if not candidates and not factories and callable(scope.get(COURSE)):
         return [scope[COURSE]]
@@ -198,7 +199,7 @@ def _tops(found: Named, classes: list[type]) -> list[type]:
         return classes
     mine = {cls.__name__ for cls in classes}
     used: set[str] = set()
-    for source in found.home.sources.values():
+    for source in found.sandbox.sources.values():
         for node in source.body:
             if isinstance(node, ast.ClassDef) and node.name in mine:
                 used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - {node.name}

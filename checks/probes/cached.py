@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -76,14 +75,9 @@ class Reader:
         return Reader(self.subject, fresh(self.subject, self.dtype, **sizes), self.inside, self.dtype)
 
 
-_known: WeakKeyDictionary[Any, Reader] = WeakKeyDictionary()
-
-
 def reader(subject: Any) -> Reader:
     """One for all checks of a subject. Raises NotApplicable where there is no cache, or no room to read in pieces."""
-    if subject not in _known:
-        _known[subject] = meet(subject)
-    known = _known[subject]
+    known = subject.once(meet)
     return known if subject.builds_afresh else known.sharp()  # one instance has had other weights in between
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +39,9 @@ def spread(logits: Tensor) -> float:
     return float(logits.detach().double().std().nan_to_num()) or 1.0
 
 
-_known: WeakKeyDictionary[Any, Precision] = WeakKeyDictionary()
-
-
 def precision(subject: Any) -> Precision:
     """The finest type in which the subject runs. Found once by running it."""
-    if subject not in _known:
-        _known[subject] = _probe(subject)
-    return _known[subject]
+    return subject.once(_probe)
 
 
 def precise(
@@ -58,16 +52,11 @@ def precise(
     return subject.amplified(scheme, seed=seed, dtype=precision(subject).dtype, **sizes)
 
 
-_shared: WeakKeyDictionary[Any, nn.Module] = WeakKeyDictionary()
-
-
 def shared(subject: Any) -> nn.Module:
     """One `precise` model for all the cases that a check draws."""
     if not subject.builds_afresh:
         return precise(subject)  # one instance, which has had other weights and types in between
-    if subject not in _shared:
-        _shared[subject] = precise(subject)
-    return _shared[subject]
+    return subject.once(precise)
 
 
 def _probe(subject: Any) -> Precision:

@@ -1,7 +1,4 @@
-"""A subject's model trained by two processes under DistributedDataParallel, each with half of every batch.
-
-`python -m transformer_checks.checks.probes.two_processes FOLDER RANK` is one of them.
-"""
+"""A subject's model trained by two processes under DistributedDataParallel, each with half of every batch."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,16 @@ COUNT = 2
 BATCHES = 3
 SECONDS = 120  # for two processes to start, compute and end
 UNUSED = "Expected to have finished reduction"  # says DistributedDataParallel where a parameter had no part
+
+
+CHILD = f"""
+import sys, torch
+from pathlib import Path
+from {__name__} import main
+from {__package__.rpartition(".")[0]}.run.subjects import subject_of
+torch.set_num_threads(1)
+main(Path(sys.argv[1]), int(sys.argv[2]), subject_of)
+"""
 
 
 class Refused(Exception):
@@ -75,7 +83,7 @@ def train_in_two(subject: Any, weights: dict[str, Tensor], folder: Path, *, unus
     `unused` lets DDP look for parameters that have no part in a batch.
     """
     torch.save(dict(name=subject.name, seed=subject.seed, weights=weights, unused=unused), folder / "task.pt")
-    command = [sys.executable, "-m", __name__, str(folder)]
+    command = [sys.executable, "-P", "-c", CHILD, str(folder)]
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     running = [
@@ -109,13 +117,14 @@ def wait_for(running: list[subprocess.Popen]) -> None:
         time.sleep(0.05)
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path, rank: int, subject_of: Callable[..., Subject]) -> None:
+    """One of the two processes."""
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
     task = torch.load(folder / "task.pt", weights_only=True)
     try:
-        subject = Subject.meet(task["name"], seed=task["seed"])
+        subject = subject_of(task["name"], seed=task["seed"])
         model = model_of(subject, task["weights"])
     except Exception as error:  # another model is behind this name, or none
         (folder / "unmet.txt").write_text(f"{type(error).__name__}: {error}")
@@ -135,8 +144,3 @@ def main(folder: Path, rank: int) -> None:
     (folder / f"{rank}.pt.new").rename(folder / f"{rank}.pt")
     distributed.barrier()
     os._exit(0)  # gloo's threads may abort an interpreter that ends
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]))

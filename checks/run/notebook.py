@@ -6,13 +6,13 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from .. import THEMES, all_checks, checks_in
-from ..family.weights.table import declare
 from ..meet.errors import UsageError
 from ..report import lines, terminal
 from ..subject import Subject
 from .expected_failures import Expected, read
-from .verdict import Verdict, check_id, judge, rule, theme
+from .order import THEMES, all_checks, check_id, checks_in, rule, theme
+from .subjects import subject_of
+from .verdict import Verdict, judge
 
 BROKEN = ("failed", "error")
 
@@ -97,8 +97,7 @@ def check_model(
     parts = {name: part for name, part in parts.items() if part is not None}
     chosen = _chosen(checks)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    subject = Subject.meet(model, parts=parts, seed=seed, device=device, causal=causal, checkpoint=checkpoint)
-    declare(subject, spec)
+    subject = subject_of(model, parts=parts, seed=seed, device=device, causal=causal, checkpoint=checkpoint, spec=spec)
     expected = Expected() if expected_failures is None else read(expected_failures, map(check_id, all_checks()))
     earlier: dict[str, Verdict] = {}
     try:

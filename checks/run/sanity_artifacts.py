@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..check_sanity import Learned
+    from ..training.sentence import Learned
     from .verdict import Verdict
 
 FOLDERS = {

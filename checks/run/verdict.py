@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-
-from .. import checks_in
 from ..expect import CheckFailed, NotApplicable, Where, remarks
+from ..subject import one_thread, unwarned
+from .order import check_id, checks_in, rule, theme
 
 Outcome = Literal["passed", "failed", "error", "not_applicable", "skipped", "blocked"]
 LEARNING = ("gradients", "optimizer")  # themes that are about parameters
@@ -46,26 +43,6 @@ class Verdict:
         return asdict(replace(self, kept={}))
 
 
-def check_id(check: Callable) -> str:
-    return f"{check.__module__.rpartition('.')[2]}.{check.__name__}"
-
-
-def theme(check: Callable) -> str:
-    return check.__module__.rpartition(".")[2].removeprefix("check_")
-
-
-def rule(check: Callable) -> str:
-    return " ".join((check.__doc__ or check.__name__).strip().split("\n\n")[0].split())
-
-
-@contextmanager
-def unwarned() -> Iterator[None]:
-    """What a subject warns of is its own business, also where whoever runs the checks makes every warning an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 @unwarned()
 def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verdict:
     """Runs one check, unless a check that it needs did not pass; never raises for what a subject does.
@@ -77,7 +54,7 @@ def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verd
         if name in earlier and earlier[name].outcome in STOPS_OTHERS:
             verdict.outcome, verdict.says = "blocked", f"needs {name}, which {earlier[name].outcome}"
             return verdict
-    if verdict.theme in LEARNING and not getattr(subject, "learns", True):
+    if verdict.theme in LEARNING and not subject.learns:
         verdict.outcome, verdict.says = "not_applicable", NOTHING_TO_LEARN
         return verdict
     start = time.perf_counter()
@@ -93,7 +70,7 @@ def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verd
         except NotApplicable as reason:
             verdict.outcome, verdict.says, verdict.evidence = "not_applicable", reason.reason, dict(reason.evidence)
         except Exception as error:
-            if _wants_gradients(error) and not getattr(subject, "learns", True):
+            if _wants_gradients(error) and not subject.learns:
                 verdict.outcome, verdict.says = "not_applicable", NOTHING_TO_LEARN
                 return verdict
             if _not_on_the_cpu(error, subject):
@@ -132,17 +109,6 @@ def _backward_fails(error: Exception, subject: Any) -> bool:
         return False
     told = next(check for check in checks_in("gradients") if check_id(check) == BACKWARD)
     return judge(told, subject, {}).outcome == "failed"
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Checks build small models, on which threads cost more than they give, and on a busy machine far more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _last_own_line(error: BaseException | None, subject: Any) -> Where | None:

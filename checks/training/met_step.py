@@ -5,7 +5,6 @@ A `MetStep` makes one optimizer step on examples, lists of token ids of equal le
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import warnings
@@ -99,15 +98,14 @@ class MetStep:
 
 def met_step(subject: Any) -> MetStep:
     """The subject's train_step. Raises NotApplicable where it has none, or none that can be called."""
-    met = _meet(subject)
+    met = subject.once(_meet)
     if isinstance(met, NotApplicable):
         raise NotApplicable(met.reason, **met.evidence)
     return met
 
 
-@functools.lru_cache(maxsize=4)
 def _meet(subject: Any) -> MetStep | NotApplicable:
-    function = getattr(subject.parts, "train_step", None)
+    function = subject.part("train_step")
     if function is None:
         return NotApplicable("the subject brings no train_step")
     roles = parameter_roles(function)

@@ -140,7 +140,7 @@ class TrainerRun:
         own: bool = False,
         **config: Any,
     ) -> None:
-        kind: Any = getattr(subject.parts, "trainer", None) or (Trainer if own else None)
+        kind: Any = subject.part("trainer") or (Trainer if own else None)
         if kind is None:
             raise NotApplicable("the subject brings no trainer")
         self.model, self.data = model, Watched(train, validation)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..expect import Where
+from ..expect import Where, shown
 
 TORCH = str(Path(torch.__file__).parent)
 OURS = str(Path(__file__).parent.parent)
@@ -213,12 +213,6 @@ def _line(owner: nn.Module, attribute: str) -> tuple[str, int]:
         mentions = [n for n, text in enumerate(source) if f"self.{attribute}" in text]
         line += mentions[0] if mentions else 0
     return shown(code.co_filename), line
-
-
-def shown(file: str) -> str:
-    """A path as a person would write it: from here where it lies below, else whole."""
-    here = os.getcwd() + os.sep
-    return file.removeprefix(here)
 
 
 def line_now(names: Mapping[int, str] = MappingProxyType({})) -> Where | None:

@@ -11,8 +11,8 @@ from ...expect import NotApplicable
 from ...generation.draws import Caught
 from ...generation.met_generate import decoder
 from ...watch.draws import seeded
-from ..fit import Settled
 from ..reference import build
+from ..specimen import Settled
 
 STEPS = 3  # tokens drawn a row
 NEVER = 1e-8  # a probability below which nothing is read off a weight

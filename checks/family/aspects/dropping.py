@@ -15,8 +15,8 @@ from ...watch.calls import line_now
 from ...watch.draws import seeded, set_rates
 from ..agreement import apart
 from ..closeness import explicit
-from ..fit import Settled
 from ..promotion import promoted
+from ..specimen import Settled
 from ..trace import alike, checkpoints, sums
 
 RATE = 0.3

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..agreement import apart
-from ..fit import Settled
 from ..reference import build
+from ..specimen import Settled
 from ..weights.inventory import Weight
 
 SILENT = 1e-12  # of the largest gradient: below this two gradients are both nothing (a key's bias has none)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...expect import NotApplicable
 from ...watch.draws import seeded
-from ..fit import Settled
+from ..specimen import Settled
 from ..weights.inventory import Weight
 from ..weights.roles import Norm, Plan
 

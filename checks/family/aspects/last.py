@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..agreement import apart
-from ..fit import Settled, Specimen
+from ..specimen import Settled, Specimen
 
 # Parameters of public forwards that ask for the last position only, and what they are given.
 ASKED: dict[str, Any] = {
@@ -63,8 +62,7 @@ def _calls(seen: Specimen) -> Iterator[tuple[str, dict[str, Any]]]:
     except (TypeError, ValueError):
         return
     first = next(iter(parameters), "tokens")
-    met = seen.subject.met
-    if met is not None and "," in met.forward.way.says:
+    if seen.subject.given_more:
         yield f"forward({first}) without targets", {}
     for name in ASKED.keys() & parameters.keys():
         yield f"forward({first}, {name}={ASKED[name]})", {name: ASKED[name]}
@@ -72,9 +70,8 @@ def _calls(seen: Specimen) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _answer(seen: Specimen, tokens: Tensor, given: dict[str, Any]) -> Tensor | None:
     """[B, V], or None where the call is refused or answers for another number of positions."""
-    met = seen.subject.met
     try:
-        with torch.no_grad(), seen.running(), met.home if met is not None else contextlib.nullcontext():
+        with torch.no_grad(), seen.running(), seen.subject.running():
             output = seen.model(tokens.clone(), **given)
     except Exception:  # a call that this model does not take
         return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..fit import Settled
 from ..reference import norms_of
+from ..specimen import Settled
 from ..weights.planning import called
 from ..weights.roles import Plan
 from ..weights.table import SPELLED

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..fit import Settled, disagreement, norm_form
+from ..fit import disagreement, norm_form
 from ..norms import USUAL_EPS
 from ..reference import norms_of
+from ..specimen import Settled
 from ..stages import STAGES, silenced
 from ..weights.inventory import Weight
 from ..weights.roles import Plan

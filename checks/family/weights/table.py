@@ -6,15 +6,14 @@ reference, with queries, keys and values apart or together as the subject holds 
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from ...expect import NotApplicable
 from ...meet.errors import UsageError
+from ...subject import Spec
 from .inventory import Inventory, Weight
 from .planning import arranged, plans
 from .roles import Matrix, NoPlan, Norm, Plan, Shape
@@ -124,21 +123,15 @@ def read(path: str) -> dict[str, str]:
     return table
 
 
-def declare(subject: Any, spec: str) -> None:
-    """Declares a subject's architecture: `gpt2`, `llama`, `auto`, or with a table in a file, `gpt2:FILE.json`.
+def declared_spec(text: str) -> Spec:
+    """What a user declares: `gpt2`, `llama`, `auto`, or with a table of weights in a file, `gpt2:FILE.json`.
 
-    Raises UsageError for another family, and for a table that cannot be read or does not fit the model.
+    Raises UsageError for another family, and for a table that cannot be read.
     """
-    family, colon, path = spec.partition(":")
+    family, colon, path = text.partition(":")
     if family not in SPECS or (colon and family == "auto"):
-        raise UsageError(f"--spec {spec}: expected one of {', '.join(SPECS)}, or gpt2:FILE.json, llama:FILE.json")
-    subject.spec, subject.spec_file = family, path
-    subject.spec_table = read(path) if colon else {}
-    if colon:
-        from ..fit import settled  # which reads tables itself
-
-        with contextlib.suppress(NotApplicable):
-            settled(subject, family)
+        raise UsageError(f"--spec {text}: expected one of {', '.join(SPECS)}, or gpt2:FILE.json, llama:FILE.json")
+    return Spec(family, path, read(path) if colon else {})
 
 
 def tabled(inventory: Inventory, shape: Shape, table: dict[str, str]) -> list[Plan]:
