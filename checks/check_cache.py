@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -13,13 +12,14 @@ from torch import Tensor
 from .expect import CAUSAL, REPEATS, SHAPE, NotApplicable, advise, drawn, expect_same, fail, needs, note
 from .probes.cached import LONGEST, Reader, apart, difference, distances, first_wrong, length, reader
 from .probes.padding import ragged
+from .subject import Subject
 
 DECODING = "check_cache.check_cached_decoding_equals_full"
 PIECES = "check_cache.check_cached_pieces_equal_full"
 
 
 @needs(SHAPE, CAUSAL, REPEATS)
-def check_cached_decoding_equals_full(subject: Any) -> None:
+def check_cached_decoding_equals_full(subject: Subject) -> None:
     """Read over the cache, a prompt at once and then token by token, a text has the logits it has when read whole."""
     read, T = reader(subject), length(subject)
     tokens = subject.tokens(3, T, seed=subject.seed)
@@ -135,19 +135,19 @@ def places(positions: list[int]) -> str:
     return f"tokens {', '.join(map(str, positions[:-1]))} and {positions[-1]}"
 
 
-def partitions(subject: Any) -> st.SearchStrategy[list[int]]:
+def partitions(subject: Subject) -> st.SearchStrategy[list[int]]:
     """Ways to cut a text that fills the block: the lengths of its pieces."""
     T = min(subject.sizes.block_size, LONGEST)
     return st.sets(st.integers(1, T - 1)).map(lambda cuts: [b - a for a, b in pairwise([0, *sorted(cuts), T])])
 
 
-def has_cache(subject: Any) -> None:
+def has_cache(subject: Subject) -> None:
     reader(subject)
 
 
 @needs(DECODING)
 @drawn(pieces=partitions, seed=st.integers(0, 99), when=has_cache)
-def check_cached_pieces_equal_full(subject: Any, pieces: list[int], seed: int) -> None:
+def check_cached_pieces_equal_full(subject: Subject, pieces: list[int], seed: int) -> None:
     """Read over the cache in pieces of any lengths, a text has the logits it has when it is read whole."""
     read, tokens = reader(subject), subject.tokens(2, sum(pieces), seed=seed)
     want, got = read.whole(tokens), read.pieces(tokens, pieces)
@@ -156,7 +156,7 @@ def check_cached_pieces_equal_full(subject: Any, pieces: list[int], seed: int) -
         judge_pieces(read, tokens, pieces, got, want, at)
 
 
-def padded(subject: Any) -> None:
+def padded(subject: Subject) -> None:
     reader(subject)
     if not subject.takes_mask:
         raise NotApplicable("the model takes no padding mask")
@@ -164,7 +164,7 @@ def padded(subject: Any) -> None:
 
 @needs(DECODING, PIECES)
 @drawn(pieces=partitions, side=st.sampled_from(("left", "right")), seed=st.integers(0, 99), when=padded)
-def check_cached_padding_equals_full(subject: Any, pieces: list[int], side: str, seed: int) -> None:
+def check_cached_padding_equals_full(subject: Subject, pieces: list[int], side: str, seed: int) -> None:
     """Read over the cache in pieces under a padding mask, real tokens have the logits they have when read whole."""
     read, T = reader(subject), sum(pieces)
     tokens, mask = subject.tokens(3, T, seed=seed), ragged(3, T, side, seed=seed).to(subject.device)
@@ -185,7 +185,7 @@ def check_cached_padding_equals_full(subject: Any, pieces: list[int], side: str,
 
 
 @needs(DECODING)
-def check_caches_are_isolated(subject: Any) -> None:
+def check_caches_are_isolated(subject: Subject) -> None:
     """A new cache knows nothing of what was read before, and two caches in use side by side do not meet."""
     read, T = reader(subject), max(2, length(subject) // 2)  # two such texts fit a block that was not emptied
     first, second = subject.tokens(2, T, seed=subject.seed), subject.tokens(2, T - 1, seed=subject.seed + 1)
@@ -236,7 +236,7 @@ def expect_unmoved(read: Reader, got: Tensor, want: Tensor, what: str) -> None:
 
 
 @needs(DECODING)
-def check_cached_rows_are_isolated(subject: Any) -> None:
+def check_cached_rows_are_isolated(subject: Subject) -> None:
     """Over a cache, what one row reads changes nothing in the others."""
     read, T = reader(subject), length(subject)
     tokens = subject.tokens(3, T, seed=subject.seed)
@@ -255,7 +255,7 @@ def check_cached_rows_are_isolated(subject: Any) -> None:
 
 
 @needs(DECODING, PIECES)
-def check_cache_overflow_is_refused_or_slides(subject: Any) -> None:
+def check_cache_overflow_is_refused_or_slides(subject: Subject) -> None:
     """More tokens than the block holds are refused, or answered as without a cache; a cache never wraps in silence."""
     read, block = reader(subject), subject.sizes.block_size
     if block > 256:

@@ -54,7 +54,7 @@ from .probes.padding import SIDES, ragged
 from .probes.precision import precise, precision, shared, spread
 from .probes.preconditions import expect_causal, expect_takes_mask
 from .probes.windows import declared_windows, held_by, holds, in_reach, reach, window
-from .subject import EXISTENCE
+from .subject import EXISTENCE, Subject
 from .watch.calls import first_breaking, locate
 
 DROPOUT = 0.2
@@ -67,7 +67,7 @@ SEEN = 1e-3  # standard deviations of the logits: what a token in reach moves at
 
 
 @needs(*STEADY)
-def check_future_cannot_change_past(subject: Any) -> None:
+def check_future_cannot_change_past(subject: Subject) -> None:
     """Changing a token leaves every logit before it bit for bit as it was, at every length and for every pair."""
     expect_causal(subject)
     model, T = precise(subject), length(subject)
@@ -81,12 +81,12 @@ def check_future_cannot_change_past(subject: Any) -> None:
         expect_no_leak(subject, model, tried_at(subject, T, rows=1), alone=True)
 
 
-def tried_at(subject: Any, T: int, *, rows: int) -> Changes:
+def tried_at(subject: Subject, T: int, *, rows: int) -> Changes:
     return changes(subject, every_id(subject, T, rows=rows, seed=subject.seed + T))
 
 
 @needs(CAUSAL)
-def check_future_cannot_change_past_in_training(subject: Any) -> None:
+def check_future_cannot_change_past_in_training(subject: Subject) -> None:
     """In train mode, with dropout and without, under one seed, a token leaves every logit before it as it was."""
     expect_causal(subject)
     for dropout in (0.0, DROPOUT):
@@ -98,7 +98,7 @@ def check_future_cannot_change_past_in_training(subject: Any) -> None:
 
 
 @needs(CAUSAL)
-def check_future_cannot_change_past_under_a_mask(subject: Any) -> None:
+def check_future_cannot_change_past_under_a_mask(subject: Subject) -> None:
     """With a padding mask (all real, padded right, padded left), a real token leaves every real logit before it."""
     expect_causal(subject)
     expect_takes_mask(subject)
@@ -115,7 +115,7 @@ def check_future_cannot_change_past_under_a_mask(subject: Any) -> None:
 
 
 @needs(CAUSAL)
-def check_future_cannot_change_past_with_extreme_weights(subject: Any) -> None:
+def check_future_cannot_change_past_with_extreme_weights(subject: Subject) -> None:
     """With every weight twenty times as large, a token still leaves the logits before it as they were."""
     expect_causal(subject)
     model = magnified(subject)
@@ -129,7 +129,7 @@ def check_future_cannot_change_past_with_extreme_weights(subject: Any) -> None:
 
 
 @needs(CAUSAL)
-def check_future_cannot_change_past_in_long_sequences(subject: Any) -> None:
+def check_future_cannot_change_past_in_long_sequences(subject: Subject) -> None:
     """At block sizes beyond a hundred tokens, a token leaves every logit before it bit for bit as it was."""
     expect_causal(subject)
     varies = subject.can_vary("block_size")
@@ -149,7 +149,7 @@ def check_future_cannot_change_past_in_long_sequences(subject: Any) -> None:
         expect_no_leak(subject, precise(subject, block_size=FARTHEST), few, likely=likely)
 
 
-def cuts(subject: Any, T: int, places: list[int]) -> Changes:
+def cuts(subject: Subject, T: int, places: list[int]) -> Changes:
     """One sequence, rewritten from each of the places on: whatever a position sees of its future, some row changes."""
     plain = subject.tokens(1, T, seed=subject.seed).expand(len(places), T).contiguous()
     place = torch.tensor(places, device=plain.device)
@@ -158,7 +158,7 @@ def cuts(subject: Any, T: int, places: list[int]) -> Changes:
 
 
 @needs(CAUSAL)
-def check_future_cannot_change_past_by_another_attention(subject: Any) -> None:
+def check_future_cannot_change_past_by_another_attention(subject: Subject) -> None:
     """On PyTorch's plain attention kernel, and without any fused kernel, a token leaves every logit before it."""
     expect_causal(subject)
     if not uses_fused_attention(subject, precise(subject)):
@@ -172,7 +172,7 @@ def check_future_cannot_change_past_by_another_attention(subject: Any) -> None:
         expect_causal_with_and_without_masks(subject, model, away, likely=("causal-mask-only-in-the-fused-path",))
 
 
-def expect_causal_with_and_without_masks(subject: Any, model: nn.Module, way: Way, **finding: Any) -> None:
+def expect_causal_with_and_without_masks(subject: Subject, model: nn.Module, way: Way, **finding: Any) -> None:
     T = length(subject)
     tokens = every_id(subject, T, rows=6, seed=subject.seed)
     expect_no_leak(subject, model, changes(subject, tokens), way, **finding)
@@ -181,7 +181,7 @@ def expect_causal_with_and_without_masks(subject: Any, model: nn.Module, way: Wa
         expect_no_leak(subject, model, changes(subject, tokens, mask), way, **finding)
 
 
-def uses_fused_attention(subject: Any, model: nn.Module) -> bool:
+def uses_fused_attention(subject: Subject, model: nn.Module) -> bool:
     operations = Operations()
     with operations:
         call(subject, model, subject.tokens(1, length(subject)))
@@ -200,7 +200,7 @@ def without_fused_attention() -> Iterator[None]:
 
 
 @needs(CAUSAL)
-def check_future_cannot_change_past_into_a_cache(subject: Any) -> None:
+def check_future_cannot_change_past_into_a_cache(subject: Subject) -> None:
     """Read into an empty key-value cache, a token leaves every logit before it bit for bit as it was."""
     expect_causal(subject)
     model = precise(subject)
@@ -213,7 +213,7 @@ def check_future_cannot_change_past_into_a_cache(subject: Any) -> None:
 
 
 @needs(CAUSAL)
-def check_future_cannot_change_past_in_low_precision(subject: Any) -> None:
+def check_future_cannot_change_past_in_low_precision(subject: Subject) -> None:
     """In float32, bfloat16 and float16, where the subject takes them, a token leaves every logit before it."""
     expect_causal(subject)
     refused = {}
@@ -236,7 +236,7 @@ def check_future_cannot_change_past_in_low_precision(subject: Any) -> None:
         raise NotApplicable("the subject takes no precision but its own", **refused)
 
 
-def expect_causal_under_autocast(subject: Any, tried: Changes, bound: Bound, likely: tuple[str, ...]) -> None:
+def expect_causal_under_autocast(subject: Subject, tried: Changes, bound: Bound, likely: tuple[str, ...]) -> None:
     model = subject.amplified(seed=subject.seed, dtype=torch.float32)
     inside = partial(torch.autocast, subject.device.type, dtype=torch.bfloat16)
     way = Way("under autocast to bfloat16", inside=inside)
@@ -249,7 +249,7 @@ def expect_causal_under_autocast(subject: Any, tried: Changes, bound: Bound, lik
 
 
 @st.composite
-def rewritings(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
+def rewritings(draw: st.DrawFn, subject: Subject) -> dict[str, Any]:
     """A batch whose rows go on differently after a cut: how many rows, how long, padded where, in which mode."""
     T = draw(st.integers(2, length(subject)))
     return dict(
@@ -265,7 +265,7 @@ def rewritings(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
 
 @needs(CAUSAL, f"{CAUSAL}_in_training", f"{CAUSAL}_under_a_mask")
 @drawn(examples=40, when=expect_causal, case=rewritings)
-def check_rewritten_future_cannot_change_past(subject: Any, case: dict[str, Any]) -> None:
+def check_rewritten_future_cannot_change_past(subject: Subject, case: dict[str, Any]) -> None:
     """Whatever a sequence goes on with after a cut, in whatever batch, mode and padding, the logits before it stay."""
     tokens = subject.tokens(case["rows"], case["T"], seed=case["seed"])
     mask = None
@@ -276,7 +276,7 @@ def check_rewritten_future_cannot_change_past(subject: Any, case: dict[str, Any]
     expect_no_leak(subject, shared(subject), tried, TRAIN if case["training"] else EVAL)
 
 
-def rewritten(subject: Any, tokens: Tensor, case: dict[str, Any]) -> Tensor:
+def rewritten(subject: Subject, tokens: Tensor, case: dict[str, Any]) -> Tensor:
     """The tokens with another future from the cut on."""
     past, future = tokens[:, : case["cut"]], tokens[:, case["cut"] :]
     others = subject.tokens(*future.shape, seed=case["seed"] + 1)
@@ -285,7 +285,7 @@ def rewritten(subject: Any, tokens: Tensor, case: dict[str, Any]) -> Tensor:
 
 
 @needs(*STEADY)
-def check_targets_change_no_logits(subject: Any) -> None:
+def check_targets_change_no_logits(subject: Subject) -> None:
     """Where the forward takes targets for a loss, other targets leave every logit bit for bit as it was."""
     parameter = taken(subject, TARGETS)
     if parameter is None or parameter.default is not None:  # one that must be given may be a decoder's input
@@ -314,7 +314,7 @@ def check_targets_change_no_logits(subject: Any) -> None:
 
 
 @needs(CAUSAL)
-def check_later_tokens_get_no_gradient(subject: Any) -> None:
+def check_later_tokens_get_no_gradient(subject: Subject) -> None:
     """No logit has a gradient with respect to the embedding of a later token: the Jacobian is lower triangular."""
     expect_causal(subject)
     model, T = precise(subject), length(subject)
@@ -350,7 +350,7 @@ def sizes_of_gradients(logits: Tensor, embedding: Tensor) -> Tensor:
 
 
 @needs(*STEADY)
-def check_past_reaches_every_later_position(subject: Any) -> None:
+def check_past_reaches_every_later_position(subject: Subject) -> None:
     """Changing a token changes the logits at its own and at every later position (within a window, if there is one)."""
     expect_causal(subject)
     T = length(subject)
@@ -370,7 +370,7 @@ def check_past_reaches_every_later_position(subject: Any) -> None:
         expect_every_late_token_is_read(subject)
 
 
-def expect_every_late_token_is_read(subject: Any) -> None:
+def expect_every_late_token_is_read(subject: Subject) -> None:
     """In a long sequence some later position sees each token; the ends of regular pieces may be seen by none."""
     model = precise(subject, EXISTENCE[1], block_size=LONG)
     tried = changes(
@@ -419,7 +419,7 @@ def fail_past_unseen(reach: Tensor, silent: Tensor, *, windowed: bool) -> None:
 
 
 @needs(CAUSAL)
-def check_prefix_gives_the_same_logits(subject: Any) -> None:
+def check_prefix_gives_the_same_logits(subject: Subject) -> None:
     """Reading only the first t tokens gives the same logits for them as reading all, for every t."""
     expect_causal(subject)
     model, T = precise(subject), length(subject)
@@ -444,7 +444,7 @@ def check_prefix_gives_the_same_logits(subject: Any) -> None:
         expect_long_prefixes_alike(subject)
 
 
-def expect_long_prefixes_alike(subject: Any) -> None:
+def expect_long_prefixes_alike(subject: Subject) -> None:
     """Beyond a hundred tokens: tables, windows and scales may change with the length."""
     model, tokens = precise(subject, block_size=LONG), subject.tokens(1, LONG, seed=subject.seed)
     whole = call(subject, model, tokens)
@@ -461,7 +461,7 @@ def expect_long_prefixes_alike(subject: Any) -> None:
 
 
 @needs(CAUSAL, REACHES)
-def check_one_block_sees_its_window(subject: Any) -> None:
+def check_one_block_sees_its_window(subject: Subject) -> None:
     """Where a window of w tokens is declared, each block sees just the last w (or w and itself), at every position."""
     expect_causal(subject)
     T = length(subject)
@@ -480,13 +480,13 @@ def check_one_block_sees_its_window(subject: Any) -> None:
     expect_layers_alike(subject, w)
 
 
-def seen_by(subject: Any, model: nn.Module) -> Tensor:
+def seen_by(subject: Subject, model: nn.Module) -> Tensor:
     """[T, T], True where position t (row) sees token s (column)."""
     tried = changes(subject, subject.tokens(2, length(subject), seed=subject.seed), alternatives=3)
     return influence(measure(subject, model, tried, EVAL), tried.place).cpu() > 0
 
 
-def judge_window(subject: Any, model: nn.Module, w: int, seen: Tensor) -> None:
+def judge_window(subject: Subject, model: nn.Module, w: int, seen: Tensor) -> None:
     """Fails where every position sees as many tokens, and the block itself says that they should be others."""
     T, count = len(seen), reach(seen)
     if count is None:
@@ -508,7 +508,7 @@ def judge_window(subject: Any, model: nn.Module, w: int, seen: Tensor) -> None:
     )
 
 
-def expect_layers_alike(subject: Any, w: int) -> None:
+def expect_layers_alike(subject: Subject, w: int) -> None:
     """Each block by itself, where it stands, sees as far as its own window, counted as most of the blocks count it.
 
     Of a window that only the configuration speaks of, other blocks may be free, and a miss by one is no choice. What

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .expect import NotApplicable, fail, needs, slow
+from .subject import Subject
 from .training.runs import Step, TrainerRun, examples, flat, model_of, needs_trainer
 from .watch.draws import seeded
 
@@ -25,7 +26,7 @@ HALF = 4  # steps before and after the checkpoint: with 7 examples, 3 a step, it
 
 
 @needs("check_training.check_a_step_follows_the_gradient")
-def check_a_resumed_training_goes_on_bit_for_bit(subject: Any) -> None:
+def check_a_resumed_training_goes_on_bit_for_bit(subject: Subject) -> None:
     """2 N steps give the same bits as N steps, a save, a load into a fresh trainer, and N steps, dropout included."""
     with folder() as path:
         first = Training(subject, dropout=0.3)
@@ -48,7 +49,7 @@ def check_a_resumed_training_goes_on_bit_for_bit(subject: Any) -> None:
     )
 
 
-def parting(subject: Any, whole: Stretch, resumed: Stretch) -> tuple[str, tuple[str, ...]]:
+def parting(subject: Subject, whole: Stretch, resumed: Stretch) -> tuple[str, tuple[str, ...]]:
     """What the resumed training had lost, found by what differs first."""
     if not torch.equal(whole.steps[0].before, resumed.steps[0].before):
         return "the weights themselves are not those saved", ("checkpoint-aliases-live-weights",)
@@ -76,7 +77,7 @@ def parting(subject: Any, whole: Stretch, resumed: Stretch) -> tuple[str, tuple[
 
 @slow("two new processes")
 @needs(RESUMES)
-def check_a_new_process_resumes_bit_for_bit(subject: Any) -> None:
+def check_a_new_process_resumes_bit_for_bit(subject: Subject) -> None:
     """A training resumed in a new process gives the bits of one that went on in the process that it began in."""
     if subject.name != "transformer" and not subject.name.startswith("bug:"):
         raise NotApplicable("a new process has no way to this subject's trainer")
@@ -93,7 +94,7 @@ def check_a_new_process_resumes_bit_for_bit(subject: Any) -> None:
     )
 
 
-def in_new_process(subject: Any, path: Path, does: str, *, other: bool = False) -> Tensor:
+def in_new_process(subject: Subject, path: Path, does: str, *, other: bool = False) -> Tensor:
     """The weights at the end of a training in a Python of its own, on one thread as every check is.
 
     On several threads a matrix product may add up in as many parts as the load of the machine leaves cores free.
@@ -115,7 +116,7 @@ torch.save(flat(training.run.model), {str(end)!r})
 
 
 @needs(RESUMES)
-def check_a_checkpoint_is_a_snapshot(subject: Any) -> None:
+def check_a_checkpoint_is_a_snapshot(subject: Subject) -> None:
     """What was saved stays as it was when the training goes on."""
     with folder() as path:
         training = Training(subject)
@@ -137,7 +138,7 @@ def check_a_checkpoint_is_a_snapshot(subject: Any) -> None:
 
 
 @needs(RESUMES)
-def check_saving_changes_nothing(subject: Any) -> None:
+def check_saving_changes_nothing(subject: Subject) -> None:
     """A training that saves on its way ends at the same bits as one that does not."""
     ends = []
     for saves in (False, True):
@@ -156,7 +157,7 @@ def check_saving_changes_nothing(subject: Any) -> None:
         )
 
 
-def check_other_weights_are_refused(subject: Any) -> None:
+def check_other_weights_are_refused(subject: Subject) -> None:
     """Weights of another model, with a tensor missing, unknown or of another shape, raise and change nothing."""
     load: Callable[[nn.Module, dict[str, Tensor]], Any] = subject.part("load_weights") or load_plainly
     for name, damage in DAMAGES.items():
@@ -231,7 +232,7 @@ class Trap:
         return os.mkdir, (str(self.mark),)
 
 
-def check_a_file_with_code_is_not_run(subject: Any) -> None:
+def check_a_file_with_code_is_not_run(subject: Subject) -> None:
     """A checkpoint that holds code raises when it is loaded, and the code does not run."""
     load = subject.part("load")
     if load is None:
@@ -273,7 +274,7 @@ class Stretch:
 class Training:
     """A trainer with everything that a checkpoint has to hold; an `other` one begins elsewhere in every way."""
 
-    def __init__(self, subject: Any, *, dropout: float = 0.0, other: bool = False) -> None:
+    def __init__(self, subject: Subject, *, dropout: float = 0.0, other: bool = False) -> None:
         needs_trainer(subject)
         model = model_of(subject, seed=int(other), dropout=dropout).float()
         self.run = TrainerRun(

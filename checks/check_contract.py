@@ -33,13 +33,13 @@ from .probes.module_state import Held, buffers_kept, held_outside
 from .probes.padding import SIDES, ragged
 from .probes.precision import precise, precision, spread
 from .probes.ties import expect_declared_tie, expect_no_twins, ties
-from .subject import EXISTENCE
+from .subject import EXISTENCE, Subject
 from .watch.calls import Call, first_bad, locate, recorded
 
 SMALLEST = 1e-6  # standard deviations of the logits: what a part that matters moves at least (clean models: 0.1)
 
 
-def check_logits_have_shape(subject: Any) -> None:
+def check_logits_have_shape(subject: Subject) -> None:
     """Token ids [B, T] give floating-point logits [B, T, V], whatever B and T."""
     model, V, longest = subject.build(seed=subject.seed), subject.sizes.vocab_size, length(subject)
     for B, T in ((3, longest), (1, longest), (longest, 2), (2, longest - 1), (1, 2)):
@@ -70,7 +70,7 @@ def check_logits_have_shape(subject: Any) -> None:
 
 
 @needs(SHAPE)
-def check_every_length_is_read(subject: Any) -> None:
+def check_every_length_is_read(subject: Subject) -> None:
     """Every sequence from one token up to the block size is read, to logits at every position."""
     model, V = subject.build(seed=subject.seed), subject.sizes.vocab_size
     block = subject.sizes.block_size
@@ -102,7 +102,7 @@ def fail_unread(T: int, block: int, error: Exception) -> NoReturn:
 
 
 @needs(SHAPE)
-def check_logits_are_finite(subject: Any) -> None:
+def check_logits_are_finite(subject: Subject) -> None:
     """Every symbol at every place, the first included, alone or all over, gives finite logits."""
     T, V = length(subject), subject.sizes.vocab_size
     everywhere = every_id(subject, T, seed=subject.seed)
@@ -113,7 +113,7 @@ def check_logits_are_finite(subject: Any) -> None:
             expect_finite(subject, model, tokens, which)
 
 
-def expect_finite(subject: Any, model: nn.Module, tokens: Tensor, which: str) -> None:
+def expect_finite(subject: Subject, model: nn.Module, tokens: Tensor, which: str) -> None:
     logits = call(subject, model, tokens)
     bad = (~logits.isfinite()).nonzero()
     if len(bad):
@@ -132,7 +132,7 @@ def expect_finite(subject: Any, model: nn.Module, tokens: Tensor, which: str) ->
 
 
 @needs(SHAPE)
-def check_earlier_calls_leave_no_trace(subject: Any) -> None:
+def check_earlier_calls_leave_no_trace(subject: Subject) -> None:
     """A call gives what it gave before to the bit, whatever was read in between: shorter, masked, in training."""
     T = length(subject)
     tokens = subject.tokens(3, T, seed=subject.seed)
@@ -163,7 +163,7 @@ def likely_memories(between: str) -> tuple[str, ...]:
     return (*first, "state-leaks-between-calls", "eval-updates-running-statistics")
 
 
-def interludes(subject: Any, T: int) -> Iterator[tuple[str, Callable[[nn.Module], Any]]]:
+def interludes(subject: Subject, T: int) -> Iterator[tuple[str, Callable[[nn.Module], Any]]]:
     """What may happen between two equal calls."""
     others = subject.tokens(3, T, seed=subject.seed + 1)
     yield "the same call", lambda model: call(subject, model, subject.tokens(3, T, seed=subject.seed))
@@ -179,18 +179,18 @@ def interludes(subject: Any, T: int) -> Iterator[tuple[str, Callable[[nn.Module]
         yield f"a call with a mask (padding: {side})", partial(call, subject, tokens=others, mask=mask)
 
 
-def read_one(subject: Any, model: nn.Module) -> None:
+def read_one(subject: Subject, model: nn.Module) -> None:
     with suppress(ValueError, AssertionError):  # some refuse it, and say so
         call(subject, model, subject.tokens(1, 1, seed=subject.seed))
 
 
-def read_in_half(subject: Any, tokens: Tensor, model: nn.Module) -> None:
+def read_in_half(subject: Subject, tokens: Tensor, model: nn.Module) -> None:
     """Some models, and some operations, cannot be autocast: nothing is said of them here."""
     with suppress(Exception), torch.autocast(subject.device.type, dtype=torch.bfloat16):
         call(subject, model, tokens)
 
 
-def learn(subject: Any, tokens: Tensor, model: nn.Module) -> None:
+def learn(subject: Subject, tokens: Tensor, model: nn.Module) -> None:
     """A backward pass, and no step."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), buffers_kept(model):
         subject.logits(model.train(), tokens).square().mean().backward()
@@ -199,7 +199,7 @@ def learn(subject: Any, tokens: Tensor, model: nn.Module) -> None:
 
 
 @needs(SHAPE)
-def check_inputs_are_left_alone(subject: Any) -> None:
+def check_inputs_are_left_alone(subject: Subject) -> None:
     """Reading, in eval and in train mode with its backward, leaves all that was handed over bit for bit as it was."""
     T = length(subject)
     tokens = every_id(subject, T, seed=subject.seed)
@@ -210,7 +210,7 @@ def check_inputs_are_left_alone(subject: Any) -> None:
         expect_left_alone(subject, tokens, name, value)
 
 
-def expect_left_alone(subject: Any, tokens: Tensor, name: str = "", value: Tensor | None = None) -> None:
+def expect_left_alone(subject: Subject, tokens: Tensor, name: str = "", value: Tensor | None = None) -> None:
     """The tokens, and what is handed over beside them under this name."""
     beside = {} if value is None else {name: value.to(tokens.device)}
     for training in (False, True):
@@ -243,7 +243,7 @@ def expect_unchanged(name: str, before: Tensor, after: Tensor) -> None:
 
 
 @needs(SHAPE, "check_contract.check_every_length_is_read")
-def check_too_long_a_sequence_is_no_silent_error(subject: Any) -> None:
+def check_too_long_a_sequence_is_no_silent_error(subject: Subject) -> None:
     """Beyond the block size there is an error, or the same logits as before for the tokens that fit."""
     if subject.longest is None:
         raise NotApplicable("the model has no limit of length that is known")
@@ -282,7 +282,7 @@ def check_too_long_a_sequence_is_no_silent_error(subject: Any) -> None:
 
 
 @needs(SHAPE)
-def check_unknown_token_ids_are_refused(subject: Any) -> None:
+def check_unknown_token_ids_are_refused(subject: Subject) -> None:
     """A token id of the vocabulary size or more raises an error."""
     if subject.device.type != "cpu":
         raise NotApplicable("on an accelerator an index out of range kills the process", device=str(subject.device))
@@ -301,7 +301,7 @@ def check_unknown_token_ids_are_refused(subject: Any) -> None:
         advise("token id -1 is read as if it were the last symbol")
 
 
-def reads_id(subject: Any, model: nn.Module, token: int) -> bool:
+def reads_id(subject: Subject, model: nn.Module, token: int) -> bool:
     tokens = subject.tokens(2, length(subject), seed=subject.seed)
     tokens[1, 1] = token
     try:
@@ -312,7 +312,7 @@ def reads_id(subject: Any, model: nn.Module, token: int) -> bool:
 
 
 @needs(SHAPE)
-def check_every_tensor_is_registered(subject: Any) -> None:
+def check_every_tensor_is_registered(subject: Subject) -> None:
     """Every weight is a parameter of the model, and what else it holds follows it to another device."""
     model = subject.build(seed=subject.seed)
     outside = held_outside(model)
@@ -339,7 +339,7 @@ def check_every_tensor_is_registered(subject: Any) -> None:
         advise(f"tensors outside parameters and buffers: {names}. A buffer would follow .to() and .double()")
 
 
-def left_behind(subject: Any, model: nn.Module, constants: list[Held]) -> bool:
+def left_behind(subject: Subject, model: nn.Module, constants: list[Held]) -> bool:
     """Whether a forward on another device fails just because of these: the meta device, where nothing is computed."""
 
     def runs() -> bool:
@@ -358,7 +358,7 @@ def left_behind(subject: Any, model: nn.Module, constants: list[Held]) -> bool:
 
 
 @needs(SHAPE)
-def check_state_dict_restores_the_model(subject: Any) -> None:
+def check_state_dict_restores_the_model(subject: Subject) -> None:
     """Saved, and loaded into a model from another seed, the weights give the same logits to the bit."""
     model, tokens = precise(subject), subject.tokens(3, length(subject), seed=subject.seed)
     other = precise(subject, None, seed=subject.seed + 1)
@@ -392,7 +392,7 @@ def check_state_dict_restores_the_model(subject: Any) -> None:
     )
 
 
-def first_difference(subject: Any, model: nn.Module, other: nn.Module, tokens: Tensor) -> Where | None:
+def first_difference(subject: Subject, model: nn.Module, other: nn.Module, tokens: Tensor) -> Where | None:
     """The first module of two models of one architecture whose output differs although its inputs do not."""
     with recorded(model) as one:
         call(subject, model, tokens)
@@ -409,7 +409,7 @@ def differ(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 @needs(SHAPE, "check_contract.check_state_dict_restores_the_model")
-def check_copies_are_independent(subject: Any) -> None:
+def check_copies_are_independent(subject: Subject) -> None:
     """A deep copy given other weights equals a model with those weights, and the original stays as it was."""
     model, other = precise(subject), precise(subject, seed=subject.seed + 1)
     tokens = subject.tokens(3, length(subject), seed=subject.seed)
@@ -430,7 +430,7 @@ def check_copies_are_independent(subject: Any) -> None:
 
 
 @needs(SHAPE)
-def check_ties_survive(subject: Any) -> None:
+def check_ties_survive(subject: Subject) -> None:
     """Shared weights are one parameter, and still one after loading, copying, converting and training steps."""
     model = subject.build(seed=subject.seed)
     expect_declared_tie(subject, model)
@@ -448,7 +448,7 @@ def check_ties_survive(subject: Any) -> None:
             )
 
 
-def tie_trials(subject: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def tie_trials(subject: Subject, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model after whatever may part what is tied."""
     model.load_state_dict(subject.build(seed=subject.seed + 1).state_dict())
     yield "after load_state_dict", model
@@ -466,7 +466,7 @@ def tie_trials(subject: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]
 
 
 @needs(SHAPE, "check_contract.check_logits_are_finite")
-def check_every_block_matters(subject: Any) -> None:
+def check_every_block_matters(subject: Subject) -> None:
     """Passing by any block, or silencing any of several heads kept in a list, changes the logits."""
     names = called_siblings(subject, subject.build(seed=subject.seed))
     if not names:
@@ -486,7 +486,7 @@ def check_every_block_matters(subject: Any) -> None:
             )
 
 
-def called_siblings(subject: Any, model: nn.Module) -> list[str]:
+def called_siblings(subject: Subject, model: nn.Module) -> list[str]:
     """The modules that repeat; fails for a block that never runs although its siblings do."""
     with recorded(model) as calls:
         call(subject, model, subject.tokens(2, length(subject), seed=subject.seed))
@@ -506,7 +506,7 @@ def called_siblings(subject: Any, model: nn.Module) -> list[str]:
 
 
 @needs(SHAPE, "check_contract.check_every_block_matters")
-def check_every_head_matters(subject: Any) -> None:
+def check_every_head_matters(subject: Subject) -> None:
     """Every head's share of what goes into a projection reaches the logits, and no two heads can be exchanged."""
     H = subject.sizes.n_head
     projections = head_projections(subject, subject.build(seed=subject.seed), H)
@@ -523,7 +523,7 @@ def check_every_head_matters(subject: Any) -> None:
     expect_moves(subject, trials, likely=("last-head-dropped", "heads-all-alike", "gqa-heads-collapse-to-one"))
 
 
-def head_projections(subject: Any, model: nn.Module, H: int) -> list[str]:
+def head_projections(subject: Subject, model: nn.Module, H: int) -> list[str]:
     """Leaf modules with a matrix that take as many vectors as there are tokens, of the heads' common width."""
     B, T = 2, length(subject)
     with recorded(model) as calls:
@@ -539,7 +539,7 @@ def head_projections(subject: Any, model: nn.Module, H: int) -> list[str]:
 
 
 @needs(SHAPE, "check_contract.check_every_head_matters")
-def check_nothing_projected_is_thrown_away(subject: Any) -> None:
+def check_nothing_projected_is_thrown_away(subject: Subject) -> None:
     """Silencing any head's width of what a projection in a block gives changes the logits."""
     H, C = subject.sizes.n_head, subject.sizes.n_embd
     width = C // H
@@ -553,7 +553,7 @@ def check_nothing_projected_is_thrown_away(subject: Any) -> None:
     expect_moves(subject, trials, likely=("gqa-heads-collapse-to-one", "last-head-dropped"))
 
 
-def block_projections(subject: Any, model: nn.Module) -> list[tuple[str, int]]:
+def block_projections(subject: Subject, model: nn.Module) -> list[tuple[str, int]]:
     """Leaf modules with a matrix inside the blocks that give one vector for every token, and its width."""
     B, T = 2, length(subject)
     with recorded(model) as calls:
@@ -568,7 +568,7 @@ def block_projections(subject: Any, model: nn.Module) -> list[tuple[str, int]]:
     return list(found.items())
 
 
-def expect_moves(subject: Any, trials: dict[str, tuple[str, Callable]], likely: tuple[str, ...]) -> None:
+def expect_moves(subject: Subject, trials: dict[str, tuple[str, Callable]], likely: tuple[str, ...]) -> None:
     moves = best_moves(subject, trials)
     note(least=min(moves.values()), bound=SMALLEST, tried=len(moves))
     for what, move in moves.items():
@@ -584,7 +584,7 @@ def expect_moves(subject: Any, trials: dict[str, tuple[str, Callable]], likely: 
             )
 
 
-def best_moves(subject: Any, trials: dict[str, tuple[str, Callable]]) -> dict[str, float]:
+def best_moves(subject: Subject, trials: dict[str, tuple[str, Callable]]) -> dict[str, float]:
     """How far each change of one module's forward moves the logits, in their deviations: the best of the schemes."""
     best = dict.fromkeys(trials, 0.0)
     tokens = subject.tokens(2, length(subject), seed=subject.seed)

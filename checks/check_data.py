@@ -12,6 +12,7 @@ from torch import Tensor
 from .expect import NotApplicable, advise, fail, needs, note
 from .loss.cases import named
 from .loss.explained import misread_mask, spans
+from .subject import Subject
 from .training.runs import TrainerRun, examples, flat, model_of, needs_trainer
 from .training.steps import step_leaves_random_states
 from .watch.draws import seeded
@@ -21,7 +22,7 @@ END = 2  # a token id that ends a text, and pads in the check that says so
 ALIGNED = "check_data.check_a_target_is_the_next_token"
 
 
-def check_a_row_is_its_sequence(subject: Any) -> None:
+def check_a_row_is_its_sequence(subject: Subject) -> None:
     """The real tokens of a row are its own sequence, in order, whichever side the padding is on."""
     for side, batch in padded(subject):
         for row, (sequence, real) in enumerate(zip(SEQUENCES, batch.mask, strict=True)):
@@ -38,7 +39,7 @@ def check_a_row_is_its_sequence(subject: Any) -> None:
                 )
 
 
-def check_a_target_is_the_next_token(subject: Any) -> None:
+def check_a_target_is_the_next_token(subject: Subject) -> None:
     """The target of a place is the token that follows the one read there in its sequence."""
     for side, batch in padded(subject):
         for row, (sequence, real) in enumerate(zip(SEQUENCES, batch.mask, strict=True)):
@@ -69,7 +70,7 @@ def check_a_target_is_the_next_token(subject: Any) -> None:
 
 
 @needs(ALIGNED)
-def check_the_loss_mask_drops_what_was_asked(subject: Any) -> None:
+def check_the_loss_mask_drops_what_was_asked(subject: Subject) -> None:
     """Of every row the first `skip` targets carry no loss, nor does padding, and all others do."""
     for skip in range(4):
         for side, batch in padded(subject, skip=skip):
@@ -98,7 +99,7 @@ def check_the_loss_mask_drops_what_was_asked(subject: Any) -> None:
 
 
 @needs(ALIGNED)
-def check_an_end_token_counts_though_it_pads(subject: Any) -> None:
+def check_an_end_token_counts_though_it_pads(subject: Subject) -> None:
     """A target carries loss by its place: the end token of a text is learned although padding has the same id."""
     ended = [[*sequence, END] for sequence in SEQUENCES]
     batch = part(subject, "pad_batch")(ended, pad=END)
@@ -115,7 +116,7 @@ def check_an_end_token_counts_though_it_pads(subject: Any) -> None:
 
 
 @needs("check_training.check_a_step_follows_the_gradient")
-def check_an_epoch_has_every_example_once(subject: Any) -> None:
+def check_an_epoch_has_every_example_once(subject: Subject) -> None:
     """The windows of an epoch hold every example once, the odd rest included, and nothing else."""
     needs_trainer(subject)
     train, held_out, size = numbered(subject, range(7)), numbered(subject, range(7, 10)), 3
@@ -159,14 +160,14 @@ def likely_order(windows: list[list], size: int) -> tuple[str, ...]:
     return ("data-sampled-with-replacement",)
 
 
-def numbered(subject: Any, numbers: Iterable[int]) -> list[list[int]]:
+def numbered(subject: Subject, numbers: Iterable[int]) -> list[list[int]]:
     """Examples of four tokens, no two alike: their number, in digits."""
     V = subject.sizes.vocab_size
     return [[n // V**2 % V, n // V % V, n % V, 0] for n in numbers]
 
 
 @needs("check_data.check_an_epoch_has_every_example_once")
-def check_the_order_changes_with_the_epoch(subject: Any) -> None:
+def check_the_order_changes_with_the_epoch(subject: Subject) -> None:
     """No two epochs have the same order."""
     needs_trainer(subject)
     run = TrainerRun(subject, model_of(subject), numbered(subject, range(11)), batch_size=4)
@@ -183,7 +184,7 @@ def check_the_order_changes_with_the_epoch(subject: Any) -> None:
         )
 
 
-def check_a_seed_decides_a_training(subject: Any) -> None:
+def check_a_seed_decides_a_training(subject: Subject) -> None:
     """The same seed gives the same bits, whatever was drawn before; another seed gives another training."""
     if subject.brings("train_step") and not subject.brings("trainer"):
         step_leaves_random_states(subject)
@@ -208,7 +209,7 @@ def check_a_seed_decides_a_training(subject: Any) -> None:
         )
 
 
-def trained(subject: Any, *, seed: int, before: int) -> Tensor:
+def trained(subject: Subject, *, seed: int, before: int) -> Tensor:
     with seeded(before):
         run = TrainerRun(
             subject, model_of(subject, dropout=0.3), examples(subject, 6, longest=6), batch_size=4, seed=seed
@@ -218,7 +219,7 @@ def trained(subject: Any, *, seed: int, before: int) -> Tensor:
     return flat(run.model)
 
 
-def check_processes_draw_from_streams_of_their_own(subject: Any) -> None:
+def check_processes_draw_from_streams_of_their_own(subject: Subject) -> None:
     """Two processes of one training, told apart by rank alone, drop out other units."""
     needs_trainer(subject)
     ends = [of_rank(subject, rank) for rank in (0, 1, 1)]
@@ -233,7 +234,7 @@ def check_processes_draw_from_streams_of_their_own(subject: Any) -> None:
         )
 
 
-def of_rank(subject: Any, rank: int) -> Tensor:
+def of_rank(subject: Subject, rank: int) -> Tensor:
     """A training step as the process of this rank makes it, alone with all the examples."""
     import transformer_checks.transformer.trainer as ours
 
@@ -253,14 +254,14 @@ def of_rank(subject: Any, rank: int) -> Tensor:
     return flat(run.model)
 
 
-def part(subject: Any, name: str) -> Callable:
+def part(subject: Subject, name: str) -> Callable:
     found = subject.part(name)
     if found is None:
         raise NotApplicable(f"the subject brings no {name}")
     return found
 
 
-def padded(subject: Any, **options: Any) -> list[tuple[str, Any]]:
+def padded(subject: Subject, **options: Any) -> list[tuple[str, Any]]:
     """The batch of SEQUENCES with padding on either side."""
     pad_batch = part(subject, "pad_batch")
     return [(side, pad_batch(SEQUENCES, side=side, **options)) for side in ("right", "left")]

@@ -23,7 +23,7 @@ from .loss.formula import cross_entropy
 from .probes.backward import backward, needs_no_cache_inside
 from .probes.precision import precision
 from .probes.rounding import Promoted, naively
-from .subject import EXISTENCE, cast
+from .subject import EXISTENCE, Subject, cast
 from .training.runs import refuse_chance
 from .watch.calls import locate
 from .watch.draws import seeded, set_rates
@@ -42,12 +42,12 @@ STEPS = 50
 ROWS = 3
 
 
-def needs_numbers(subject: Any) -> None:
+def needs_numbers(subject: Subject) -> None:
     if subject.device.type == "meta":
         raise NotApplicable("nothing is computed on the meta device")
 
 
-def plain(subject: Any, scheme: tuple[float, float] | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+def plain(subject: Subject, scheme: tuple[float, float] | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model in train mode without dropout; NotApplicable where chance is left in it."""
     model = subject.amplified(scheme, seed=subject.seed, dtype=dtype).train()
     set_rates(model, 0.0)
@@ -55,11 +55,11 @@ def plain(subject: Any, scheme: tuple[float, float] | None = None, dtype: torch.
     return model
 
 
-def tokens_of(subject: Any, B: int = ROWS, T: int | None = None) -> Tensor:
+def tokens_of(subject: Subject, B: int = ROWS, T: int | None = None) -> Tensor:
     return subject.tokens(B, T or subject.sizes.block_size, seed=subject.seed)
 
 
-def loss_of(subject: Any, model: nn.Module, tokens: Tensor) -> Tensor:
+def loss_of(subject: Subject, model: nn.Module, tokens: Tensor) -> Tensor:
     """The mean next-token loss of these rows."""
     return cross_entropy(subject.logits(model, tokens[:, :-1]).float(), tokens[:, 1:]).mean()
 
@@ -97,7 +97,7 @@ class Computed:
     gradient: Tensor
 
     @classmethod
-    def by(cls, subject: Any, model: nn.Module, kernel: SDPBackend) -> Computed:
+    def by(cls, subject: Subject, model: nn.Module, kernel: SDPBackend) -> Computed:
         tokens = tokens_of(subject)
         model.zero_grad(set_to_none=True)
         with sdpa_kernel(kernel):
@@ -107,7 +107,7 @@ class Computed:
 
 
 @needs(*READABLE, GRADIENTS)
-def check_every_attention_kernel_agrees(subject: Any) -> None:
+def check_every_attention_kernel_agrees(subject: Subject) -> None:
     """Each of PyTorch's attention kernels, in each precision it takes, errs little more than the explicit path."""
     needs_numbers(subject)
     with torch.no_grad(), Attention() as attention:
@@ -138,7 +138,7 @@ def check_every_attention_kernel_agrees(subject: Any) -> None:
         raise NotApplicable("no attention kernel but the explicit path takes this model here", **refused)
 
 
-def rounded(subject: Any, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+def rounded(subject: Subject, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     """A model in a type, and one in the finest with the same weights."""
     model, twin = (plain(subject, EXISTENCE[1]) for _ in range(2))
     with torch.no_grad():
@@ -148,7 +148,7 @@ def rounded(subject: Any, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     return cast(model, dtype), cast(twin, precision(subject).dtype)
 
 
-def needs_one_way(subject: Any, model: nn.Module | None = None) -> None:
+def needs_one_way(subject: Subject, model: nn.Module | None = None) -> None:
     """Raises NotApplicable where the model sends tokens to experts: a rounding, or other rows, send them elsewhere."""
     twin = plain(subject, dtype=precision(subject).dtype) if model is None else model
     with naively(twin, torch.bfloat16) as mode:  # which follows what has a gradient
@@ -184,7 +184,7 @@ def refuse_more_error(
 
 
 @needs(*READABLE, GRADIENTS)
-def check_mixed_precision_keeps_the_gradient(subject: Any) -> None:
+def check_mixed_precision_keeps_the_gradient(subject: Subject) -> None:
     """Under autocast, in bfloat16 and in float16 with a gradient scaler, each gradient points as in float32."""
     needs_numbers(subject)
     needs_one_way(subject)
@@ -230,7 +230,7 @@ def farthest_off(model: nn.Module, got: Tensor, want: Tensor) -> tuple[float, st
     return max(((apart(a, b), name) for (name, _), a, b in parts if b.norm() > least), default=(0.0, ""))
 
 
-def scaled_gradient(subject: Any, model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+def scaled_gradient(subject: Subject, model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     """The gradient under autocast, unscaled, and the scale of the loss: 1, or for float16 the first that fits."""
     kind = subject.device.type
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
@@ -251,7 +251,7 @@ def scaled_gradient(subject: Any, model: nn.Module, tokens: Tensor, dtype: torch
 
 
 @needs(*READABLE)
-def check_precision_switches_are_left_alone(subject: Any) -> None:
+def check_precision_switches_are_left_alone(subject: Subject) -> None:
     """A training step leaves PyTorch's switch for TF32, which is the whole process's, as it was."""
     before = torch.get_float32_matmul_precision()
     try:
@@ -277,7 +277,7 @@ def check_precision_switches_are_left_alone(subject: Any) -> None:
 
 
 @needs(*READABLE)
-def check_device_agrees_with_the_cpu(subject: Any) -> None:
+def check_device_agrees_with_the_cpu(subject: Subject) -> None:
     """On its device the model in float32 is as near to float64 on the CPU as rounding allows, with TF32 off and on."""
     needs_numbers(subject)
     if subject.device.type == "cpu":
@@ -287,7 +287,7 @@ def check_device_agrees_with_the_cpu(subject: Any) -> None:
     expect_agreement(subject, home)
 
 
-def expect_agreement(subject: Any, home: Any) -> None:
+def expect_agreement(subject: Subject, home: Any) -> None:
     """Fails unless the subject's logits are those of `home`, in float64 on the CPU, but for rounding."""
     fine, tokens = precision(home).dtype, tokens_of(subject)
     twin = cast(plain(home, EXISTENCE[1]), fine).eval()
@@ -327,7 +327,7 @@ def float32_products(setting: str) -> Iterator[None]:
 
 
 @needs(*READABLE)
-def check_step_does_not_wait_at_each_token(subject: Any) -> None:
+def check_step_does_not_wait_at_each_token(subject: Subject) -> None:
     """The number of times that a step waits for the device, to read a number, does not grow with the length."""
     needs_numbers(subject)
     longest = subject.sizes.block_size
@@ -363,7 +363,7 @@ def check_step_does_not_wait_at_each_token(subject: Any) -> None:
 
 
 @needs(*READABLE)
-def check_memory_does_not_grow(subject: Any) -> None:
+def check_memory_does_not_grow(subject: Subject) -> None:
     """Fifty training steps hold no more at their end than ten."""
     needs_numbers(subject)
     model, tokens = plain(subject), tokens_of(subject, 2, min(8, subject.sizes.block_size))  # growth shows in small
@@ -405,7 +405,7 @@ def after_ten(step: Callable[[], None], held: Callable[[], int]) -> int:
 
 
 @needs(*READABLE)
-def check_memory_grows_no_faster_than_the_batch(subject: Any) -> None:
+def check_memory_grows_no_faster_than_the_batch(subject: Subject) -> None:
     """What a step holds at its peak grows in proportion to the rows of its batch."""
     needs_numbers(subject)
     needs_one_way(subject)
@@ -444,7 +444,7 @@ def check_memory_grows_no_faster_than_the_batch(subject: Any) -> None:
 
 
 @needs(*READABLE, "check_modes.check_dropout_draws_anew")
-def check_deterministic_algorithms_repeat_the_step(subject: Any) -> None:
+def check_deterministic_algorithms_repeat_the_step(subject: Subject) -> None:
     """With PyTorch's deterministic algorithms two steps from the same seed have the same gradient, bit for bit."""
     needs_numbers(subject)
     sizes = dict(dropout=0.3) if subject.can_vary("dropout") else {}

@@ -13,6 +13,7 @@ from .expect import Bound, NotApplicable, advise, expect_close, fail, needs, not
 from .probes import two_processes
 from .probes.precision import precision
 from .probes.two_processes import Logits, Refused, batches, gradients, model_of, train_in_two
+from .subject import Subject
 from .watch.draws import seeded
 
 WHOLE = "two processes, each with half of a batch, average to another gradient than one with all of it"
@@ -24,7 +25,7 @@ WHOLE = "two processes, each with half of a batch, average to another gradient t
     "check_gradients.check_every_parameter_gets_a_gradient",
     "check_gradients.check_rows_get_their_own_gradient",
 )
-def check_two_processes_train_as_one(subject: Any) -> None:
+def check_two_processes_train_as_one(subject: Subject) -> None:
     """Under DistributedDataParallel two processes with half a batch each have the gradient of one with all of it."""
     if not distributed.is_available():
         raise NotApplicable("this build of torch has no torch.distributed")
@@ -50,7 +51,7 @@ def check_two_processes_train_as_one(subject: Any) -> None:
             expect_whole(got[number - 1], expected, number, rank, parted, Bound(factor * largest, "of the largest"))
 
 
-def refuse_chance(subject: Any, weights: dict[str, Tensor], want: list[dict[str, Tensor]]) -> None:
+def refuse_chance(subject: Subject, weights: dict[str, Tensor], want: list[dict[str, Tensor]]) -> None:
     """What is drawn in training, beside dropout, each process draws for itself."""
     model = model_of(subject, weights)
     with seeded(subject.seed + 1):
@@ -61,7 +62,7 @@ def refuse_chance(subject: Any, weights: dict[str, Tensor], want: list[dict[str,
         raise NotApplicable("training draws random numbers that no declared rate silences")
 
 
-def in_two(subject: Any, weights: dict[str, Tensor], want: list[dict[str, Tensor]]) -> list[Any]:
+def in_two(subject: Subject, weights: dict[str, Tensor], want: list[dict[str, Tensor]]) -> list[Any]:
     """What each process found; a parameter that some batches leave out is advice, one that all do is a failure."""
     try:
         return attempt(subject, weights, unused=False)
@@ -86,7 +87,7 @@ def in_two(subject: Any, weights: dict[str, Tensor], want: list[dict[str, Tensor
     return attempt(subject, weights, unused=True)
 
 
-def attempt(subject: Any, weights: dict[str, Tensor], *, unused: bool) -> list[Any]:
+def attempt(subject: Subject, weights: dict[str, Tensor], *, unused: bool) -> list[Any]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         return train_in_two(subject, weights, Path(folder), unused=unused)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import torch
 
 from .expect import NotApplicable, fail, needs
+from .subject import Subject
 from .training.runs import Losses, TrainerRun, examples, flat, model_of, needs_trainer
 from .watch.draws import seeded, states
 
@@ -16,7 +16,7 @@ WEIGHS = "check_evaluation.check_evaluation_weighs_every_target_alike"
 
 
 @needs("check_training.check_a_step_follows_the_gradient")
-def check_evaluation_weighs_every_target_alike(subject: Any) -> None:
+def check_evaluation_weighs_every_target_alike(subject: Subject) -> None:
     """The loss of an evaluation is the mean over all targets of all examples, however they are batched."""
     held_out, size = examples(subject, 7, seed=5), 3
     run = evaluating(subject, held_out, size, dropout=0.0)
@@ -51,7 +51,7 @@ def check_evaluation_weighs_every_target_alike(subject: Any) -> None:
 
 
 @needs(WEIGHS)
-def check_evaluation_is_without_dropout(subject: Any) -> None:
+def check_evaluation_is_without_dropout(subject: Subject) -> None:
     """An evaluation of a model with dropout gives the loss that it has in eval mode, twice the same."""
     held_out = examples(subject, 4, seed=5)
     run = evaluating(subject, held_out, 2, dropout=0.3)
@@ -68,7 +68,7 @@ def check_evaluation_is_without_dropout(subject: Any) -> None:
 
 
 @needs(WEIGHS)
-def check_evaluation_leaves_no_trace(subject: Any) -> None:
+def check_evaluation_leaves_no_trace(subject: Subject) -> None:
     """Weights, mode and random states are the same after an evaluation as before."""
     held_out = examples(subject, 4, seed=5)
     run = evaluating(subject, held_out, 2, dropout=0.3)
@@ -101,7 +101,7 @@ def check_evaluation_leaves_no_trace(subject: Any) -> None:
 
 
 @needs(WEIGHS)
-def check_looking_does_not_change_the_training(subject: Any) -> None:
+def check_looking_does_not_change_the_training(subject: Subject) -> None:
     """A training with evaluations and sampling in between goes, bit for bit, as one without."""
     held_out, ends = examples(subject, 4, seed=5), []
     for looks in (False, True):
@@ -123,7 +123,7 @@ def check_looking_does_not_change_the_training(subject: Any) -> None:
         )
 
 
-def sample(subject: Any, run: TrainerRun) -> None:
+def sample(subject: Subject, run: TrainerRun) -> None:
     """What sampling does to random states: some seed first, and all draw."""
     generate = subject.part("generate")
     torch.rand(3)
@@ -131,7 +131,7 @@ def sample(subject: Any, run: TrainerRun) -> None:
         generate(copy.deepcopy(run.model), torch.zeros(1, 1, dtype=torch.int64), 2, temperature=1.0)
 
 
-def evaluating(subject: Any, held_out: list, size: int, *, dropout: float) -> TrainerRun:
+def evaluating(subject: Subject, held_out: list, size: int, *, dropout: float) -> TrainerRun:
     needs_trainer(subject)
     model = model_of(subject, dropout=dropout)
     run = TrainerRun(subject, model, examples(subject, 6), validation=held_out, batch_size=size)

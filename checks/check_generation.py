@@ -16,6 +16,7 @@ from .generation.faults import cached, explain, first_wrong
 from .generation.met_generate import Rows
 from .generation.scripted import Stage, graphs, stage
 from .probes.module_state import renormalized
+from .subject import Subject
 from .watch.draws import states
 
 CACHED = "check_cache.check_cached_decoding_equals_full"
@@ -25,7 +26,7 @@ ROWS = 64  # so many that no two windows of the text are followed by the same to
 
 
 @needs(SHAPE, REPEATS, CACHED, ISOLATED)
-def check_generate_appends_tokens(subject: Any) -> None:
+def check_generate_appends_tokens(subject: Subject) -> None:
     """Generate gives exactly as many new tokens as were asked for, behind the unchanged prompt or alone."""
     on = stage(subject)
     for n in (1, 4):
@@ -67,7 +68,7 @@ def expect_prefix(on: Stage, row: int, answer: list[int], prompt: list[int]) -> 
 
 
 @needs(APPENDS)
-def check_greedy_equals_the_naive_loop(subject: Any) -> None:
+def check_greedy_equals_the_naive_loop(subject: Subject) -> None:
     """Greedy decoding says what reading the whole text anew at each step says: any batch size, cached or not, twice."""
     on, block = stage(subject), subject.sizes.block_size
     V = min(on.vocab_size, 32 if on.decoder.batched else 6)
@@ -132,7 +133,7 @@ def needs_preparing(on: Stage, options: dict[str, bool]) -> bool:
 
 
 @needs(APPENDS, GREEDY)
-def check_generate_reads_all_that_fits(subject: Any) -> None:
+def check_generate_reads_all_that_fits(subject: Subject) -> None:
     """Up to the block size the whole text is read; past it the latest tokens are, or generate refuses."""
     on, block = stage(subject), subject.sizes.block_size
     T, n = block - 1, 4
@@ -219,7 +220,7 @@ def explains(on: Stage, text: Tensor, new: Tensor) -> bool:
 
 
 @needs(APPENDS, GREEDY, *PADDED)
-def check_padded_prompts_continue_as_alone(subject: Any) -> None:
+def check_padded_prompts_continue_as_alone(subject: Subject) -> None:
     """In a batch of padded prompts each is continued as it is alone, whatever stands in the padding."""
     on, n = stage(subject), 4
     longest = max(2, min(5, subject.sizes.block_size - n))
@@ -295,7 +296,7 @@ def judge_padding(on: Stage, alone: list[Tensor], wrong: dict[str, Rows], want: 
 
 
 @needs(APPENDS, GREEDY)
-def check_end_token_ends_its_row(subject: Any) -> None:
+def check_end_token_ends_its_row(subject: Subject) -> None:
     """A row that produced the end token is filled up or cut off, and the others go on as if nothing had happened."""
     on, n = stage(subject), 6
     on.decoder.wants("end")
@@ -382,7 +383,7 @@ def expect_ended(row: int, got: list[int], whole: list[int], end: int, said: Row
 
 
 @needs(APPENDS)
-def check_generate_leaves_prompt_and_weights(subject: Any) -> None:
+def check_generate_leaves_prompt_and_weights(subject: Subject) -> None:
     """The prompt, its mask and the model's weights are after a call bit for bit what they were."""
     on = stage(subject)
     weights = {name: value.detach().clone() for name, value in on.model.named_parameters()}
@@ -418,7 +419,7 @@ def check_generate_leaves_prompt_and_weights(subject: Any) -> None:
 
 
 @needs(APPENDS)
-def check_generate_restores_the_mode(subject: Any) -> None:
+def check_generate_restores_the_mode(subject: Subject) -> None:
     """A model in eval mode decodes without dropout, and one in train mode is in train mode again afterwards."""
     on = stage(subject)
     prompts = subject.tokens(2, 3, seed=subject.seed)
@@ -466,7 +467,7 @@ def expect_mode(on: Stage, training: bool, when: str = "") -> None:
 
 
 @needs(APPENDS)
-def check_generate_keeps_no_graph(subject: Any) -> None:
+def check_generate_keeps_no_graph(subject: Subject) -> None:
     """No autograd graph of an earlier step is kept while decoding."""
     on, n = stage(subject), 6
     prompts = subject.tokens(1, max(1, min(3, subject.sizes.block_size - n)), seed=subject.seed)
@@ -486,7 +487,7 @@ def check_generate_keeps_no_graph(subject: Any) -> None:
 
 
 @needs(APPENDS)
-def check_generate_leaves_random_states(subject: Any) -> None:
+def check_generate_leaves_random_states(subject: Subject) -> None:
     """Generate may draw from a global random state, but never sets it: training goes on as if nothing had been said."""
     on = stage(subject)
     prompts = subject.tokens(1, 2, seed=subject.seed)

@@ -16,7 +16,7 @@ from .probes.ablation import blocks_of
 from .probes.embeddings import watched_embeddings
 from .probes.module_state import renormalized
 from .probes.precision import precision
-from .subject import ABSENCE, EXISTENCE
+from .subject import ABSENCE, EXISTENCE, Subject
 from .watch.calls import Call, each, locate, recorded
 from .watch.draws import seeded
 
@@ -26,7 +26,7 @@ STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 RATE = 0.3
 
 
-def _value(subject: Any, model: nn.Module, tokens: Tensor) -> Tensor:
+def _value(subject: Subject, model: nn.Module, tokens: Tensor) -> Tensor:
     """A fixed random mean of the logits, under a fixed random state: smooth, and every logit matters."""
     with seeded(subject.seed):
         logits = subject.logits(model, tokens)
@@ -42,7 +42,7 @@ def _weighted(outputs: list[Tensor]) -> Tensor:
     return total
 
 
-def _tokens(subject: Any, seed: int = 0) -> Tensor:
+def _tokens(subject: Subject, seed: int = 0) -> Tensor:
     return subject.tokens(ROWS, subject.sizes.block_size, seed=subject.seed + seed)
 
 
@@ -74,7 +74,7 @@ def _backward(model: nn.Module, objective: Callable[[], Tensor]) -> dict[str, Te
 
 
 @needs(*READABLE, "check_contract.check_nothing_projected_is_thrown_away")
-def check_every_parameter_gets_a_gradient(subject: Any) -> None:
+def check_every_parameter_gets_a_gradient(subject: Subject) -> None:
     """Every trainable parameter gets a finite gradient that is not zero, from one of a few draws of the weights."""
     draws = (EXISTENCE[1], None, ABSENCE) * 2  # an expert may see no token of one batch, a gate may be shut by one draw
     missing: dict[str, str] | None = None
@@ -92,7 +92,7 @@ def check_every_parameter_gets_a_gradient(subject: Any) -> None:
         _blame_missing(model, left)
 
 
-def _without_gradient(subject: Any, model: nn.Module, tokens: Tensor) -> dict[str, str]:
+def _without_gradient(subject: Subject, model: nn.Module, tokens: Tensor) -> dict[str, str]:
     """The parameters without a gradient, and what they have instead."""
     gradients = _backward(model, partial(_value, subject, model, tokens))
     for name, gradient in gradients.items():
@@ -150,13 +150,13 @@ def _blame_missing(model: nn.Module, missing: dict[str, str]) -> None:
 
 
 @needs(*READABLE, GRADIENTS)
-def check_gradients_equal_finite_differences(subject: Any) -> None:
+def check_gradients_equal_finite_differences(subject: Subject) -> None:
     """What backward gives is the slope of what forward computes, for every parameter."""
     _expect_slopes(subject, _finest(subject).eval(), "")
 
 
 @needs(*READABLE, "check_gradients.check_gradients_equal_finite_differences")
-def check_training_gradients_equal_finite_differences(subject: Any) -> None:
+def check_training_gradients_equal_finite_differences(subject: Subject) -> None:
     """In training mode too, under one dropout mask, backward gives the slope of what forward computes."""
     model = _finest(subject, **(dict(dropout=RATE) if subject.can_vary("dropout") else {})).train()
     tokens = _tokens(subject)
@@ -167,11 +167,11 @@ def check_training_gradients_equal_finite_differences(subject: Any) -> None:
     _expect_slopes(subject, model, " in training mode")
 
 
-def _finest(subject: Any, **sizes: Any) -> nn.Module:
+def _finest(subject: Subject, **sizes: Any) -> nn.Module:
     return subject.amplified(EXISTENCE[1], seed=subject.seed, dtype=precision(subject).dtype, **sizes)
 
 
-def _expect_slopes(subject: Any, model: nn.Module, mode: str) -> None:
+def _expect_slopes(subject: Subject, model: nn.Module, mode: str) -> None:
     tokens, exact = _tokens(subject)[:2], precision(subject).inside == torch.float64
     value = partial(_value, subject, model, tokens)
     with seeded(subject.seed):
@@ -301,7 +301,7 @@ def _blame_slope(name: str, slope: float, tried: _Difference, mode: str, where: 
     )  # fmt: skip
 
 
-def _culprit(subject: Any, model: nn.Module, tokens: Tensor, exact: bool) -> Where | None:
+def _culprit(subject: Subject, model: nn.Module, tokens: Tensor, exact: bool) -> Where | None:
     """The first module, in execution order, that by itself, at the inputs it had, has a backward unlike its forward."""
     with torch.no_grad(), seeded(subject.seed), recorded(model) as calls:
         subject.logits(model, tokens)
@@ -343,7 +343,7 @@ def _wrong_by_itself(module: nn.Module, call: Call, seed: int, exact: bool) -> b
 
 
 @needs(*READABLE, GRADIENTS, ROWS_APART)
-def check_rows_get_their_own_gradient(subject: Any) -> None:
+def check_rows_get_their_own_gradient(subject: Subject) -> None:
     """The loss of one row has no gradient with respect to the embeddings of another."""
     model, tokens = _finest(subject), _tokens(subject)
     with watched_embeddings(model, tokens) as embeddings:

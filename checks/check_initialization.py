@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .expect import READABLE, NotApplicable, Where, advise, fail, farthest, needs, note
 from .probes.precision import precise, precision
+from .subject import Subject
 from .watch.calls import Call, called_by_checks, line_now, locate, recorded
 from .watch.draws import seeded, uninitialized_memory_is_nan
 from .watch.parameters import Operands, amplification, first_inputs, gains_of
@@ -33,14 +34,14 @@ STEPS = 3  # in which weights that start at zero have let the tokens through
 TOO_STEEP = 4.0  # growth of the stream from layer 8 to 16: √2 by independent updates, 2 by equal ones, 256 if doubled
 
 
-def _fresh(subject: Any, seed: int = 0, **sizes: Any) -> nn.Module:
+def _fresh(subject: Subject, seed: int = 0, **sizes: Any) -> nn.Module:
     """A model as its constructor leaves it, with every global generator seeded: some draw weights with NumPy."""
     with seeded(subject.seed + seed):
         return subject.build(seed=subject.seed + seed, **sizes)
 
 
 @needs(*READABLE)
-def check_loss_starts_near_uniform(subject: Any) -> None:
+def check_loss_starts_near_uniform(subject: Subject) -> None:
     """A model that has learned nothing gives every next token about the same probability: a loss near ln V."""
     if not subject.builds_afresh or not _drawn(subject):
         raise NotApplicable("no weight depends on the seed: they may be trained")
@@ -77,7 +78,7 @@ def _widest(model: nn.Module) -> dict[str, float]:
     return dict(sorted(spreads.items(), key=lambda item: -item[1])[:3])
 
 
-def _drawn(subject: Any) -> set[str]:
+def _drawn(subject: Subject) -> set[str]:
     """The parameters whose values are random: another seed gives others. Of an instance, those that look random."""
     one = _state(_fresh(subject))
     if not subject.builds_afresh:
@@ -87,7 +88,7 @@ def _drawn(subject: Any) -> set[str]:
 
 
 @needs(*READABLE)
-def check_layers_start_different(subject: Any) -> None:
+def check_layers_start_different(subject: Subject) -> None:
     """No two layers, heads or experts start from the same random weights."""
     model, drawn = _fresh(subject), _drawn(subject)
     # biases that start alike do no harm: the matrices beside them tell the layers apart
@@ -146,7 +147,7 @@ def _copied_by_torch(model: nn.Module, parameter: str) -> str:
 
 
 @needs(*READABLE)
-def check_seed_decides_the_weights(subject: Any) -> None:
+def check_seed_decides_the_weights(subject: Subject) -> None:
     """The same seed gives the same weights, another seed others."""
     if not subject.builds_afresh:
         raise NotApplicable("an instance was handed in: it is not built again")
@@ -180,7 +181,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _seeding_constructor(subject: Any) -> Where | None:
+def _seeding_constructor(subject: Subject) -> Where | None:
     """The line of the subject that calls torch.manual_seed while a model is built."""
     lines: list[Where | None] = []
     seed_generator = torch.manual_seed
@@ -196,7 +197,7 @@ def _seeding_constructor(subject: Any) -> Where | None:
 
 
 @needs(*READABLE)
-def check_depth_does_not_blow_up(subject: Any) -> None:
+def check_depth_does_not_blow_up(subject: Subject) -> None:
     """At initialization the residual stream and the logits of a deep model are about as large as of a shallow one."""
     if not subject.can_vary("n_layer"):
         raise NotApplicable("the number of layers cannot be varied")
@@ -231,7 +232,7 @@ class _Signal:
     logits: float
 
 
-def _signal(subject: Any, depth: int) -> _Signal:
+def _signal(subject: Subject, depth: int) -> _Signal:
     tokens = subject.tokens(2, subject.sizes.block_size, seed=subject.seed)
     model = _fresh(subject, n_layer=depth)
     with torch.no_grad(), recorded(model) as calls:
@@ -247,7 +248,7 @@ def _signal(subject: Any, depth: int) -> _Signal:
 
 
 @needs(*READABLE)
-def check_matrices_start_centred(subject: Any) -> None:
+def check_matrices_start_centred(subject: Subject) -> None:
     """Matrices and embeddings that are drawn at random are drawn around zero."""
     model, drawn = _fresh(subject), _drawn_afresh(subject)
     with torch.no_grad(), Operands(model) as operands:
@@ -286,11 +287,11 @@ def _first_above(bound: float, values: dict[str, float]) -> str:
     return next((name for name, value in values.items() if value > bound), max(values, key=lambda n: values[n]))
 
 
-def _few_tokens(subject: Any) -> Tensor:
+def _few_tokens(subject: Subject) -> Tensor:
     return subject.tokens(2, min(8, subject.sizes.block_size), seed=subject.seed)
 
 
-def _drawn_afresh(subject: Any) -> set[str]:
+def _drawn_afresh(subject: Subject) -> set[str]:
     """The random parameters of a subject that is built again for each seed. Raises NotApplicable if there are none."""
     drawn = _drawn(subject) if subject.builds_afresh else set()
     if not drawn:
@@ -303,7 +304,7 @@ def _owner(model: nn.Module, parameter: str) -> Where:
 
 
 @needs(*READABLE)
-def check_gains_do_not_start_around_zero(subject: Any) -> None:
+def check_gains_do_not_start_around_zero(subject: Subject) -> None:
     """What a norm multiplies its features by does not start as noise around zero."""
     model, drawn = _fresh(subject), _drawn_afresh(subject)
     noisy = [name for name, value in model.named_parameters() if name in drawn and _noise_around_zero(value.detach())]
@@ -334,7 +335,7 @@ def _noise_around_zero(value: Tensor) -> bool:
 
 
 @needs(*READABLE, "check_initialization.check_loss_starts_near_uniform")
-def check_projections_keep_the_size(subject: Any) -> None:
+def check_projections_keep_the_size(subject: Subject) -> None:
     """At initialization no projection makes what it is given many times larger, however wide the model."""
     _drawn_afresh(subject)
     model, width = _wide(subject)
@@ -363,7 +364,7 @@ def check_projections_keep_the_size(subject: Any) -> None:
         advise(f"at initialization {says}: drawn for its width it would give about 1")
 
 
-def _wide(subject: Any) -> tuple[nn.Module, int]:
+def _wide(subject: Subject) -> tuple[nn.Module, int]:
     """The model at a multiple of its width where it can be had so, else as it is."""
     width = subject.sizes.n_embd
     if subject.can_vary("n_embd"):
@@ -402,7 +403,7 @@ def _sizes(
 
 
 @needs(*READABLE)
-def check_tokens_matter_from_the_start(subject: Any) -> None:
+def check_tokens_matter_from_the_start(subject: Subject) -> None:
     """The logits depend on the tokens at initialization, or do after a few steps from weights that start at zero."""
     if not subject.builds_afresh:
         raise NotApplicable("an instance was handed in: it may be trained")
@@ -427,7 +428,7 @@ def check_tokens_matter_from_the_start(subject: Any) -> None:
     )
 
 
-def _waiting(subject: Any, model: nn.Module) -> list[str]:
+def _waiting(subject: Subject, model: nn.Module) -> list[str]:
     """Weights that something else is to fill: frozen matrices, and memory that the constructor leaves as it got it."""
     frozen = [name for name, value in model.named_parameters() if value.dim() > 1 and not value.requires_grad]
     if frozen:
@@ -450,7 +451,7 @@ def _step(model: nn.Module, loss: Tensor, rounding: float) -> None:
                 parameter.sub_(gradient.where(gradient.abs() > rounding, 0.0), alpha=0.1 / largest)
 
 
-def _depends(subject: Any, model: nn.Module, tokens: Tensor, others: Tensor, rounding: float) -> bool:
+def _depends(subject: Subject, model: nn.Module, tokens: Tensor, others: Tensor, rounding: float) -> bool:
     with torch.no_grad():
         one, other = (subject.logits(model, each).double() for each in (tokens, others))
     return farthest(one, other) > rounding * max(1.0, float(one.abs().max()))

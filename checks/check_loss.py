@@ -42,6 +42,7 @@ from .loss.placing import (
 from .loss.reading import NoGradient, gradient, read
 from .loss.returned import answers, leaves, slopes
 from .probes.precision import spread
+from .subject import Subject
 from .watch.calls import locate
 
 PLACE = ("row", "position", "symbol")
@@ -53,7 +54,7 @@ PURE = "check_loss.check_loss_leaves_its_inputs_alone"
 VALUE = "check_loss.check_value_is_the_closed_form"
 
 
-def check_targets_give_a_loss(subject: Any) -> None:
+def check_targets_give_a_loss(subject: Subject) -> None:
     """A forward that is handed targets gives a loss: a number, or one for each row or target."""
     found = answers(subject)
     if found.losses:
@@ -91,7 +92,7 @@ def _place(key: str) -> str:
 
 
 @needs("check_contract.check_logits_have_shape")
-def check_targets_leave_the_logits_as_they_are(subject: Any) -> None:
+def check_targets_leave_the_logits_as_they_are(subject: Subject) -> None:
     """The logits that come with a loss are those that come without targets."""
     found = answers(subject)
     widths = {subject.sizes.vocab_size, subject.width}
@@ -131,7 +132,7 @@ def _normalized(logits: Tensor) -> Tensor:
 
 
 @needs(GIVES, "check_loss.check_targets_leave_the_logits_as_they_are")
-def check_the_loss_trains_what_makes_the_logits(subject: Any) -> None:
+def check_the_loss_trains_what_makes_the_logits(subject: Subject) -> None:
     """Every weight that the logits depend on has a gradient of the loss that the model returns."""
     found = answers(subject)
     losses = [x for x in found.losses if isinstance(x, Tensor) and x.requires_grad]
@@ -157,7 +158,7 @@ def check_the_loss_trains_what_makes_the_logits(subject: Any) -> None:
         )
 
 
-def check_a_place_is_trained_on_its_own_target(subject: Any) -> None:
+def check_a_place_is_trained_on_its_own_target(subject: Subject) -> None:
     """The logits of a place are trained on one target of the same row, with the same shift at every place."""
     try:
         loss = met_loss(subject)
@@ -180,7 +181,7 @@ def check_a_place_is_trained_on_its_own_target(subject: Any) -> None:
 
 
 @needs(UNDERSTOOD)
-def check_no_target_is_dropped(subject: Any) -> None:
+def check_no_target_is_dropped(subject: Subject) -> None:
     """Without a mask every target of every row carries loss, but for those that the subject declares to skip."""
     loss = readable(subject)
     used = read(loss, loss.symbols, loss.V, places=loss.places).used
@@ -204,7 +205,7 @@ def check_no_target_is_dropped(subject: Any) -> None:
 
 
 @needs(UNDERSTOOD, DROPPED)
-def check_mask_drops_its_targets_and_no_others(subject: Any) -> None:
+def check_mask_drops_its_targets_and_no_others(subject: Subject) -> None:
     """A masked target carries no loss, an unmasked one does, whether at the start, at the end or in between."""
     loss = readable(subject, mask=True)
     skipped = set(loss.dropped if subject.declared("skip") is None else range(subject.declared("skip")))
@@ -230,7 +231,7 @@ def check_mask_drops_its_targets_and_no_others(subject: Any) -> None:
 
 
 @needs(UNDERSTOOD)
-def check_every_symbol_counts_as_target(subject: Any) -> None:
+def check_every_symbol_counts_as_target(subject: Subject) -> None:
     """A target carries loss whatever its token id is."""
     loss = readable(subject)
     note(symbols_tried=len(loss.symbols) + len(loss.left_out))
@@ -259,7 +260,7 @@ def check_every_symbol_counts_as_target(subject: Any) -> None:
 
 
 @needs(UNDERSTOOD)
-def check_loss_leaves_its_inputs_alone(subject: Any) -> None:
+def check_loss_leaves_its_inputs_alone(subject: Subject) -> None:
     """Logits, targets, mask and random state are the same after the call, and the same call gives the same."""
     loss = met_loss(subject)
     logits, targets = sample(loss, rows=2, places=loss.places)
@@ -286,7 +287,7 @@ def check_loss_leaves_its_inputs_alone(subject: Any) -> None:
 SENTENCE = "I love machine learning"
 
 
-def spoken_ids(subject: Any) -> set[int]:
+def spoken_ids(subject: Subject) -> set[int]:
     """The ids of the homework's sentence by the subject's own tokenizer; none where it has none that can be asked."""
     encode = getattr(subject.part("tokenizer"), "encode", None)
     try:
@@ -297,7 +298,7 @@ def spoken_ids(subject: Any) -> set[int]:
 
 @needs(UNDERSTOOD, DROPPED, MASK, PURE)
 @drawn(case=draw_case, when=lambda subject: closed_form(subject))
-def check_value_is_the_closed_form(subject: Any, case: Any) -> None:
+def check_value_is_the_closed_form(subject: Subject, case: Any) -> None:
     """The loss is the reduction of log Σ exp(logits) - logit[target] over the unmasked targets, however ragged."""
     loss, (logits, targets, mask) = met_loss(subject), problem(met_loss(subject), case)
     weights = weights_of(subject, loss, mask)
@@ -320,7 +321,7 @@ def check_value_is_the_closed_form(subject: Any, case: Any) -> None:
 
 @needs(VALUE)
 @drawn(case=draw_case, examples=10, when=lambda subject: closed_form(subject))
-def check_gradient_is_the_closed_form(subject: Any, case: Any) -> None:
+def check_gradient_is_the_closed_form(subject: Subject, case: Any) -> None:
     """The gradient is weight × (softmax - one-hot of the target): exactly 0 where masked."""
     loss, (logits, targets, mask) = met_loss(subject), problem(met_loss(subject), case)
     weights = weights_of(subject, loss, mask)
@@ -343,7 +344,7 @@ def check_gradient_is_the_closed_form(subject: Any, case: Any) -> None:
 
 
 @needs(VALUE)
-def check_padding_changes_nothing(subject: Any) -> None:
+def check_padding_changes_nothing(subject: Subject) -> None:
     """How many masked targets stand beside the others, and what they are, changes neither loss nor gradient."""
     loss = readable(subject, mask=True)
     closed_form(subject)
@@ -369,7 +370,7 @@ def check_padding_changes_nothing(subject: Any) -> None:
 
 
 @needs(VALUE)
-def check_a_batch_given_twice_counts_as_declared(subject: Any) -> None:
+def check_a_batch_given_twice_counts_as_declared(subject: Subject) -> None:
     """Every row given twice leaves a mean as it is and doubles a sum."""
     loss = readable(subject)
     logits, targets = sample(loss, rows=2, places=loss.places)
@@ -387,7 +388,7 @@ def check_a_batch_given_twice_counts_as_declared(subject: Any) -> None:
 
 
 @needs(VALUE)
-def check_known_logits_give_known_losses(subject: Any) -> None:
+def check_known_logits_give_known_losses(subject: Subject) -> None:
     """Certainty of the target gives 0, of the token before it much more, and no opinion ln V."""
     loss = met_loss(subject)
     closed_form(subject)
@@ -417,7 +418,7 @@ def check_known_logits_give_known_losses(subject: Any) -> None:
 
 
 @needs(VALUE)
-def check_extreme_logits_stay_finite(subject: Any) -> None:
+def check_extreme_logits_stay_finite(subject: Subject) -> None:
     """Logits of 1e3 to 1e4, in float32 too, give the loss that the formula gives, and a finite gradient."""
     loss = readable(subject)
     closed_form(subject)
@@ -442,7 +443,7 @@ def check_extreme_logits_stay_finite(subject: Any) -> None:
 
 
 @needs(UNDERSTOOD, MASK)
-def check_masked_logits_may_be_anything(subject: Any) -> None:
+def check_masked_logits_may_be_anything(subject: Subject) -> None:
     """Logits that are NaN or infinite where masked reach neither the loss nor the gradient."""
     loss = readable(subject, mask=True)
     logits, targets = sample(loss, rows=2, places=loss.places)
@@ -462,7 +463,7 @@ def check_masked_logits_may_be_anything(subject: Any) -> None:
 
 
 @needs(UNDERSTOOD)
-def check_nothing_to_learn_is_no_loss(subject: Any) -> None:
+def check_nothing_to_learn_is_no_loss(subject: Subject) -> None:
     """A batch whose targets are all masked gives a finite loss, 0 where declared, and no gradient."""
     loss = readable(subject, mask=True)
     logits, targets = sample(loss, rows=2, places=loss.places)
@@ -486,7 +487,7 @@ def check_nothing_to_learn_is_no_loss(subject: Any) -> None:
 
 
 @needs(VALUE)
-def check_low_precision_logits_keep_the_loss(subject: Any) -> None:
+def check_low_precision_logits_keep_the_loss(subject: Subject) -> None:
     """The loss of bfloat16 logits is that of the same numbers in float64, or as near as PyTorch's own comes."""
     loss = readable(subject)
     closed_form(subject)
@@ -517,7 +518,7 @@ def check_low_precision_logits_keep_the_loss(subject: Any) -> None:
 
 
 @needs(UNDERSTOOD)
-def check_loss_takes_what_the_model_gives(subject: Any) -> None:
+def check_loss_takes_what_the_model_gives(subject: Subject) -> None:
     """A loss of log-probabilities is given log-probabilities, and a loss of logits is not given probabilities."""
     if not subject.brings("loss") and (line := cross_entropy_line(subject)) and gives(subject) == "probabilities":
         fail(

@@ -18,6 +18,7 @@ from .probes.magnified import EXTREME, magnified, within_reach
 from .probes.padding import SIDES, padded, ragged
 from .probes.precision import precise, precision, shared, spread
 from .probes.preconditions import expect_takes_mask
+from .subject import Subject
 from .watch.calls import first_bad, first_breaking
 
 FLOAT_MASKS = ("float-mask-added", "bool-mask-added-as-float")
@@ -28,7 +29,7 @@ ADVICE = "A padded key gets weight 0 from every query of its own row: mask[:, No
 
 
 @needs(*STEADY)
-def check_mask_of_ones_changes_nothing(subject: Any) -> None:
+def check_mask_of_ones_changes_nothing(subject: Subject) -> None:
     """A mask that marks every token as real gives the logits that no mask gives."""
     expect_takes_mask(subject)
     model, T = precise(subject), length(subject)
@@ -47,7 +48,7 @@ def check_mask_of_ones_changes_nothing(subject: Any) -> None:
 
 
 @needs(*STEADY, ONES)
-def check_pad_contents_change_nothing(subject: Any) -> None:
+def check_pad_contents_change_nothing(subject: Subject) -> None:
     """Whatever ids the padding holds, on either side, in eval and in train mode, real tokens keep their logits."""
     expect_takes_mask(subject)
     for model, weights in ((precise(subject), ""), (magnified(subject), f", weights × {EXTREME}")):
@@ -58,7 +59,7 @@ def check_pad_contents_change_nothing(subject: Any) -> None:
                 expect_pads_unread(subject, model, side, Way(f"{way.name}{weights}", way.training))
 
 
-def expect_pads_unread(subject: Any, model: nn.Module, side: str, way: Way) -> None:
+def expect_pads_unread(subject: Subject, model: nn.Module, side: str, way: Way) -> None:
     T = length(subject)
     tokens = every_id(subject, T, rows=8, seed=subject.seed)
     mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
@@ -84,7 +85,7 @@ def expect_pads_unread(subject: Any, model: nn.Module, side: str, way: Way) -> N
 
 
 def likely_readers(
-    subject: Any, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor, way: Way, row: int
+    subject: Subject, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor, way: Way, row: int
 ) -> tuple[str, ...]:
     """A mask that changes nothing is not used; a row that is clean by itself gets another row's mask."""
     if torch.equal(call(subject, model, tokens[0], mask, way), call(subject, model, tokens[0], None, way)):
@@ -95,7 +96,9 @@ def likely_readers(
     return "pad-mask-on-queries", "pad-mask-ignored", "mask-fill-not-negative-enough", "bool-mask-added-as-float"
 
 
-def pad_reader(subject: Any, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor, way: Way) -> Where | None:
+def pad_reader(
+    subject: Subject, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor, way: Way
+) -> Where | None:
     """The first module whose output at a real token depends on what the padding holds."""
     B, T = mask.shape
 
@@ -111,7 +114,7 @@ def pad_reader(subject: Any, model: nn.Module, tokens: tuple[Tensor, Tensor], ma
 
 
 @needs(*STEADY, ONES, CONTENT)
-def check_rows_of_padding_do_no_harm(subject: Any) -> None:
+def check_rows_of_padding_do_no_harm(subject: Subject) -> None:
     """Padding gives finite logits and gradients, and a row of nothing but padding leaves the others as they were."""
     expect_takes_mask(subject)
     T = length(subject)
@@ -123,7 +126,7 @@ def check_rows_of_padding_do_no_harm(subject: Any) -> None:
             expect_harmless(subject, tokens, mask, side, training)
 
 
-def expect_harmless(subject: Any, tokens: Tensor, mask: Tensor, side: str, training: bool) -> None:
+def expect_harmless(subject: Subject, tokens: Tensor, mask: Tensor, side: str, training: bool) -> None:
     model = precise(subject).train(training)
     logits = subject.logits(model, tokens, mask)
     says = f"with padding on the {side} and row 1 nothing but padding, in {'train' if training else 'eval'} mode,"
@@ -158,7 +161,7 @@ def expect_harmless(subject: Any, tokens: Tensor, mask: Tensor, side: str, train
 
 
 def _expect_finite(
-    subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor, logits: Tensor, says: str, finding: dict[str, Any]
+    subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor, logits: Tensor, says: str, finding: dict[str, Any]
 ) -> None:
     bad = (~logits.isfinite()).nonzero()
     if not len(bad):
@@ -171,7 +174,7 @@ def _expect_finite(
 
 
 @st.composite
-def batches(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
+def batches(draw: st.DrawFn, subject: Subject) -> dict[str, Any]:
     """Rows of so many real tokens each, padded to a common length."""
     real = draw(st.lists(st.integers(1, length(subject)), min_size=1, max_size=4))
     return dict(real=real, length=draw(st.integers(max(real), length(subject))), seed=draw(st.integers(0, 2**16)))
@@ -179,7 +182,7 @@ def batches(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
 
 @needs(*STEADY, ONES, CONTENT)
 @drawn(when=expect_takes_mask, case=batches)
-def check_right_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> None:
+def check_right_padding_changes_nothing(subject: Subject, case: dict[str, Any]) -> None:
     """Padded on the right, by however many, the real tokens of a row get the logits of the row by itself."""
     expect_as_alone(
         subject,
@@ -192,7 +195,7 @@ def check_right_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> N
 
 @needs(*STEADY, ONES, CONTENT, PADDED_ROWS)
 @drawn(when=expect_takes_mask, case=batches)
-def check_left_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> None:
+def check_left_padding_changes_nothing(subject: Subject, case: dict[str, Any]) -> None:
     """Padded on the left, by however many, the real tokens of a row get the logits of the row by itself."""
     if taken(subject, POSITIONS):
         raise NotApplicable("forward takes positions: with padding on the left they are the caller's to give")
@@ -205,7 +208,7 @@ def check_left_padding_changes_nothing(subject: Any, case: dict[str, Any]) -> No
     )
 
 
-def expect_as_alone(subject: Any, case: dict[str, Any], side: str, **finding: Any) -> None:
+def expect_as_alone(subject: Subject, case: dict[str, Any], side: str, **finding: Any) -> None:
     model, real, T = shared(subject), torch.tensor(case["real"]), case["length"]
     mask = padded(real, T, side).to(subject.device)
     tokens = subject.tokens(len(real), T, seed=case["seed"])
@@ -225,7 +228,7 @@ def expect_as_alone(subject: Any, case: dict[str, Any], side: str, **finding: An
 
 
 @needs(*STEADY, ONES)
-def check_mask_types_agree(subject: Any) -> None:
+def check_mask_types_agree(subject: Subject) -> None:
     """A mask of 0 and 1 as int or float means what the bool mask means, or is refused."""
     expect_takes_mask(subject)
     model, T = precise(subject), length(subject)
@@ -258,7 +261,7 @@ def check_mask_types_agree(subject: Any) -> None:
     note(refused=sorted(set(refused)))
 
 
-def other_types(subject: Any, mask: Tensor) -> Iterator[tuple[torch.dtype, Tensor, Way]]:
+def other_types(subject: Subject, mask: Tensor) -> Iterator[tuple[torch.dtype, Tensor, Way]]:
     """The mask in other types than the model's own; a foreign model has a form of its own to write each in."""
     if not subject.foreign:
         for dtype in (torch.int64, torch.uint8, torch.float32, torch.float64):
@@ -269,7 +272,7 @@ def other_types(subject: Any, mask: Tensor) -> Iterator[tuple[torch.dtype, Tenso
 
 
 @needs(*STEADY)
-def check_packed_documents_stay_apart(subject: Any) -> None:
+def check_packed_documents_stay_apart(subject: Subject) -> None:
     """Documents packed into one row, with their ids given, get the logits of each by itself."""
     parameter = taken(subject, DOCUMENTS)
     if parameter is None:
@@ -296,7 +299,7 @@ def check_packed_documents_stay_apart(subject: Any) -> None:
 
 
 @st.composite
-def compositions(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
+def compositions(draw: st.DrawFn, subject: Subject) -> dict[str, Any]:
     """A batch in a certain order, its rows padded or not, in eval or in train mode."""
     rows = draw(st.integers(2, 5))
     return dict(
@@ -310,7 +313,7 @@ def compositions(draw: st.DrawFn, subject: Any) -> dict[str, Any]:
 
 @needs(*STEADY)
 @drawn(case=compositions)
-def check_rows_do_not_touch(subject: Any, case: dict[str, Any]) -> None:
+def check_rows_do_not_touch(subject: Subject, case: dict[str, Any]) -> None:
     """A row's logits are its own: alone, in another order, beside other rows, in eval and in train mode."""
     model, order, T = shared(subject), case["order"], case["length"]
     tokens = subject.tokens(len(order), T, seed=case["seed"])
@@ -332,7 +335,9 @@ def check_rows_do_not_touch(subject: Any, case: dict[str, Any]) -> None:
         expect_close(whole[row : row + 1], alone, says=says, **finding)
 
 
-def expect_unmoved_by_other_rows(subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor | None, way: Way) -> None:
+def expect_unmoved_by_other_rows(
+    subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor | None, way: Way
+) -> None:
     """At equal shape, under one seed of dropout: other tokens in every other row."""
     others = subject.tokens(*tokens.shape, seed=subject.seed + 7)
     before = call(subject, model, tokens, mask, way)
@@ -354,7 +359,7 @@ def expect_unmoved_by_other_rows(subject: Any, model: nn.Module, tokens: Tensor,
 
 
 def row_mixer(
-    subject: Any, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor | None, way: Way, row: int
+    subject: Subject, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor | None, way: Way, row: int
 ) -> Where | None:
     """The first module whose output for a row depends on another row."""
 

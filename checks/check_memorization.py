@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from ..transformer.generation import generate
 from ..transformer.trainer import Trainer
 from .expect import CAUSAL, REACHES, READ_ALONE, READABLE, NotApplicable, advise, fail, needs, note
 from .probes.influence import needs_one_token
+from .subject import Subject
 from .training.runs import refuse_chance
 from .training.sentence import LEARNED, RECIPES, objective
 
@@ -54,14 +54,14 @@ class Task:
 
 
 @needs(*CONTRACT, *READ_ALONE)
-def check_memorizes_a_random_string(subject: Any) -> None:
+def check_memorizes_a_random_string(subject: Subject) -> None:
     """A random string of distinct tokens is learned by heart and said again from its beginning."""
     tokens = draw(subject, 3 * PART)
     recite(subject, Task([tokens]))
 
 
 @needs(*CONTRACT, CAUSAL, REACHES, "check_memorization.check_memorizes_a_random_string")
-def check_memorizes_two_strings_with_the_same_middle(subject: Any) -> None:
+def check_memorizes_two_strings_with_the_same_middle(subject: Subject) -> None:
     """Two strings that share their middle are both said to their ends: what follows it depends on what came before."""
     part = PART if room(subject, "vocab_size", 5 * PART + 1) and room(subject, "block_size", 3 * PART) else PART - 1
     tokens = draw(subject, 5 * part)
@@ -72,7 +72,7 @@ def check_memorizes_two_strings_with_the_same_middle(subject: Any) -> None:
     recite(subject, Task(strings, skip=1))
 
 
-def draw(subject: Any, n: int) -> list[int]:
+def draw(subject: Subject, n: int) -> list[int]:
     """Distinct ids other than the begin token's."""
     V = max(n + 1, subject.sizes.vocab_size) if subject.can_vary("vocab_size") else subject.sizes.vocab_size
     if n + 1 > V:
@@ -81,7 +81,7 @@ def draw(subject: Any, n: int) -> list[int]:
     return (order[:n] + 1).tolist()
 
 
-def room(subject: Any, name: str, size: int) -> bool:
+def room(subject: Subject, name: str, size: int) -> bool:
     return subject.can_vary(name) or getattr(subject.sizes, name) >= size
 
 
@@ -111,7 +111,7 @@ def floor(strings: Strings, k: int) -> float:
     return total / sum(follows.total() for follows in counts)
 
 
-def judge_the_sentence(subject: Any) -> None:
+def judge_the_sentence(subject: Subject) -> None:
     """Says so where the subject's tokenizer cuts the homework's sentence into tokens that each tell the next."""
     encode = getattr(subject.part("tokenizer"), "encode", None)
     sentence = SentenceTask().sentence
@@ -128,7 +128,7 @@ def judge_the_sentence(subject: Any) -> None:
         )
 
 
-def recite(subject: Any, task: Task) -> None:
+def recite(subject: Subject, task: Task) -> None:
     """Trains until the loss is at most 1e-5, then has every string said from its prompt."""
     model = train(subject, task).eval()
     for string in task.strings:
@@ -156,7 +156,7 @@ def judge_recital(task: Task, string: list[int], said: list[int]) -> None:
     )
 
 
-def train(subject: Any, task: Task) -> nn.Module:
+def train(subject: Subject, task: Task) -> nn.Module:
     """By the quick recipe, and where that does not learn, by the published one."""
     longest = max(map(len, task.strings))
     wanted = {"vocab_size": max(map(max, task.strings)) + 1, "block_size": longest, **SMALL}

@@ -14,7 +14,7 @@ from .expect import READABLE, REPEATS, NotApplicable, advise, expect_close, expe
 from .probes.expectation import Averaged, unscaled
 from .probes.module_state import buffers_kept, renormalized
 from .probes.precision import precise, precision, spread
-from .subject import EXISTENCE
+from .subject import EXISTENCE, Subject
 from .watch.calls import first_breaking, first_changing, locate
 from .watch.draws import Draws, Site, is_dropout, reads_mode, seeded, set_rates, sites, states, training_alone
 from .watch.dropout import Trial, silent_sites
@@ -31,23 +31,23 @@ def _differ(a: Tensor, b: Tensor) -> bool:
     return farthest(a, b) > 0
 
 
-def _model(subject: Any, rate: float = RATE) -> nn.Module:
+def _model(subject: Subject, rate: float = RATE) -> nn.Module:
     """Weights that leave no path silent, as zero-initialized projections would."""
     asked = dict(dropout=rate) if subject.can_vary("dropout") else {}
     return subject.amplified(EXISTENCE[1], seed=subject.seed, dtype=torch.float32, **asked)
 
 
-def _tokens(subject: Any, seed: int = 0) -> Tensor:
+def _tokens(subject: Subject, seed: int = 0) -> Tensor:
     return subject.tokens(ROWS, subject.sizes.block_size, seed=subject.seed + seed)
 
 
-def _run(subject: Any, model: nn.Module, tokens: Tensor, seed: int = 0, mask: Tensor | None = None) -> Tensor:
+def _run(subject: Subject, model: nn.Module, tokens: Tensor, seed: int = 0, mask: Tensor | None = None) -> Tensor:
     kept = buffers_kept(model) if model.training else nullcontext()
     with torch.no_grad(), seeded(subject.seed + seed), kept:
         return subject.logits(model, tokens, mask)
 
 
-def _masks(subject: Any, tokens: Tensor) -> Iterator[tuple[str, Tensor | None]]:
+def _masks(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Tensor | None]]:
     yield "without a mask", None
     if subject.takes_mask:
         mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -56,7 +56,7 @@ def _masks(subject: Any, tokens: Tensor) -> Iterator[tuple[str, Tensor | None]]:
 
 
 @needs(*READABLE, TRACE)
-def check_eval_repeats_itself(subject: Any) -> None:
+def check_eval_repeats_itself(subject: Subject) -> None:
     """In evaluation mode the same tokens give the same logits to the bit, whatever the random state."""
     model, tokens = _model(subject), _tokens(subject)
     for given, mask in _masks(subject, tokens):
@@ -75,7 +75,7 @@ def check_eval_repeats_itself(subject: Any) -> None:
 
 
 def _dropping_in_evaluation(
-    subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor | None
+    subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor | None
 ) -> tuple[str, tuple[str, ...]]:
     """The first dropout that drops in evaluation mode, with its rate and line, and the bugs that are so."""
     attention = "attn-dropout-in-eval"
@@ -90,7 +90,7 @@ def _dropping_in_evaluation(
 
 
 @needs(*READABLE, REPEATS)
-def check_eval_leaves_random_state_alone(subject: Any) -> None:
+def check_eval_leaves_random_state_alone(subject: Subject) -> None:
     """A forward in evaluation mode neither draws from nor seeds a global random generator."""
     model, tokens = _model(subject), _tokens(subject)
     for given, mask in _masks(subject, tokens):
@@ -116,7 +116,7 @@ def check_eval_leaves_random_state_alone(subject: Any) -> None:
 
 
 @needs(*READABLE)
-def check_forward_leaves_weights_alone(subject: Any) -> None:
+def check_forward_leaves_weights_alone(subject: Subject) -> None:
     """No forward, in evaluation or training mode, changes a parameter."""
     model, tokens = _model(subject), _tokens(subject)
     kept = {name: p for name, p in model.named_parameters() if name not in renormalized(model)}
@@ -147,7 +147,7 @@ def _bytes(parameters: dict[str, nn.Parameter]) -> list[bytes]:
 
 
 @needs(*READABLE)
-def check_modes_reach_every_part(subject: Any) -> None:
+def check_modes_reach_every_part(subject: Subject) -> None:
     """eval() and train() set the mode of every part of the model that has one, however it is held."""
     model = _model(subject)
     for switch, mode in ((model.eval, False), (model.train, True), (model.eval, False)):
@@ -205,7 +205,7 @@ def _modules_in(value: Any, path: str, depth: int = 3) -> Iterator[tuple[str, nn
 
 
 @needs(*READABLE)
-def check_gradient_mode_changes_nothing(subject: Any) -> None:
+def check_gradient_mode_changes_nothing(subject: Subject) -> None:
     """The logits are the same with gradients recorded, under no_grad and under inference_mode."""
     model, tokens = precise(subject), _tokens(subject)
     for given, mask in _masks(subject, tokens):
@@ -235,7 +235,7 @@ def _real(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @needs(*READABLE)
-def check_training_computes_what_evaluation_does(subject: Any) -> None:
+def check_training_computes_what_evaluation_does(subject: Subject) -> None:
     """Without dropout, training mode and evaluation mode compute the same logits."""
     model, tokens = precise(subject), _tokens(subject)
     set_rates(model, 0.0)
@@ -274,7 +274,7 @@ def _mode_by_design(model: nn.Module) -> str:
 
 
 @needs(*READABLE)
-def check_dropout_draws_anew(subject: Any) -> None:
+def check_dropout_draws_anew(subject: Subject) -> None:
     """With dropout, training forwards differ from one another as the global seed decides, and move its state on."""
     model, tokens = _dropping(subject), _tokens(subject)
     model.train()
@@ -300,14 +300,14 @@ def check_dropout_draws_anew(subject: Any) -> None:
     _expect_no_reseeding(subject, model, tokens)
 
 
-def _dropping(subject: Any) -> nn.Module:
+def _dropping(subject: Subject) -> nn.Module:
     model = _model(subject)
     if not sites(model):
         raise NotApplicable("the model declares no dropout: no nn.Dropout, no attribute like dropout_p above 0")
     return model
 
 
-def _expect_no_reseeding(subject: Any, model: nn.Module, tokens: Tensor) -> None:
+def _expect_no_reseeding(subject: Subject, model: nn.Module, tokens: Tensor) -> None:
     after = []
     for seed in (1, 2):
         with seeded(subject.seed + seed), torch.no_grad():
@@ -324,7 +324,7 @@ def _expect_no_reseeding(subject: Any, model: nn.Module, tokens: Tensor) -> None
 
 
 @needs(*READABLE, REPEATS)
-def check_dropout_obeys_its_rate(subject: Any) -> None:
+def check_dropout_obeys_its_rate(subject: Subject) -> None:
     """A dropout of 0 drops nothing, one of almost 0 hardly anything, and what is kept keeps its mean."""
     _dropping(subject)
     tokens = _tokens(subject)
@@ -356,7 +356,7 @@ def check_dropout_obeys_its_rate(subject: Any) -> None:
     _expect_the_mean_kept(subject)
 
 
-def _expect_no_rate_in_evaluation(subject: Any, tokens: Tensor) -> None:
+def _expect_no_rate_in_evaluation(subject: Subject, tokens: Tensor) -> None:
     """Unless units are dropped by hand: then training may leave them as they are, and evaluation scale them down."""
     model = _model(subject)
 
@@ -381,7 +381,7 @@ def _expect_no_rate_in_evaluation(subject: Any, tokens: Tensor) -> None:
     )
 
 
-def _training(subject: Any, rate: float) -> nn.Module:
+def _training(subject: Subject, rate: float) -> nn.Module:
     model = _model(subject, rate)
     set_rates(model, rate)
     return model.train()
@@ -390,7 +390,7 @@ def _training(subject: Any, rate: float) -> nn.Module:
 CALLS = 256
 
 
-def _expect_the_mean_kept(subject: Any) -> None:
+def _expect_the_mean_kept(subject: Subject) -> None:
     """Ones through every dropout module: whatever it drops, the mean must stay what evaluation gives."""
     model = _model(subject)
     for site in sites(model):
@@ -416,7 +416,7 @@ def _expect_the_mean_kept(subject: Any) -> None:
 
 
 @needs(*READABLE)
-def check_every_dropout_site_drops(subject: Any) -> None:
+def check_every_dropout_site_drops(subject: Subject) -> None:
     """Every module that declares a dropout rate makes the logits random when it alone is in training mode."""
     model = _dropping(subject)
     batches = [_tokens(subject, seed) for seed in range(3)]  # an expert may see no token of one batch
@@ -445,7 +445,7 @@ def _of_silence(site: Site) -> tuple[str, ...]:
 
 
 @needs(*READABLE)
-def check_dropout_survives_evaluation(subject: Any) -> None:
+def check_dropout_survives_evaluation(subject: Subject) -> None:
     """After an evaluation in between, training drops as before."""
     model = _model(subject)
     set_rates(model, RATE)
@@ -478,7 +478,7 @@ def check_dropout_survives_evaluation(subject: Any) -> None:
 
 
 @needs(*READABLE)
-def check_dropout_differs_between_rows(subject: Any) -> None:
+def check_dropout_differs_between_rows(subject: Subject) -> None:
     """Every row of a batch gets a dropout mask of its own."""
     model = _dropping(subject)
     tokens = _tokens(subject)[:1].repeat(ROWS, 1)
@@ -510,7 +510,7 @@ def check_dropout_differs_between_rows(subject: Any) -> None:
     "check_modes.check_eval_repeats_itself",
     "check_modes.check_training_computes_what_evaluation_does",
 )
-def check_dropout_keeps_the_average(subject: Any) -> None:
+def check_dropout_keeps_the_average(subject: Subject) -> None:
     """On average over what is dropped, each part computes in training what it does in evaluation."""
     rate: dict[str, Any] = dict(dropout=HALF) if subject.can_vary("dropout") else {}
     model, tokens = precise(subject, **rate), _tokens(subject)

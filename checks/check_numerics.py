@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .expect import READABLE, REPEATS, NotApplicable, Where, advise, fail, needs, note
 from .probes.precision import precision
 from .probes.rounding import Casts, Promoted, naively
-from .subject import EXISTENCE
+from .subject import EXISTENCE, Subject
 from .watch.calls import Call, first_bad, locate, recorded
 
 # How many times the error of a naive evaluation is too much. Correct models: at most 1.6 in half precision, where the
@@ -71,7 +71,7 @@ class Trial:
         return torch.float32 if self.autocast else self.dtype
 
 
-def _twin(subject: Any, trial: Trial, to: torch.dtype) -> nn.Module:
+def _twin(subject: Subject, trial: Trial, to: torch.dtype) -> nn.Module:
     """A model whose weights are representable in the trial's type, converted to `to`; its buffers were not rounded."""
     model = subject.amplified(trial.scheme, seed=subject.seed, dtype=torch.float32, **trial.sizes)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def _twin(subject: Any, trial: Trial, to: torch.dtype) -> nn.Module:
     return model.to(to)
 
 
-def _runs(subject: Any, trial: Trial, *, buffers: bool = True) -> Runs:
+def _runs(subject: Subject, trial: Trial, *, buffers: bool = True) -> Runs:
     """`buffers=False` leaves the model's buffers in float32 when it is converted."""
     fine = precision(subject).dtype
     if trial.dtype == fine:
@@ -101,7 +101,7 @@ def _runs(subject: Any, trial: Trial, *, buffers: bool = True) -> Runs:
     return Runs(exact[keep], naive[keep], own[keep].to(exact.dtype), trial.dtype, mode.routes)
 
 
-def _own(subject: Any, trial: Trial, *, buffers: bool = True) -> Tensor:
+def _own(subject: Subject, trial: Trial, *, buffers: bool = True) -> Tensor:
     model = _twin(subject, trial, trial.stored if buffers else torch.float32)
     if not buffers:
         for parameter in model.parameters():
@@ -110,7 +110,7 @@ def _own(subject: Any, trial: Trial, *, buffers: bool = True) -> Tensor:
         return _or_refused(subject, model, trial)
 
 
-def _or_refused(subject: Any, model: nn.Module, trial: Trial) -> Tensor:
+def _or_refused(subject: Subject, model: nn.Module, trial: Trial) -> Tensor:
     """A type that the model, or a kernel, refuses is no fault; a constant that does not fit it deserves a word."""
     try:
         with warnings.catch_warnings():
@@ -154,7 +154,7 @@ def _judge(runs: Runs, trial: Trial, **finding: Any) -> None:
         )
 
 
-def _place(subject: Any, trial: Trial) -> Where | None:
+def _place(subject: Subject, trial: Trial) -> Where | None:
     """The first module, in execution order, whose output is further off than its inputs and rounding explain."""
     fine = precision(subject).dtype
     twin = _twin(subject, trial, fine)
@@ -187,17 +187,17 @@ def _worse(own: Call, exact: Call, naive: Call, dtype: torch.dtype) -> bool:
     return off(own.outputs, exact.outputs, naive.outputs) and not off(own.inputs, exact.inputs, naive.inputs)
 
 
-def _tokens(subject: Any, B: int, T: int) -> Tensor:
+def _tokens(subject: Subject, B: int, T: int) -> Tensor:
     return subject.tokens(B, T, seed=subject.seed)
 
 
-def _varied(subject: Any, **sizes: int) -> dict[str, int]:
+def _varied(subject: Subject, **sizes: int) -> dict[str, int]:
     """The sizes asked for where the subject can take them, else its own."""
     return {name: value for name, value in sizes.items() if subject.can_vary(name)}
 
 
 @needs(*READABLE, REPEATS)
-def check_float32_keeps_its_digits(subject: Any) -> None:
+def check_float32_keeps_its_digits(subject: Subject) -> None:
     """In float32 the logits are those of float64 but for the rounding of float32."""
     tokens = _tokens(subject, 3, subject.sizes.block_size)
     trial = Trial("the model in float32", torch.float32, tokens)
@@ -224,7 +224,7 @@ def check_float32_keeps_its_digits(subject: Any) -> None:
 
 
 @needs(*READABLE, REPEATS)
-def check_bfloat16_stays_close(subject: Any) -> None:
+def check_bfloat16_stays_close(subject: Subject) -> None:
     """Converted to bfloat16, the model is off by what rounding costs, with padding and in wide layers too."""
     trials = _short_trials(subject, torch.bfloat16)
     if subject.can_vary("n_embd"):
@@ -243,7 +243,7 @@ def check_bfloat16_stays_close(subject: Any) -> None:
 
 
 @needs(*READABLE, REPEATS)
-def check_float16_stays_close(subject: Any) -> None:
+def check_float16_stays_close(subject: Subject) -> None:
     """Converted to float16, the model is off by what rounding costs, with padding too."""
     for trial in _short_trials(subject, torch.float16):
         _judge(
@@ -255,7 +255,7 @@ def check_float16_stays_close(subject: Any) -> None:
         )
 
 
-def _short_trials(subject: Any, dtype: torch.dtype) -> list[Trial]:
+def _short_trials(subject: Subject, dtype: torch.dtype) -> list[Trial]:
     T, name = subject.sizes.block_size, f"the model in {_name(dtype)}"
     tokens = _tokens(subject, 3, T)
     trials = [Trial(name, dtype, tokens)]
@@ -268,7 +268,7 @@ def _short_trials(subject: Any, dtype: torch.dtype) -> list[Trial]:
 
 
 @needs(*READABLE, REPEATS, "check_numerics.check_bfloat16_stays_close")
-def check_long_sequences_stay_close(subject: Any) -> None:
+def check_long_sequences_stay_close(subject: Subject) -> None:
     """Over a long sequence, converted to bfloat16 or under autocast, the model is off by what rounding costs."""
     sizes = _varied(subject, block_size=LONG, n_layer=1, n_embd=4 * subject.sizes.n_embd)  # heads wide enough to turn
     tokens = _tokens(subject, 1, min(sizes.get("block_size", subject.sizes.block_size), LONG))
@@ -299,7 +299,7 @@ def check_long_sequences_stay_close(subject: Any) -> None:
         raise refused[0]
 
 
-def _owed_to_buffers(subject: Any, trial: Trial) -> bool:
+def _owed_to_buffers(subject: Subject, trial: Trial) -> bool:
     """Whether the model is close when only its weights are converted: as libraries do it, so no fault of the model."""
     try:
         runs = _runs(subject, trial, buffers=False)
@@ -309,7 +309,7 @@ def _owed_to_buffers(subject: Any, trial: Trial) -> bool:
 
 
 @needs(*READABLE, REPEATS)
-def check_extreme_weights_give_finite_logits(subject: Any) -> None:
+def check_extreme_weights_give_finite_logits(subject: Subject) -> None:
     """Weights twenty times too large make the model sure of itself and give no NaN or infinity."""
     model = subject.amplified(seed=subject.seed, dtype=torch.float32)
     with torch.no_grad():

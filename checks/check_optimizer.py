@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from .expect import FOLLOWS, NotApplicable, advise, fail, needs, note
 from .probes.module_state import renormalized
+from .subject import Subject
 from .training.met_step import equal_examples, met_step
 from .training.runs import Losses, TrainerRun, examples, model_of, needs_trainer, pieces
 from .training.steps import at, schedule_ticks_once
 
 
 @needs(FOLLOWS)
-def check_every_parameter_moves(subject: Any) -> None:
+def check_every_parameter_moves(subject: Subject) -> None:
     """With the optimizer that trains it, every parameter that has a gradient moves, and a frozen one does not."""
     window = examples(subject, 4)
     model = model_of(subject).float()
@@ -64,7 +65,7 @@ def shortened(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def check_the_optimizer_owns_each_parameter_once(subject: Any) -> None:
+def check_the_optimizer_owns_each_parameter_once(subject: Subject) -> None:
     """The optimizer holds the model's own trained parameters, each once, and nothing else."""
     needs_trainer(subject)
     model = model_of(subject)
@@ -92,7 +93,7 @@ def check_the_optimizer_owns_each_parameter_once(subject: Any) -> None:
         advise(f"the optimizer holds {frozen}, which is frozen")
 
 
-def check_decay_keeps_to_its_groups(subject: Any) -> None:
+def check_decay_keeps_to_its_groups(subject: Subject) -> None:
     """Without a gradient, decay shrinks the parameters that are meant to decay by 1 - rate × decay, no others."""
     needs_trainer(subject)
     model = model_of(subject)
@@ -142,7 +143,7 @@ def check_decay_keeps_to_its_groups(subject: Any) -> None:
             )
 
 
-def check_the_learning_rate_follows_its_schedule(subject: Any) -> None:
+def check_the_learning_rate_follows_its_schedule(subject: Subject) -> None:
     """Warm-up, then cosine: one tick an optimizer step, whatever the micro-batches, the first step not left out."""
     if not subject.brings("trainer"):
         schedule_ticks_once(subject)
@@ -199,7 +200,7 @@ def check_the_learning_rate_follows_its_schedule(subject: Any) -> None:
     )
 
 
-def check_small_updates_survive_low_precision(subject: Any) -> None:
+def check_small_updates_survive_low_precision(subject: Subject) -> None:
     """Training in bfloat16 keeps weights in which an update of 1e-3 of a weight is not rounded away."""
     needs_trainer(subject)
     window, model = examples(subject, 4), model_of(subject).float()
@@ -230,7 +231,7 @@ def check_small_updates_survive_low_precision(subject: Any) -> None:
         )
 
 
-def refuse_low_precision(subject: Any, model: nn.Module) -> None:
+def refuse_low_precision(subject: Subject, model: nn.Module) -> None:
     """Raises NotApplicable for a model that does not run under autocast, whoever trains it."""
     tokens = subject.tokens(2, 3, seed=subject.seed)
     try:

@@ -17,7 +17,7 @@ from .expect import CAUSAL, REACHES, ROWS_APART, STEADY, NotApplicable, Where, a
 from .probes.influence import call, length
 from .probes.precision import precise, spread
 from .probes.silent_parts import FeedForward, Silence, feed_forwards, narrowing_in_blocks
-from .subject import EXISTENCE
+from .subject import EXISTENCE, Subject
 from .watch.activations import FORMS, Activation, activations
 from .watch.calls import locate
 from .watch.norms import LARGE, Norm, norms
@@ -40,7 +40,7 @@ TOLD = 1e-9  # standard deviations of the logits: what other tokens change at le
 MEANS = 0.02  # of the mean: how exactly none or all of it is taken away
 
 
-def recognized(subject: Any) -> tuple[nn.Module, list[Norm]]:
+def recognized(subject: Subject) -> tuple[nn.Module, list[Norm]]:
     """The model as initialized, and its norms. NotApplicable where there are none."""
     model = precise(subject, None)
     found = norms(model, lambda: call(subject, model, subject.tokens(3, length(subject), seed=subject.seed)))
@@ -66,7 +66,7 @@ def _answer(judge: Callable[[nn.Module, Norm], Any], model: nn.Module, norm: Nor
 
 
 @needs(*STEADY, CAUSAL, ROWS_APART, "check_gradients.check_rows_get_their_own_gradient")
-def check_norms_act_on_each_token_alone(subject: Any) -> None:
+def check_norms_act_on_each_token_alone(subject: Subject) -> None:
     """A norm's output for one token depends on no other token."""
     judged(*recognized(subject), expect_alone)
 
@@ -95,7 +95,7 @@ def expect_alone(model: nn.Module, norm: Norm) -> float:
 
 
 @needs(*STEADY, ALONE)
-def check_norms_take_out_the_scale(subject: Any) -> None:
+def check_norms_take_out_the_scale(subject: Subject) -> None:
     """A norm gives the same for a large input and for several times it, and takes away the whole mean or none of it."""
     judged(*recognized(subject), expect_scale_taken_out)
 
@@ -178,7 +178,7 @@ def fail_mean(model: nn.Module, norm: Norm, share: float) -> None:
 
 
 @needs(*STEADY, ALONE, SCALE)
-def check_epsilon_does_not_rule_a_norm(subject: Any) -> None:
+def check_epsilon_does_not_rule_a_norm(subject: Subject) -> None:
     """What a norm gives for what the model feeds it as initialized is decided by that input, not by its epsilon."""
     judged(*recognized(subject), expect_small_epsilon)
 
@@ -218,7 +218,7 @@ def share_of_full(norm: Norm, x: Tensor) -> float:
 
 
 @needs(*STEADY, ALONE)
-def check_gain_multiplies_and_bias_adds(subject: Any) -> None:
+def check_gain_multiplies_and_bias_adds(subject: Subject) -> None:
     """A norm's gain multiplies what depends on the input, and its bias is added whatever the input is."""
     judged(*recognized(subject), expect_factors)
 
@@ -270,7 +270,7 @@ def fail_factor(model: nn.Module, norm: Norm, name: str, does: str, start: int) 
 
 
 @needs(*STEADY, ALONE, SCALE, "check_parts.check_gain_multiplies_and_bias_adds")
-def check_norms_are_what_they_are_called(subject: Any) -> None:
+def check_norms_are_what_they_are_called(subject: Subject) -> None:
     """What is called an RMS norm leaves the mean, and like a layer norm it gives numbers of its gain's size."""
     judged(*recognized(subject), expect_as_called)
 
@@ -317,7 +317,7 @@ def fail_called(model: nn.Module, norm: Norm, does: str, bug: str) -> None:
 
 
 @needs(*STEADY)
-def check_feed_forward_is_not_linear(subject: Any) -> None:
+def check_feed_forward_is_not_linear(subject: Subject) -> None:
     """Between a matrix that widens a feed-forward's input and the one that narrows it again, something bends."""
     model = precise(subject, EXISTENCE[1])
     tokens = subject.tokens(3, length(subject), seed=subject.seed)
@@ -348,7 +348,7 @@ def fail_linear(pair: FeedForward, factor: float, gated: bool) -> None:
 
 
 @needs(*STEADY)
-def check_activations_are_what_they_are_called(subject: Any) -> None:
+def check_activations_are_what_they_are_called(subject: Subject) -> None:
     """What the model's own code calls GELU, SiLU, Swish or ReLU gives the numbers of one, usual approximations too."""
     model = precise(subject, None)
     tokens = subject.tokens(1, length(subject), seed=subject.seed)
@@ -381,7 +381,7 @@ def fail_activation(one: Activation, x: Tensor, gives: Tensor) -> None:
 
 
 @needs(*STEADY, REACHES, MATTERS)
-def check_tokens_get_past_a_silent_part(subject: Any) -> None:
+def check_tokens_get_past_a_silent_part(subject: Subject) -> None:
     """With every attention giving zeros a token still reaches its logits; with every feed-forward, the past does."""
     if length(subject) < 2:
         raise NotApplicable("one token is too short to tell attention from a feed-forward")
@@ -402,7 +402,7 @@ def check_tokens_get_past_a_silent_part(subject: Any) -> None:
         advise(f"with every {part} silent nothing gets past it to the logits: a design without residuals, or a slip")
 
 
-def parts_to_silence(subject: Any, model: nn.Module) -> dict[str, Silence]:
+def parts_to_silence(subject: Subject, model: nn.Module) -> dict[str, Silence]:
     T = length(subject)
     tokens = subject.tokens(3, T, seed=subject.seed)
     attention = Silence(model, T)
@@ -414,7 +414,7 @@ def parts_to_silence(subject: Any, model: nn.Module) -> dict[str, Silence]:
 
 
 def told(
-    subject: Any, model: nn.Module, silence: Silence, *, only: int | None = None, itself: bool | None = None
+    subject: Subject, model: nn.Module, silence: Silence, *, only: int | None = None, itself: bool | None = None
 ) -> float:
     """How far other tokens move the last logits where this is silent, in standard deviations of the logits.
 
@@ -435,7 +435,7 @@ def told(
     return moves if math.isfinite(moves) else math.inf  # where silence breaks the model nothing is known
 
 
-def fail_lost(subject: Any, model: nn.Module, part: str, silence: Silence) -> None:
+def fail_lost(subject: Subject, model: nn.Module, part: str, silence: Silence) -> None:
     own = told(subject, model, silence, itself=True) > TOLD
     places = list(silence.found)
     alone = [n for n in range(len(places)) if told(subject, model, silence, only=n) <= TOLD]
@@ -455,7 +455,7 @@ def fail_lost(subject: Any, model: nn.Module, part: str, silence: Silence) -> No
 
 
 @needs(*STEADY, CAUSAL, ROWS_APART)
-def check_attention_weights_sum_to_one(subject: Any) -> None:
+def check_attention_weights_sum_to_one(subject: Subject) -> None:
     """What a softmax weighs the values by sums to one over the keys of every query, in evaluation mode."""
     seen = [attended(subject, scheme).weighed for scheme in (None, EXISTENCE[1])]
     if not all(seen) or len(seen[0]) != len(seen[1]):
@@ -467,7 +467,7 @@ def check_attention_weights_sum_to_one(subject: Any) -> None:
             fail_sum(one)
 
 
-def attended(subject: Any, scheme: tuple[float, float] | None) -> Attended:
+def attended(subject: Subject, scheme: tuple[float, float] | None) -> Attended:
     model = precise(subject, scheme)
     T = length(subject)
     with Attended(model, T) as seen:
@@ -497,7 +497,7 @@ def fail_sum(seen: Weighed) -> None:
 
 
 @needs(*STEADY)
-def check_heads_that_share_keys_share_values(subject: Any) -> None:
+def check_heads_that_share_keys_share_values(subject: Subject) -> None:
     """Where query heads share key-value heads, those that share keys share values, and equally many share each."""
     pairs = attended(subject, EXISTENCE[1]).pairs
     maps = [(sharing(k), sharing(v), where) for k, v, where in pairs if k.dim() == v.dim() > 2 and k.any() and v.any()]

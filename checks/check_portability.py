@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .expect import READABLE, REPEATS, Bound, NotApplicable, advise, expect_close, fail, farthest, needs, note, slow
 from .probes.precision import precise, precision, spread
+from .subject import Subject
 from .watch.calls import first_breaking
 from .watch.devices import Homeless
 from .watch.draws import seeded
@@ -27,11 +28,11 @@ ROWS = 3
 RATE = 0.3
 
 
-def _tokens(subject: Any) -> Tensor:
+def _tokens(subject: Subject) -> Tensor:
     return subject.tokens(ROWS, subject.sizes.block_size, seed=subject.seed)
 
 
-def _masks(subject: Any, tokens: Tensor) -> Iterator[tuple[str, Tensor | None]]:
+def _masks(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Tensor | None]]:
     yield "without a mask", None
     if subject.takes_mask and tokens.shape[1] > 3:
         mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -49,7 +50,7 @@ def _clearly_differ(a: Tensor, b: Tensor) -> bool:
 
 
 @needs(*READABLE)
-def check_forward_stays_on_its_device(subject: Any) -> None:
+def check_forward_stays_on_its_device(subject: Subject) -> None:
     """What the forward makes is where the tokens and weights are, not on the default device."""
     model, tokens = subject.build(seed=subject.seed), _tokens(subject)
     masks = dict(_masks(subject, tokens))
@@ -78,7 +79,7 @@ def check_forward_stays_on_its_device(subject: Any) -> None:
 
 
 @needs(*READABLE, REPEATS)
-def check_attention_backends_agree(subject: Any) -> None:
+def check_attention_backends_agree(subject: Subject) -> None:
     """The logits are the same whichever of PyTorch's kernels, or of the model's own attention paths, computes them."""
     model, tokens = precise(subject), _tokens(subject)
     tried = []
@@ -101,7 +102,7 @@ def check_attention_backends_agree(subject: Any) -> None:
 
 
 def _expect_path(
-    subject: Any, model: nn.Module, got: Tensor, want: Tensor, mask: Tensor | None, name: str, forward: Callable,
+    subject: Subject, model: nn.Module, got: Tensor, want: Tensor, mask: Tensor | None, name: str, forward: Callable,
     path: Callable,
 ) -> None:  # fmt: skip
     def again() -> Any:
@@ -180,21 +181,21 @@ def _quietly() -> Iterator[None]:
 
 
 @needs(*READABLE, REPEATS)
-def check_compiled_model_agrees(subject: Any) -> None:
+def check_compiled_model_agrees(subject: Subject) -> None:
     """Captured by torch.compile, without a code generator, the model gives the same logits and gradients."""
     _expect_compiled(subject, "aot_eager")
 
 
 @slow("Inductor generates and compiles code for 20 to 35 seconds")
 @needs(*READABLE, "check_portability.check_compiled_model_agrees")
-def check_inductor_agrees(subject: Any) -> None:
+def check_inductor_agrees(subject: Subject) -> None:
     """Compiled by Inductor, the model gives the same logits and gradients."""
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise NotApplicable("no C++ compiler here")
     _expect_compiled(subject, "inductor")
 
 
-def _expect_compiled(subject: Any, backend: str) -> None:
+def _expect_compiled(subject: Subject, backend: str) -> None:
     if not subject.learns:
         raise NotApplicable("the model has no parameters: what it computes with is not PyTorch")
     sizes = dict(n_layer=1) if subject.can_vary("n_layer") else {}
@@ -231,7 +232,7 @@ def _single(logits: Tensor) -> Bound:
     return Bound(COMPILED * spread(logits), f"{COMPILED:.0e} standard deviations of the logits, in float32")
 
 
-def _with_gradients(subject: Any, model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _with_gradients(subject: Subject, model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad(set_to_none=True)
     with seeded(subject.seed):
         logits = subject.logits(model, tokens)
@@ -241,7 +242,7 @@ def _with_gradients(subject: Any, model: nn.Module, tokens: Tensor) -> tuple[Ten
 
 
 @needs(*READABLE, REPEATS)
-def check_exported_model_agrees(subject: Any) -> None:
+def check_exported_model_agrees(subject: Subject) -> None:
     """Exported by torch.export, the model gives the same logits, for other tokens than those it was exported with."""
     model, tokens = subject.amplified(seed=subject.seed, dtype=torch.float32), _tokens(subject)
     others = subject.tokens(*tokens.shape, seed=subject.seed + 1)
@@ -266,7 +267,7 @@ def check_exported_model_agrees(subject: Any) -> None:
 class _AsModule(nn.Module):
     """The subject's call as a module, so that whatever the model returns is exported as logits."""
 
-    def __init__(self, subject: Any, model: nn.Module) -> None:
+    def __init__(self, subject: Subject, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.call = partial(subject.logits, model)
@@ -276,7 +277,7 @@ class _AsModule(nn.Module):
 
 
 @needs(*READABLE, "check_gradients.check_training_gradients_equal_finite_differences")
-def check_recomputation_changes_nothing(subject: Any) -> None:
+def check_recomputation_changes_nothing(subject: Subject) -> None:
     """With activation checkpointing the loss and its gradients are those without, dropout included."""
     sizes: dict[str, Any] = dict(dropout=RATE) if subject.can_vary("dropout") else {}
     model, tokens = precise(subject, **sizes).train(), _tokens(subject)

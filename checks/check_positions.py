@@ -15,7 +15,7 @@ from .probes.long import telling_places
 from .probes.module_state import held_outside
 from .probes.precision import precise, spread
 from .probes.preconditions import expect_causal
-from .subject import EXISTENCE
+from .subject import EXISTENCE, Subject
 from .watch.attention import key_products, mentions_rotary
 from .watch.calls import locate
 
@@ -30,7 +30,7 @@ LONGER = 131  # of these only pairs with the first token and some neighbours are
 
 
 @needs(*STEADY, REACHES)
-def check_order_of_tokens_matters(subject: Any) -> None:
+def check_order_of_tokens_matters(subject: Subject) -> None:
     """In one block, exchanging two earlier tokens changes a later logit, wherever the two stand."""
     expect_causal(subject)
     sizes = dict(block_size=LONG) if subject.can_vary("block_size") else {}
@@ -62,7 +62,7 @@ def pairs_to_exchange(T: int) -> list[tuple[int, int]]:
     return sorted(neighbours | {(a, b) for a in (0, min(3, T - 3)) for b in range(a + 1, T - 1)})
 
 
-def expect_far_places_differ(subject: Any, mechanism: str | None) -> None:
+def expect_far_places_differ(subject: Subject, mechanism: str | None) -> None:
     pairs = [(0, b) for b in range(LONG, LONGER - 1, 3)] + [(0, 64), (1, 65), (0, 128), (1, 129)]
     pairs += [(place - 1, place) for place in telling_places(LONGER) if LONG < place < LONGER - 1]
     moves = exchanges(subject, one_block(subject, EXISTENCE[1], block_size=LONGER), LONGER, pairs)
@@ -71,7 +71,7 @@ def expect_far_places_differ(subject: Any, mechanism: str | None) -> None:
         fail_alike(alike, pairs, LONGER, mechanism)
 
 
-def exchanges(subject: Any, model: nn.Module, T: int, pairs: list[tuple[int, int]]) -> Tensor:
+def exchanges(subject: Subject, model: nn.Module, T: int, pairs: list[tuple[int, int]]) -> Tensor:
     """How far exchanging each pair moves the logits behind both, at most, in standard deviations of the logits."""
     V = subject.sizes.vocab_size
     tokens = subject.tokens(len(pairs), T, seed=subject.seed)
@@ -118,7 +118,7 @@ def fail_alike(alike: list[tuple[int, int]], pairs: list[tuple[int, int]], T: in
 
 
 @needs(*STEADY, "check_positions.check_order_of_tokens_matters")
-def check_rotary_angle_depends_on_distance(subject: Any) -> None:
+def check_rotary_angle_depends_on_distance(subject: Subject) -> None:
     """Where rotary positions are used, equal tokens have a score that depends on how far they are apart, alone."""
     model, T = precise(subject, None), length(subject)
     if not mentions_rotary(model):

@@ -15,13 +15,14 @@ from .expect import APPENDS, GREEDY, NotApplicable, advise, fail, needs, note
 from .generation.draws import DISTINCT, LEVEL, Sampler, scores, unlikely
 from .generation.met_generate import Rows
 from .generation.scripted import Stage, dealt, stage
+from .subject import Subject
 from .watch.draws import seeded
 
 TEMPERATURE = "check_sampling.check_temperature_divides_the_logits"
 EXACT = 1e-4  # float32 gives probabilities to 1e-6; one token more or less moves them by 1e-2
 
 
-def sampler(subject: Any, *roles: str) -> Sampler:
+def sampler(subject: Subject, *roles: str) -> Sampler:
     """As many rows as the vocabulary has tokens, or 3, or 1: a threshold of shape [B] may fit a row of V by chance.
 
     Raises NotApplicable for a generate without the parameters, and for one that never draws.
@@ -41,7 +42,7 @@ def draws_nothing(made: Sampler) -> bool:
 
 
 @needs(APPENDS, GREEDY)
-def check_temperature_divides_the_logits(subject: Any) -> None:
+def check_temperature_divides_the_logits(subject: Subject) -> None:
     """A token is drawn with probability softmax(logits / T), at T = 1 and where it can be set at 0.5 and 2."""
     made = sampler(subject)
     asked = (1.0, 0.5, 2.0) if "temperature" in made.on.decoder.takes else (1.0,)
@@ -146,7 +147,7 @@ def judge_counts(made: Sampler, options: dict[str, Any], kept: int, temperature:
 
 
 @needs(APPENDS, GREEDY, TEMPERATURE)
-def check_top_k_keeps_k(subject: Any) -> None:
+def check_top_k_keeps_k(subject: Subject) -> None:
     """Top-k leaves exactly the k likeliest tokens of each row, for k = 1 to V, in their proportions."""
     made = sampler(subject, "top_k")
     V = min(made.on.vocab_size, DISTINCT)
@@ -238,7 +239,7 @@ def even(kept: Tensor) -> bool:
 
 
 @needs(APPENDS, GREEDY, TEMPERATURE)
-def check_top_p_keeps_the_nucleus(subject: Any) -> None:
+def check_top_p_keeps_the_nucleus(subject: Subject) -> None:
     """Top-p leaves exactly the smallest set of likeliest tokens that together reach p, from tiny p to 0.999 and 1."""
     made = sampler(subject, "top_p")
     for p in (0.7, 1e-6, 0.1, 0.3, 0.5, 0.9, 0.999, 1.0):
@@ -280,7 +281,7 @@ def top_p_bugs(whole: Tensor, kept: Tensor, size: Tensor, p: float) -> tuple[str
 @needs(
     APPENDS, GREEDY, TEMPERATURE, "check_sampling.check_top_k_keeps_k", "check_sampling.check_top_p_keeps_the_nucleus"
 )
-def check_filters_work_together(subject: Any) -> None:
+def check_filters_work_together(subject: Subject) -> None:
     """Top-k, top-p and a temperature given together all count, and the token drawn is the token said."""
     made = sampler(subject)
     takes = made.on.decoder.takes.keys()
@@ -361,7 +362,7 @@ def expect_said_as_drawn(made: Sampler, options: dict[str, Any]) -> None:
 
 
 @needs(APPENDS, GREEDY)
-def check_temperature_zero_is_greedy(subject: Any) -> None:
+def check_temperature_zero_is_greedy(subject: Subject) -> None:
     """Temperature 0 takes the likeliest token, or is refused."""
     on = stage(subject)
     on.decoder.wants("temperature")
@@ -389,7 +390,7 @@ def check_temperature_zero_is_greedy(subject: Any) -> None:
 
 
 @needs(APPENDS, TEMPERATURE)
-def check_samples_differ_unless_seeded(subject: Any) -> None:
+def check_samples_differ_unless_seeded(subject: Subject) -> None:
     """Two samples without a seed differ, and the same seed gives the same sample."""
     made = sampler(subject)
     on, n = made.on, max(1, min(6, subject.sizes.block_size - 2))

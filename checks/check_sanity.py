@@ -18,6 +18,7 @@ from ..transformer.generation import generate
 from .expect import READ_ALONE, READABLE, NotApplicable, advise, fail, needs
 from .generation.met_generate import Decoder, decoder
 from .loss.given import cross_entropy_line, gives
+from .subject import Subject
 from .training.runs import refuse_chance
 from .training.sentence import LEARNED, Learned, Speak, learn, loss_of
 
@@ -33,7 +34,7 @@ def sanity(check: Callable) -> Callable:
 
 @sanity
 @needs(*READABLE, *READ_ALONE)
-def check_memorizes_the_sentence(subject: Any) -> None:
+def check_memorizes_the_sentence(subject: Subject) -> None:
     """A one-layer model learns the sentence by heart: loss at most 1e-5, and the exact rest after every beginning."""
     learned = learn(subject, SentenceTask())
     expect_learned(subject, learned)
@@ -42,7 +43,7 @@ def check_memorizes_the_sentence(subject: Any) -> None:
 
 @sanity
 @needs(*READABLE, *READ_ALONE)
-def check_learns_only_unmasked_targets(subject: Any) -> None:
+def check_learns_only_unmasked_targets(subject: Subject) -> None:
     """With the first three targets masked, the others are learned to 1e-5 and the masked ones not at all."""
     learned = learn(subject, SentenceTask(skip=SKIP))
     expect_learned(subject, learned)
@@ -56,7 +57,7 @@ def check_learns_only_unmasked_targets(subject: Any) -> None:
 # judging
 
 
-def expect_learned(subject: Any, learned: Learned) -> None:
+def expect_learned(subject: Subject, learned: Learned) -> None:
     if learned.loss <= LEARNED:
         return
     refuse_chance(subject, learned.trainer.model.train())
@@ -83,7 +84,7 @@ def expect_learned(subject: Any, learned: Learned) -> None:
     )
 
 
-def expect_masked_targets_untaught(subject: Any, learned: Learned) -> None:
+def expect_masked_targets_untaught(subject: Subject, learned: Learned) -> None:
     """Their cross entropy stays high, and the logits that predict them get a gradient of exactly zero."""
     targets = ", ".join(repr(c) for c in learned.task.sentence[: learned.task.skip])
     if not learned.masked > NOT_LEARNED:
@@ -112,7 +113,7 @@ def expect_masked_targets_untaught(subject: Any, learned: Learned) -> None:
         )
 
 
-def recite_everything(subject: Any, learned: Learned) -> None:
+def recite_everything(subject: Subject, learned: Learned) -> None:
     """Greedy from every proper beginning, and ten times at a low temperature from the empty one."""
     sentence = learned.task.sentence
     for length in range(len(sentence)):
@@ -122,7 +123,7 @@ def recite_everything(subject: Any, learned: Learned) -> None:
         judge_recital(sentence, "", said, f"sample {repeat + 1} of {REPEATS} at temperature {TEMPERATURE}")
 
 
-def expect_recital(subject: Any, learned: Learned, prompt: str) -> None:
+def expect_recital(subject: Subject, learned: Learned, prompt: str) -> None:
     said = recite(subject, learned, prompt)
     learned.samples.append(("greedy", prompt, said))
     judge_recital(learned.task.sentence, prompt, said, "greedy decoding")
@@ -144,11 +145,11 @@ def judge_recital(sentence: str, prompt: str, said: str, how: str) -> None:
     )
 
 
-def recite(subject: Any, learned: Learned, prompt: str) -> str:
+def recite(subject: Subject, learned: Learned, prompt: str) -> str:
     return recitals(subject, learned, prompt, 1, 0.0)[0]
 
 
-def recitals(subject: Any, learned: Learned, prompt: str, copies: int, temperature: float) -> list[str]:
+def recitals(subject: Subject, learned: Learned, prompt: str, copies: int, temperature: float) -> list[str]:
     """What the model says after the begin token and the prompt, until the sentence's length."""
     tokenizer = learned.task.tokenizer
     tokens = [tokenizer.begin, *tokenizer.encode(prompt)]
@@ -159,7 +160,7 @@ def recitals(subject: Any, learned: Learned, prompt: str, copies: int, temperatu
     return ["".join(readable(tokenizer, i) for i in row) for row in learned.speak(start, rest, temperature)]
 
 
-def speaker(subject: Any, learned: Learned) -> Speak:
+def speaker(subject: Subject, learned: Learned) -> Speak:
     """The subject's own generate where it runs and can be told to be greedy, else ours over its logits."""
     model = learned.trainer.model.eval()
     ours = functools.partial(our_words, subject, model)
@@ -187,7 +188,7 @@ def own_words(own: Decoder, model: nn.Module, seed: int, start: Tensor, n: int, 
         return own(model, start, n, temperature=temperature or TEMPERATURE)
 
 
-def our_words(subject: Any, model: nn.Module, start: Tensor, n: int, temperature: float) -> list[list[int]]:
+def our_words(subject: Subject, model: nn.Module, start: Tensor, n: int, temperature: float) -> list[list[int]]:
     generator = torch.Generator().manual_seed(subject.seed) if temperature else None
     said = generate(
         lambda read: subject.logits(model, read), start, n,

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from .family.fit import FAMILIES, norm_form, settled
 from .family.specimen import Settled, specimen
 from .family.stages import Explained, explain, part_from
 from .family.trace import Parting
+from .subject import Subject
 from .watch.calls import locate
 
 NAMES = {"gpt2": "GPT-2", "llama": "Llama"}
@@ -35,14 +35,14 @@ PROBABILITY = 1e-6  # relative, of a token, in float64; correct models differ by
 SCALE = 1e-6  # of the usual factor: one read off float64 numbers is exact to 1e-12
 
 
-def declared(subject: Any) -> str | None:
+def declared(subject: Subject) -> str | None:
     """The architecture that the user, or the subject itself, declares; None for "auto"."""
     asked = subject.spec.family
     return asked if asked in FAMILIES else subject.declared("spec")
 
 
 @needs(*READABLE)
-def check_logits_agree(subject: Any) -> None:
+def check_logits_agree(subject: Subject) -> None:
     """On the same weights the logits are those of the declared architecture."""
     family = declared(subject)
     if family is None:
@@ -59,7 +59,7 @@ def check_logits_agree(subject: Any) -> None:
     differ(found, explain(found, SIMULATION_SECONDS))
 
 
-def report(subject: Any) -> None:
+def report(subject: Subject) -> None:
     """Which family and variant fits, without a declaration: advice at most."""
     results = [settled(subject, family) for family in FAMILIES]
     for found in results:
@@ -131,7 +131,7 @@ def sentence(place: Parting) -> str:
     return text[0].upper() + text[1:]
 
 
-def agreeing(subject: Any) -> Settled:
+def agreeing(subject: Subject) -> Settled:
     """How the subject compares with the declared family; NotApplicable without a declaration or an agreement."""
     family = declared(subject)
     if family is None:
@@ -143,7 +143,7 @@ def agreeing(subject: Any) -> Settled:
 
 
 @needs(*LOGITS)
-def check_gradients_agree(subject: Any) -> None:
+def check_gradients_agree(subject: Subject) -> None:
     """On the same weights every weight's gradient is that of the declared architecture."""
     found = agreeing(subject)
     if found.specimen.dtype != torch.float64:
@@ -166,7 +166,7 @@ def check_gradients_agree(subject: Any) -> None:
 
 
 @needs(*LOGITS)
-def check_tiny_activations_agree(subject: Any) -> None:
+def check_tiny_activations_agree(subject: Subject) -> None:
     """With tiny embeddings, where a norm's epsilon rules, the logits are still those of the declared architecture."""
     found = agreeing(subject)
     scale = parting_scale(found)
@@ -200,7 +200,7 @@ def expect_usual_epsilon(found: Settled) -> None:
 
 
 @needs(*LOGITS)
-def check_last_position_agrees(subject: Any) -> None:
+def check_last_position_agrees(subject: Subject) -> None:
     """A call that answers for the last position alone gives the last position's logits of the declared architecture."""
     found = agreeing(subject)
     calls = last_positions(found)
@@ -222,7 +222,7 @@ def check_last_position_agrees(subject: Any) -> None:
 
 
 @needs(*LOGITS)
-def check_generation_draws_from_the_logits(subject: Any) -> None:
+def check_generation_draws_from_the_logits(subject: Subject) -> None:
     """What generate draws from at temperature 1 is the softmax of the declared architecture's last logits."""
     found = agreeing(subject)
     seen = draws(found)
@@ -249,7 +249,7 @@ def check_generation_draws_from_the_logits(subject: Any) -> None:
 
 
 @needs(*LOGITS)
-def check_weights_are_the_familys(subject: Any) -> None:
+def check_weights_are_the_familys(subject: Subject) -> None:
     """Every weight has a place in the declared architecture, and a head that starts as the embedding is tied to it."""
     found = agreeing(subject)
     plan = found.plan
@@ -283,7 +283,7 @@ def check_weights_are_the_familys(subject: Any) -> None:
 
 
 @needs(*LOGITS)
-def check_initialization_is_the_familys(subject: Any) -> None:
+def check_initialization_is_the_familys(subject: Subject) -> None:
     """Weights start as published: for GPT-2 N(0, 0.02²), divided by √(2L) into the stream; biases zero, gains one."""
     found = agreeing(subject)
     if found.family != "gpt2":
@@ -336,7 +336,7 @@ def blame_constant(found: Settled, wrong: Constant) -> None:
 
 
 @needs(*LOGITS)
-def check_dropout_sites_are_the_familys(subject: Any) -> None:
+def check_dropout_sites_are_the_familys(subject: Subject) -> None:
     """GPT-2 drops the embedding, attention weights and both outputs of every block, and nothing else."""
     found = agreeing(subject)
     L = len(found.specimen.inventory.layers)
@@ -382,7 +382,7 @@ def blame_site(odd: Dropped) -> None:
 
 
 @needs(*LOGITS)
-def check_attention_scale_is_usual(subject: Any) -> None:
+def check_attention_scale_is_usual(subject: Subject) -> None:
     """Attention scores are divided by the square root of the head width, read where they enter the softmax."""
     seen = specimen(subject)
     tokens = seen.tokens[:2].contiguous()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .expect import CAUSAL, FOLLOWS, NotApplicable, advise, fail, needs, note
 from .loss.met_loss import met_loss
+from .subject import Subject
 from .training.explained import (
     Micro,
     accumulation_mistakes,
@@ -39,7 +40,7 @@ STREAM_STEPS = 50
 
 
 @needs(CAUSAL)
-def check_a_step_follows_the_gradient(subject: Any) -> None:
+def check_a_step_follows_the_gradient(subject: Subject) -> None:
     """Plain steps move the weights by minus the learning rate times the gradient of the mean loss, step after step."""
     if not subject.brings("trainer"):
         follow_with_train_step(subject)
@@ -66,7 +67,7 @@ WINDOWS = ((5, 2, False), (5, 2, True), (4, 3, True), (6, 1, False))  # examples
 
 
 @needs(FOLLOWS)
-def check_micro_batches_add_up_to_the_whole(subject: Any) -> None:
+def check_micro_batches_add_up_to_the_whole(subject: Subject) -> None:
     """A window taken in micro-batches, ragged and the last one short, moves the weights as when taken whole."""
     if not subject.brings("trainer"):
         padded_rows_count_by_their_targets(subject)
@@ -111,7 +112,7 @@ LAST_DROPPED = ("accum-partial-window-dropped",)
 
 
 @needs(FOLLOWS)
-def check_clipping_scales_the_whole_gradient(subject: Any) -> None:
+def check_clipping_scales_the_whole_gradient(subject: Subject) -> None:
     """Clipping at c multiplies the gradient of all parameters together by min(1, c / its length), before the step."""
     if not subject.brings("trainer"):
         limit_cuts_the_gradient(subject)
@@ -149,7 +150,7 @@ def check_clipping_scales_the_whole_gradient(subject: Any) -> None:
 
 
 @needs(FOLLOWS)
-def check_the_loss_scale_cancels(subject: Any) -> None:
+def check_the_loss_scale_cancels(subject: Subject) -> None:
     """Losses and their count scaled alike (as loss scaling does, then unscaled) leave the clipped update as it was."""
     if not subject.brings("trainer"):
         scaler_cancels(subject)
@@ -177,7 +178,7 @@ def check_the_loss_scale_cancels(subject: Any) -> None:
 
 
 @needs(CAUSAL)
-def check_an_objective_sums_and_counts(subject: Any) -> None:
+def check_an_objective_sums_and_counts(subject: Subject) -> None:
     """The objective of a batch is the sum of the losses of its unmasked targets and their number."""
     objective, pad_batch = (subject.part(name) for name in ("objective", "pad_batch"))
     if objective is None or pad_batch is None:
@@ -203,7 +204,7 @@ def check_an_objective_sums_and_counts(subject: Any) -> None:
 
 
 @needs(FOLLOWS)
-def check_the_reported_loss_is_that_of_the_step(subject: Any) -> None:
+def check_the_reported_loss_is_that_of_the_step(subject: Subject) -> None:
     """The loss that a step reports is the mean over the targets of its window, at the weights before the step."""
     if subject.brings("trainer"):
         window = examples(subject, 5)
@@ -247,7 +248,7 @@ def check_the_reported_loss_is_that_of_the_step(subject: Any) -> None:
 
 
 @needs(FOLLOWS)
-def check_a_step_is_made_in_train_mode(subject: Any) -> None:
+def check_a_step_is_made_in_train_mode(subject: Subject) -> None:
     """Every module is in train mode while a step computes, whatever the caller or an evaluation left behind."""
     if not subject.brings("trainer"):
         mode_of_train_step(subject)
@@ -264,7 +265,7 @@ def check_a_step_is_made_in_train_mode(subject: Any) -> None:
         refuse_eval_mode(modes, before)
 
 
-def mode_of_train_step(subject: Any) -> None:
+def mode_of_train_step(subject: Subject) -> None:
     met = met_step(subject)
     model = model_of(subject).to(met.dtype).eval()
     with watched_modes(model) as modes:
@@ -312,7 +313,7 @@ def refuse_eval_mode(modes: list[dict[str, bool]], before: str) -> None:
 
 
 @needs(CAUSAL, FOLLOWS)
-def check_a_uniform_stream_is_never_learned(subject: Any) -> None:
+def check_a_uniform_stream_is_never_learned(subject: Subject) -> None:
     """On fresh uniform random tokens no training gets its loss below ln V: there is nothing to predict."""
     if not subject.causal:
         raise NotApplicable("the subject is declared to see the future")
@@ -335,7 +336,7 @@ def check_a_uniform_stream_is_never_learned(subject: Any) -> None:
         )
 
 
-def stream_losses(subject: Any, rows: int = 16) -> list[float]:
+def stream_losses(subject: Subject, rows: int = 16) -> list[float]:
     """Losses reported while training on examples that are all new, by the subject's own batches, loss and step."""
     longest = min(12, subject.sizes.block_size)
     stream = examples(subject, rows * STREAM_STEPS, ragged=False, longest=longest, seed=3)
@@ -369,7 +370,7 @@ def stream_losses(subject: Any, rows: int = 16) -> list[float]:
     return [float(run.trainer.step()) for _ in range(STREAM_STEPS)]
 
 
-def objective_in_use(subject: Any) -> Any:
+def objective_in_use(subject: Subject) -> Any:
     """The subject's own objective, else one of its own loss where that is a mean, else the formula."""
     own = subject.part("objective")
     if own is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..expect import note
-from ..subject import one_thread
+from ..subject import Subject, one_thread
 from .agreement import apart
 from .closeness import nearest
 from .norms import NormForm, measure
@@ -30,11 +30,11 @@ FIRST = 16  # candidates that are tried before the choices are settled one by on
 SECONDS = 1.5  # for mapping and agreement
 
 
-def _settle(subject: Any, family: str) -> Settled:
+def _settle(subject: Subject, family: str) -> Settled:
     return settle(specimen(subject), family)
 
 
-def settled(subject: Any, family: str) -> Settled:
+def settled(subject: Subject, family: str) -> Settled:
     """How the subject compares with this family; found once."""
     found = subject.once(_settle, family)
     if found.plan is not None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..expect import Bound, NotApplicable
-from ..subject import ABSENCE, amplify, cast, one_thread
+from ..subject import ABSENCE, Subject, amplify, cast, one_thread
 from .agreement import BOUNDS
 from .promotion import promoted
 from .reference import Variant
@@ -33,7 +32,7 @@ LARGEST = 20_000_000  # weights: beyond this, float64 and many forward passes ta
 class Specimen:
     """The subject as the spec looks at it: one model with amplified weights, in float64 where it runs so."""
 
-    subject: Any
+    subject: Subject
     model: nn.Module
     shape: Shape
     inventory: Inventory
@@ -79,12 +78,12 @@ class Settled:
         return self.error is not None and self.error <= self.specimen.bound.size
 
 
-def specimen(subject: Any) -> Specimen:
+def specimen(subject: Subject) -> Specimen:
     """Built once a subject. Raises NotApplicable where it cannot be built, run or kept in float64."""
     return subject.once(_take)
 
 
-def _take(subject: Any) -> Specimen:
+def _take(subject: Subject) -> Specimen:
     refused: list[str] = []
     for dtype in (torch.float64, torch.float32):
         for sizes in TELLING:
@@ -101,7 +100,7 @@ def _take(subject: Any) -> Specimen:
     raise NotApplicable("the model does not run at the sizes and types of the spec", tried=refused)
 
 
-def _specimen(subject: Any, sizes: dict[str, int], dtype: torch.dtype) -> Specimen:
+def _specimen(subject: Subject, sizes: dict[str, int], dtype: torch.dtype) -> Specimen:
     for name in sizes:
         if not subject.can_vary(name):
             raise NotApplicable(f"{name} is fixed")

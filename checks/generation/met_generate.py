@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..expect import NotApplicable
 from ..meet.arguments import Unset
+from ..subject import Subject
 
 # What a parameter is for, by the names it has in public code; case does not matter.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -189,7 +190,7 @@ class Alphabet:
         return {"input_ids": torch.tensor([self.encode(text)])}
 
 
-def decoder(subject: Any, model: nn.Module, vocab_size: int) -> Decoder:
+def decoder(subject: Subject, model: nn.Module, vocab_size: int) -> Decoder:
     """The subject's own generate, and how to call it, learned from a few short calls.
 
     Raises NotApplicable if there is none or its parameters are not understood; what it raises itself passes through.
@@ -200,7 +201,7 @@ def decoder(subject: Any, model: nn.Module, vocab_size: int) -> Decoder:
     return learn_forms(known, model)
 
 
-def locate_generate(subject: Any, model: nn.Module) -> tuple[str, Callable[[nn.Module], Callable]]:
+def locate_generate(subject: Subject, model: nn.Module) -> tuple[str, Callable[[nn.Module], Callable]]:
     if subject.brings("generate"):
         function = subject.parts.generate
         return getattr(function, "__name__", "generate"), lambda _: function

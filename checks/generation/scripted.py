@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..expect import NotApplicable
 from ..probes.cached import Coarsest
 from ..probes.precision import precision
+from ..subject import Subject
 from .met_generate import NAMES, Decoder, Rows, decoder
 
 # Logits [..., V] and the tokens they follow, if known, to logits of the same shape.
@@ -77,7 +78,7 @@ class Read:
 class Stage:
     """A model of the subject, its generate, and what is needed to know what that should say."""
 
-    subject: Any
+    subject: Subject
     model: nn.Module
     decoder: Decoder
     speaker: str  # the outermost module that answers with logits
@@ -144,7 +145,7 @@ def narrowest(logits: Tensor, latest: Tensor) -> float:
     return float((top[:, 0] - top[:, 1]).min() / logits.double().std())
 
 
-def stage(subject: Any, **sizes: Any) -> Stage:
+def stage(subject: Subject, **sizes: Any) -> Stage:
     """The subject's generate with a model of strong weights, in float64 where the model can.
 
     Raises NotApplicable where there is no generate, or none whose model can be watched.
@@ -170,7 +171,7 @@ class Known:
     sizes: Mapping[str, int] = field(default_factory=dict)  # what the model must have more of than the subject has
 
 
-def learn(subject: Any) -> Known:
+def learn(subject: Subject) -> Known:
     """A sampler that keeps its 50 likeliest tokens, whatever the vocabulary, is met with a larger one than ours."""
     try:
         return learn_at(subject)
@@ -180,7 +181,7 @@ def learn(subject: Any) -> Known:
         return learn_at(subject, vocab_size=ROOM)
 
 
-def learn_at(subject: Any, **sizes: int) -> Known:
+def learn_at(subject: Subject, **sizes: int) -> Known:
     """A generate that dies in float64 is met in float32; what it raises there passes through."""
     found = precision(subject)
     try:
@@ -193,7 +194,7 @@ def learn_at(subject: Any, **sizes: int) -> Known:
         return meet(subject, torch.float32, torch.float32, **sizes)
 
 
-def meet(subject: Any, dtype: torch.dtype, inside: torch.dtype, **sizes: int) -> Known:
+def meet(subject: Subject, dtype: torch.dtype, inside: torch.dtype, **sizes: int) -> Known:
     model, text = subject.amplified(seed=subject.seed, dtype=dtype, **sizes), subject.tokens(2, 3)
     with torch.no_grad():
         logits, again = subject.logits(model, text), subject.logits(model, text)
@@ -207,7 +208,7 @@ def meet(subject: Any, dtype: torch.dtype, inside: torch.dtype, **sizes: int) ->
     return Known(calls, speaker, V, dtype, TIE[seen.dtype], banned, sizes)
 
 
-def find_banned(subject: Any, model: nn.Module, calls: Decoder, speaker: str, V: int) -> tuple[int, ...]:
+def find_banned(subject: Subject, model: nn.Module, calls: Decoder, speaker: str, V: int) -> tuple[int, ...]:
     """Ids that are never said although they are the likeliest by far: the next likeliest is said in their place."""
     if V > MANY:
         return ()

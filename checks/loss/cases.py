@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..expect import Bound, NotApplicable, advise, fail
+from ..subject import Subject
 from .explained import explained, spans
 from .formula import REDUCTIONS, USUAL, cross_entropy
 from .met_loss import MetLoss, met_loss
@@ -19,7 +20,7 @@ FLOAT64 = Bound(1e-9, "float64, relative to the largest")
 FLOAT32 = Bound(2e-6, "the loss computes in float32; relative to the largest")
 
 
-def readable(subject: Any, *, mask: bool = False) -> MetLoss:
+def readable(subject: Subject, *, mask: bool = False) -> MetLoss:
     """The loss, if its places can be told; with `mask`, only one that can be told what to leave out."""
     loss = met_loss(subject)
     if loss.reading is None:
@@ -29,7 +30,7 @@ def readable(subject: Any, *, mask: bool = False) -> MetLoss:
     return loss
 
 
-def closed_form(subject: Any) -> None:
+def closed_form(subject: Subject) -> None:
     """Raises NotApplicable where no closed form is known; says what legitimate addition stands in its way."""
     loss = met_loss(subject)
     declared = subject.declared("reduction")
@@ -71,7 +72,7 @@ def undeclared(loss: MetLoss) -> None:
         raise NotApplicable(f"the loss is the cross entropy and {extra}")
 
 
-def usual(subject: Any, loss: MetLoss) -> None:
+def usual(subject: Subject, loss: MetLoss) -> None:
     """Raises NotApplicable for a loss that is no cross entropy and no known mistake in one: it may be meant."""
     if loss.reading is not None and loss.reading.error < EXACT:
         return
@@ -112,7 +113,7 @@ def constant_of_masked(loss: MetLoss, logits: Tensor, targets: Tensor, name: str
     )
 
 
-def cause(subject: Any, loss: MetLoss) -> tuple[str, tuple[str, ...]]:
+def cause(subject: Subject, loss: MetLoss) -> tuple[str, tuple[str, ...]]:
     """What the loss of a ragged batch equals instead, and the bugs that would make it so; else how it weighs it."""
     logits, targets = sample(loss, rows=2, places=loss.places, seed=1)
     mask = all_kept(loss, masks(loss.places)[1])
@@ -130,7 +131,7 @@ def smooth(loss: MetLoss, logits: Tensor, targets: Tensor) -> bool:
     return abs((up - down) / 2e-4 - slope) < 0.05 * abs(slope) + 1e-6
 
 
-def weighed(subject: Any, loss: MetLoss, mask: Tensor) -> str:
+def weighed(subject: Subject, loss: MetLoss, mask: Tensor) -> str:
     """How much targets count in a loss that is a cross entropy at each place, against what they should."""
     if loss.reading is None or loss.reading.error > EXACT:
         return ""
@@ -150,7 +151,7 @@ def named(dropped: Iterable[int]) -> str:
     return f"target{'s' * (len(dropped) > 1)} {spans(dropped)}" if dropped else "no target"
 
 
-def reduction(subject: Any, loss: MetLoss) -> str:
+def reduction(subject: Subject, loss: MetLoss) -> str:
     """The declared reduction, else the one that was found, else the mean."""
     declared = subject.declared("reduction")
     if declared is None and loss.reduction in USUAL:
@@ -158,7 +159,7 @@ def reduction(subject: Any, loss: MetLoss) -> str:
     return declared if declared in REDUCTIONS else USUAL[0]
 
 
-def weights_of(subject: Any, loss: MetLoss, mask: Tensor) -> Tensor:
+def weights_of(subject: Subject, loss: MetLoss, mask: Tensor) -> Tensor:
     return REDUCTIONS[reduction(subject, loss)](all_kept(loss, mask))
 
 
@@ -201,7 +202,7 @@ def masks(T: int) -> list[Tensor]:
     return [prompt, right, left, holes]
 
 
-def draw_case(subject: Any) -> st.SearchStrategy:
+def draw_case(subject: Subject) -> st.SearchStrategy:
     """Rows of a mask, ragged in any way, with at least one target kept in the first."""
     loss = met_loss(subject)
     places, least = loss.places, max(loss.dropped, default=-1) + 2

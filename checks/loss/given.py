@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import ast
-from typing import Any
 
 import torch
 
 from ..expect import Where, shown
 from ..meet.logits import standing_for
+from ..subject import Subject
 
 OF_LOGITS = {"CrossEntropyLoss", "cross_entropy"}
 
 
-def gives(subject: Any) -> str:
+def gives(subject: Subject) -> str:
     """What stands for logits: "logits", "log-probabilities" or "probabilities"."""
     with torch.no_grad():
         return standing_for(subject.logits(subject.build(), subject.tokens(2, min(5, subject.sizes.block_size))))
 
 
-def cross_entropy_line(subject: Any) -> Where | None:
+def cross_entropy_line(subject: Subject) -> Where | None:
     """The line of the subject's code that names PyTorch's cross entropy, which takes logits.
 
     None where there is none, or where a logarithm is taken by hand: probabilities may then be meant.

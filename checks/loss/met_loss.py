@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..expect import NotApplicable
+from ..subject import Subject
 from ..watch.calls import recorded
 from .formula import named_reduction
 from .reading import EXACT, ROUGH, Loss, NoGradient, Reading, gradient, read, symbols_that_count
@@ -89,7 +90,7 @@ class MetLoss:
         return reading.smoothing if reading and reading.error < EXACT and reading.smoothing > 1e-3 else 0.0
 
 
-def met_loss(subject: Any) -> MetLoss:
+def met_loss(subject: Subject) -> MetLoss:
     """The subject's own loss, else the one that its model returns. Raises NotApplicable where there is none."""
     met = _meet(subject)
     if isinstance(met, NotApplicable):
@@ -98,7 +99,7 @@ def met_loss(subject: Any) -> MetLoss:
 
 
 @functools.lru_cache(maxsize=4)
-def _meet(subject: Any) -> MetLoss | NotApplicable:
+def _meet(subject: Subject) -> MetLoss | NotApplicable:
     own = subject.part("loss")
     try:
         return recognised(forms(own, subject) if own is not None else [model_form(subject)])
@@ -322,7 +323,7 @@ def scalar(result: Any) -> Tensor:
 # Forms: how a function's parameters are filled
 
 
-def forms(function: Any, subject: Any) -> Iterator[Form]:
+def forms(function: Any, subject: Subject) -> Iterator[Form]:
     """Every way in which this loss may be called, the likeliest first."""
     roles = parameter_roles(function)
     mask = next((name for name, role in roles.items() if role == "mask"), None)
@@ -419,7 +420,7 @@ class Scripted(nn.Module):
 # The loss that a model returns
 
 
-def model_form(subject: Any) -> Form:
+def model_form(subject: Subject) -> Form:
     """`model(tokens, targets)`, its head's output replaced by the logits given: so it is a loss of any logits."""
     model = subject.build()
     parameters = inspect.signature(model.forward).parameters
@@ -441,7 +442,7 @@ def model_form(subject: Any) -> Form:
     return Form(raw, says, V, longest, inside_model=True, changes_logits=not plain)
 
 
-def find_head(subject: Any, model: nn.Module, name: str) -> tuple[nn.Module, bool]:
+def find_head(subject: Subject, model: nn.Module, name: str) -> tuple[nn.Module, bool]:
     """The last module that gives [B, T, V], and whether what it gives are the model's logits as they are.
 
     What a model does afterwards (a softcap, a log-softmax, something added) stays in place.
@@ -459,7 +460,7 @@ def find_head(subject: Any, model: nn.Module, name: str) -> tuple[nn.Module, boo
     raise NotApplicable("the loss is inside the model and no module gives its logits, so they cannot be replaced")
 
 
-def called_with_targets(subject: Any, model: nn.Module, tokens: Tensor, name: str) -> Any:
+def called_with_targets(subject: Subject, model: nn.Module, tokens: Tensor, name: str) -> Any:
     """Raises NotApplicable for a model that takes targets at its full block size only."""
     try:
         return model(tokens, **{name: tokens})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..expect import NotApplicable
 from ..probes.extra_arguments import TARGETS, taken
-from ..subject import EXISTENCE
+from ..subject import EXISTENCE, Subject
 from ..watch.draws import seeded
 
 ROWS, LENGTH = 3, 7  # of a call; all sizes differ
@@ -68,7 +68,7 @@ class Answers:
         return own.detach() if wrong else None  # type: ignore[union-attr]
 
 
-def answers(subject: Any) -> Answers:
+def answers(subject: Subject) -> Answers:
     """Raises NotApplicable for a model that takes no targets, or not beside tokens alone."""
     parameter = taken(subject, TARGETS)
     if parameter is None or parameter.default not in (None, parameter.empty):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..expect import NotApplicable
+from ..subject import Subject
 from ..watch.calls import each, tensors
 from .precision import precise
 
@@ -119,7 +120,7 @@ def exchanged(x: Tensor, *, H: int, h: int) -> Tensor:
     return x.unflatten(-1, (H, -1))[..., order, :].flatten(-2)
 
 
-def one_block(subject: Any, scheme: tuple[float, float] | None, **sizes: Any) -> nn.Module:
+def one_block(subject: Subject, scheme: tuple[float, float] | None, **sizes: Any) -> nn.Module:
     """The subject with a single block, built so or with the others deleted from their list."""
     layers = dict(n_layer=1) if subject.can_vary("n_layer") else {}
     model = precise(subject, scheme, **layers, **sizes)

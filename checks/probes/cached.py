@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..expect import Bound, NotApplicable
+from ..subject import Subject
 from .precision import precision, spread
 
 LONGEST = 24  # tokens
@@ -39,7 +40,7 @@ class Coarsest(TorchDispatchMode):
 class Reader:
     """Reads texts by a model of strong weights, with and without its cache."""
 
-    subject: Any
+    subject: Subject
     model: nn.Module
     inside: torch.dtype  # the coarsest type on the way through the cache
     dtype: torch.dtype  # of the weights
@@ -75,13 +76,13 @@ class Reader:
         return Reader(self.subject, fresh(self.subject, self.dtype, **sizes), self.inside, self.dtype)
 
 
-def reader(subject: Any) -> Reader:
+def reader(subject: Subject) -> Reader:
     """One for all checks of a subject. Raises NotApplicable where there is no cache, or no room to read in pieces."""
     known = subject.once(meet)
     return known if subject.builds_afresh else known.sharp()  # one instance has had other weights in between
 
 
-def meet(subject: Any) -> Reader:
+def meet(subject: Subject) -> Reader:
     """Found by reading a text: where the cache refuses float64, in float32."""
     if not subject.causal:
         raise NotApplicable("declared as not causal: what is read later changes what was read before")
@@ -101,11 +102,11 @@ def meet(subject: Any) -> Reader:
     raise AssertionError("unreachable: float32 returns or raises")
 
 
-def fresh(subject: Any, dtype: torch.dtype, **sizes: Any) -> nn.Module:
+def fresh(subject: Subject, dtype: torch.dtype, **sizes: Any) -> nn.Module:
     return subject.amplified(seed=subject.seed, dtype=dtype, **sizes)
 
 
-def length(subject: Any) -> int:
+def length(subject: Subject) -> int:
     """Tokens of a text that fills the block, or 24 of them."""
     T = min(subject.sizes.block_size, LONGEST)
     if T < 3:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..subject import Subject
 
 POSITIONS = re.compile(r"(input_?)?pos(ition)?(_?ids?|s)?|token_positions")
 DOCUMENTS = re.compile(r"(doc|document|segment|sequence|seq)s?(_ids?)?")
 TARGETS = re.compile(r"(target|label)s?|y")
 
 
-def taken(subject: Any, named: re.Pattern) -> inspect.Parameter | None:
+def taken(subject: Subject, named: re.Pattern) -> inspect.Parameter | None:
     """The first parameter of the model's forward that is called so, after the one that takes the tokens."""
     try:
         _tokens, *parameters = inspect.signature(subject.build(seed=subject.seed).forward).parameters.values()
@@ -24,7 +25,7 @@ def taken(subject: Any, named: re.Pattern) -> inspect.Parameter | None:
     return next((parameter for parameter in parameters if named.fullmatch(parameter.name)), None)
 
 
-def beside_tokens(subject: Any, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
+def beside_tokens(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
     """By name, what may be handed over with tokens [B, T]: positions in two shapes, document ids, targets."""
     every = torch.arange(tokens.shape[1], device=tokens.device)
     positions, one_document, targets = every.expand_as(tokens), torch.zeros_like(tokens), tokens.roll(-1, dims=1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..expect import EQUAL_SHAPE, Bound, NotApplicable
+from ..subject import Subject
 from ..watch.calls import Where, first_breaking
 from ..watch.draws import seeded
 from .module_state import buffers_kept
@@ -46,7 +47,7 @@ EVAL = Way("in eval mode")
 TRAIN = Way("in train mode", training=True)
 
 
-def call(subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, way: Way = EVAL) -> Tensor:
+def call(subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, way: Way = EVAL) -> Tensor:
     """Logits [B, T, V] without a graph; dropout, where the way has it, always from the same seed."""
     kept = buffers_kept(model) if way.training else nullcontext()
     with seeded(subject.seed), torch.no_grad(), way.inside(), kept:
@@ -58,12 +59,12 @@ def call(subject: Any, model: nn.Module, tokens: Tensor, mask: Tensor | None = N
             model.eval()
 
 
-def length(subject: Any) -> int:
+def length(subject: Subject) -> int:
     """The longest sequence in which every pair is tried."""
     return min(subject.sizes.block_size, LONGEST)
 
 
-def lengths(subject: Any, model: nn.Module) -> list[int]:
+def lengths(subject: Subject, model: nn.Module) -> list[int]:
     """Every length from 1 on; a few of them where each new shape is slow."""
     T = length(subject)
     call(subject, model, subject.tokens(1, T))
@@ -75,7 +76,7 @@ def lengths(subject: Any, model: nn.Module) -> list[int]:
     return few if slow else list(range(shortest, T + 1))
 
 
-def reads_one_token(subject: Any, model: nn.Module) -> bool:
+def reads_one_token(subject: Subject, model: nn.Module) -> bool:
     """Some models refuse a sequence of one token, and say so."""
     try:
         call(subject, model, subject.tokens(1, 1))
@@ -84,13 +85,13 @@ def reads_one_token(subject: Any, model: nn.Module) -> bool:
     return True
 
 
-def needs_one_token(subject: Any, model: nn.Module) -> None:
+def needs_one_token(subject: Subject, model: nn.Module) -> None:
     """Raises NotApplicable where nothing can be decoded from the begin token alone."""
     if not reads_one_token(subject, model):
         raise NotApplicable("decoding begins with one token, and the model does not read one alone")
 
 
-def every_id(subject: Any, T: int, *, rows: int | None = None, seed: int = 0) -> Tensor:
+def every_id(subject: Subject, T: int, *, rows: int | None = None, seed: int = 0) -> Tensor:
     """[V, T] tokens in which every column holds every id once (a random choice of `rows` of them)."""
     V = subject.sizes.vocab_size
     generator = torch.Generator().manual_seed(seed)
@@ -126,7 +127,12 @@ class Changes:
 
 
 def changes(
-    subject: Any, tokens: Tensor, mask: Tensor | None = None, *, places: list[int] | None = None, alternatives: int = 2
+    subject: Subject,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    places: list[int] | None = None,
+    alternatives: int = 2,
 ) -> Changes:
     """Every row of tokens [R, T] with one real token replaced, at each of the places, by so many other ids."""
     (R, T), V = tokens.shape, subject.sizes.vocab_size
@@ -150,7 +156,7 @@ def moved(one: Tensor, other: Tensor) -> Tensor:
     return torch.where(same, 0.0, apart.nan_to_num(nan=torch.inf)).amax(dim=-1)
 
 
-def measure(subject: Any, model: nn.Module, tried: Changes, way: Way, *, alone: bool = False) -> Tensor:
+def measure(subject: Subject, model: nn.Module, tried: Changes, way: Way, *, alone: bool = False) -> Tensor:
     """[N, T]: how far a changed token moved the logits at each position; each row by itself or stacked."""
     if not len(tried.place):
         return torch.zeros(tried.plain.shape, dtype=torch.float64)
@@ -188,7 +194,7 @@ class Leak:
     def length(self) -> int:
         return self.tried.plain.shape[1]
 
-    def site(self, subject: Any, model: nn.Module) -> Where | None:
+    def site(self, subject: Subject, model: nn.Module) -> Where | None:
         """The first module whose output at an earlier position depends on token s while its input does not."""
         tried = self.tried
         return first_breaking(
@@ -200,7 +206,7 @@ class Leak:
 
 
 def find_leak(
-    subject: Any,
+    subject: Subject,
     model: nn.Module,
     tried: Changes,
     way: Way = EVAL,
@@ -254,7 +260,7 @@ def _separately(tried: Changes, row: int) -> Iterator[tuple[Changes, int]]:
     yield Changes(batch.plain, changed, batch.place, batch.mask), index
 
 
-def _confirm(subject: Any, model: nn.Module, tried: Changes, row: int, way: Way, bound: Bound) -> Leak | None:
+def _confirm(subject: Subject, model: nn.Module, tried: Changes, row: int, way: Way, bound: Bound) -> Leak | None:
     """The leak, if it shows again in two separate calls, and for the bound of 0 again in two more."""
 
     def run(tokens: Tensor) -> Tensor:

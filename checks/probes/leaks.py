@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..expect import Bound, Where, fail
+from ..subject import Subject
 from ..watch.attention import Attentions
 from ..watch.norms import NAMED
 from .ablation import blocks_of, passed_by, replaced
@@ -26,7 +25,7 @@ FAINT = 1e-2  # of what the past does: a fill that is not negative enough leaks 
 
 
 def expect_no_leak(
-    subject: Any,
+    subject: Subject,
     model: nn.Module,
     tried: Changes,
     way: Way = EVAL,
@@ -122,7 +121,7 @@ def in_groups(t: Tensor, s: Tensor, T: int) -> bool:
     return any(bool((t // size == s // size).all()) for size in range(2, (T + 1) // 2 + 1))
 
 
-def depth(subject: Any, model: nn.Module, leak: Leak, where: Where | None) -> tuple[str, ...]:
+def depth(subject: Subject, model: nn.Module, leak: Leak, where: Where | None) -> tuple[str, ...]:
     """Whether nothing leaks once the block that leaks first is passed by: then the other blocks are right."""
     blocks = blocks_of(model)
     culprit = [name for name in blocks if where is not None and f"{where.module}.".startswith(f"{name}.")]
@@ -134,7 +133,7 @@ def depth(subject: Any, model: nn.Module, leak: Leak, where: Where | None) -> tu
     return ("causal-mask-wrong-in-some-layers",) if clean else ()
 
 
-def attention_seen(subject: Any, model: nn.Module, leak: Leak) -> tuple[str, tuple[str, ...]]:
+def attention_seen(subject: Subject, model: nn.Module, leak: Leak) -> tuple[str, tuple[str, ...]]:
     """What the first attention that lets the future in was seen to do, and the bugs that do so."""
     with Attentions(leak.length) as attentions:
         call(subject, model, leak.tried.plain, leak.tried.mask, leak.way)

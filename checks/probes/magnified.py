@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
+from ..subject import Subject
 from ..watch.attention import LargestScore
 from .influence import call, every_id, length
 from .precision import precise, spread
@@ -16,7 +15,7 @@ REACH = 1e6  # of the logits' spread: beyond it, without norms, scores reach any
 SCORES = 1e8  # of scores: masks are filled with -1e9
 
 
-def magnified(subject: Any) -> nn.Module:
+def magnified(subject: Subject) -> nn.Module:
     """Weights so large that scores of thousands stand against whatever fills the masked ones."""
     model = precise(subject)
     with torch.no_grad():
@@ -26,7 +25,7 @@ def magnified(subject: Any) -> nn.Module:
     return model
 
 
-def within_reach(subject: Any, model: nn.Module) -> bool:
+def within_reach(subject: Subject, model: nn.Module) -> bool:
     """Whether magnified weights still say something about a mask: not where scores reach the largest usual fill."""
     with LargestScore() as score:
         logits = call(subject, model, every_id(subject, length(subject), seed=subject.seed))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..expect import Bound
-from ..subject import ABSENCE
+from ..subject import ABSENCE, Subject
 from .padding import ragged
 
 
@@ -39,27 +39,27 @@ def spread(logits: Tensor) -> float:
     return float(logits.detach().double().std().nan_to_num()) or 1.0
 
 
-def precision(subject: Any) -> Precision:
+def precision(subject: Subject) -> Precision:
     """The finest type in which the subject runs. Found once by running it."""
     return subject.once(_probe)
 
 
 def precise(
-    subject: Any, scheme: tuple[float, float] | None = ABSENCE, *, seed: int | None = None, **sizes: Any
+    subject: Subject, scheme: tuple[float, float] | None = ABSENCE, *, seed: int | None = None, **sizes: Any
 ) -> nn.Module:
     """An amplified model in the finest type in which the subject runs; the seed is the run's if none is given."""
     seed = subject.seed if seed is None else seed
     return subject.amplified(scheme, seed=seed, dtype=precision(subject).dtype, **sizes)
 
 
-def shared(subject: Any) -> nn.Module:
+def shared(subject: Subject) -> nn.Module:
     """One `precise` model for all the cases that a check draws."""
     if not subject.builds_afresh:
         return precise(subject)  # one instance, which has had other weights and types in between
     return subject.once(precise)
 
 
-def _probe(subject: Any) -> Precision:
+def _probe(subject: Subject) -> Precision:
     casts = _Casts()
     try:
         model = subject.amplified(dtype=torch.float64)
@@ -75,7 +75,7 @@ def _probe(subject: Any) -> Precision:
     return Precision(torch.float64, torch.float32 if narrow else torch.float64)
 
 
-def _overflows_when_cast(subject: Any) -> bool:
+def _overflows_when_cast(subject: Subject) -> bool:
     """Whether padding is survived in float32 but not in float64, whose least number is -inf once cast to float32.
 
     So it is where it is multiplied by what was computed from a mask of integers: `(1.0 - mask) * finfo(x.dtype).min`.
@@ -88,7 +88,7 @@ def _overflows_when_cast(subject: Any) -> bool:
         return False
 
 
-def _survives_padding(subject: Any, dtype: torch.dtype) -> bool:
+def _survives_padding(subject: Subject, dtype: torch.dtype) -> bool:
     """Whether logits and gradients are finite where the first tokens of a row are padding, which see nothing."""
     model = subject.amplified(dtype=dtype)
     tokens = subject.tokens(2, subject.sizes.block_size)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..expect import NotApplicable
+from ..subject import Subject
 
 
-def expect_causal(subject: Any) -> None:
+def expect_causal(subject: Subject) -> None:
     if not subject.causal:
         raise NotApplicable("declared as not causal")
 
 
-def expect_takes_mask(subject: Any) -> None:
+def expect_takes_mask(subject: Subject) -> None:
     if not subject.takes_mask:
         raise NotApplicable("the subject takes no padding mask")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import nn
 
 from ..expect import fail
+from ..subject import Subject
 from .module_state import settings
 
 DECLARED = re.compile(
@@ -23,7 +23,7 @@ def ties(model: nn.Module) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def expect_declared_tie(subject: Any, model: nn.Module) -> None:
+def expect_declared_tie(subject: Subject, model: nn.Module) -> None:
     """Where a configuration says that the head shares the embedding, a matrix with a row for each symbol is shared."""
     V = subject.sizes.vocab_size
     tables = [name for name, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2 and V in p.shape]

@@ -44,7 +44,7 @@ class Refused(Exception):
 class Logits(nn.Module):
     """The subject's call as a module, so that whatever the model takes and returns passes through DDP alike."""
 
-    def __init__(self, subject: Any, model: nn.Module) -> None:
+    def __init__(self, subject: Subject, model: nn.Module) -> None:
         super().__init__()
         self.subject, self.model = subject, model
 
@@ -52,7 +52,7 @@ class Logits(nn.Module):
         return self.subject.logits(self.model, tokens)
 
 
-def model_of(subject: Any, weights: dict[str, Tensor] | None = None) -> nn.Module:
+def model_of(subject: Subject, weights: dict[str, Tensor] | None = None) -> nn.Module:
     """A model in train mode, in the finest type in which it runs, without dropout."""
     model = subject.build(seed=subject.seed)
     if weights is not None:
@@ -62,7 +62,7 @@ def model_of(subject: Any, weights: dict[str, Tensor] | None = None) -> nn.Modul
     return model
 
 
-def batches(subject: Any) -> list[Tensor]:
+def batches(subject: Subject) -> list[Tensor]:
     return [subject.tokens(2 * COUNT, subject.sizes.block_size, seed=subject.seed + i) for i in range(BATCHES)]
 
 
@@ -76,7 +76,7 @@ def gradients(network: nn.Module, model: nn.Module, given: list[Tensor]) -> list
     return found
 
 
-def train_in_two(subject: Any, weights: dict[str, Tensor], folder: Path, *, unused: bool) -> list[Any]:
+def train_in_two(subject: Subject, weights: dict[str, Tensor], folder: Path, *, unused: bool) -> list[Any]:
     """Of each process the gradients and the buffers at the end. Raises Refused with what a process said, and
     NotApplicable where it has no way to the subject.
 

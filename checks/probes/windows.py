@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..subject import Subject
 from .module_state import CONFIGURATIONS, settings
 
 NAMED = re.compile(r"window|sliding")
@@ -22,14 +23,14 @@ def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def window(subject: Any, model: nn.Module, T: int) -> int | None:
+def window(subject: Subject, model: nn.Module, T: int) -> int | None:
     """The smallest declared window that T tokens do not fit, None without one."""
     said = subject.declared("window")
     sizes = declared_windows(model).values() if said is None else (said,)
     return min((w for w in sizes if w < T), default=None)
 
 
-def holds(subject: Any, model: nn.Module, size: int) -> bool:
+def holds(subject: Subject, model: nn.Module, size: int) -> bool:
     """Whether the subject declares this window or a part of the model holds it; a config may mean other blocks."""
     if subject.declared("window") == size:
         return True
@@ -50,7 +51,7 @@ def reach(seen: Tensor) -> int | None:
     return count if bool(seen.eq(torch.ones(T, T, dtype=torch.bool).tril().triu(1 - count)).all()) else None
 
 
-def in_reach(subject: Any, model: nn.Module, T: int) -> Tensor:
+def in_reach(subject: Subject, model: nn.Module, T: int) -> Tensor:
     """[T, T], True where position t (row) must see token s (column): every earlier one, or those of one window."""
     size = window(subject, model, T)
     past = torch.ones(T, T, dtype=torch.bool).tril()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from ..expect import CheckFailed, NotApplicable, Where, remarks
-from ..subject import one_thread, unwarned
+from ..subject import Subject, one_thread, unwarned
 from .order import check_id, checks_in, rule, theme
 
 Outcome = Literal["passed", "failed", "error", "not_applicable", "skipped", "blocked"]
@@ -44,7 +44,7 @@ class Verdict:
 
 
 @unwarned()
-def judge(check: Callable, subject: Any, earlier: Mapping[str, Verdict]) -> Verdict:
+def judge(check: Callable, subject: Subject, earlier: Mapping[str, Verdict]) -> Verdict:
     """Runs one check, unless a check that it needs did not pass; never raises for what a subject does.
 
     `earlier` holds the verdicts so far by check id. KeyboardInterrupt passes through.
@@ -96,14 +96,14 @@ def _wants_gradients(error: Exception) -> bool:
     return any(words in str(error) for words in says)
 
 
-def _not_on_the_cpu(error: Exception, subject: Any) -> bool:
+def _not_on_the_cpu(error: Exception, subject: Subject) -> bool:
     """Whether torch, not the subject, says that it has no such operation where the subject runs."""
     if subject.device.type != "cpu" or not isinstance(error, NotImplementedError) or "CPU" not in str(error):
         return False
     return not subject.owns(traceback.extract_tb(error.__traceback__)[-1].filename)
 
 
-def _backward_fails(error: Exception, subject: Any) -> bool:
+def _backward_fails(error: Exception, subject: Subject) -> bool:
     """Whether a value that backward needs was changed in place, wherever the model is asked for gradients."""
     if "modified by an inplace operation" not in str(error):
         return False
@@ -111,7 +111,7 @@ def _backward_fails(error: Exception, subject: Any) -> bool:
     return judge(told, subject, {}).outcome == "failed"
 
 
-def _last_own_line(error: BaseException | None, subject: Any) -> Where | None:
+def _last_own_line(error: BaseException | None, subject: Subject) -> Where | None:
     """The last line of the subject's own code that an exception went through."""
     frames = traceback.extract_tb(error.__traceback__) if error else []
     theirs = [frame for frame in frames if subject.owns(frame.filename)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..expect import NotApplicable
+from ..subject import Subject
 from .explained import parallel
 from .runs import Example, Losses, Step, examples, flat, model_of
 
@@ -96,7 +97,7 @@ class MetStep:
         return {**self.roles, **{name: role for role in given if (name := self.takes(role))}}
 
 
-def met_step(subject: Any) -> MetStep:
+def met_step(subject: Subject) -> MetStep:
     """The subject's train_step. Raises NotApplicable where it has none, or none that can be called."""
     met = subject.once(_meet)
     if isinstance(met, NotApplicable):
@@ -104,7 +105,7 @@ def met_step(subject: Any) -> MetStep:
     return met
 
 
-def _meet(subject: Any) -> MetStep | NotApplicable:
+def _meet(subject: Subject) -> MetStep | NotApplicable:
     function = subject.part("train_step")
     if function is None:
         return NotApplicable("the subject brings no train_step")
@@ -118,7 +119,7 @@ def _meet(subject: Any) -> MetStep | NotApplicable:
     return next((met for met in found if met.right), found[0])
 
 
-def trials(subject: Any, function: Callable, roles: dict[str, str], errors: list[str]) -> Iterator[MetStep]:
+def trials(subject: Subject, function: Callable, roles: dict[str, str], errors: list[str]) -> Iterator[MetStep]:
     """One step in every form that the function takes; the first that follows the gradient is the last tried."""
     forms = FORMS if "batch" in roles.values() else FORMS[:2] if "targets" in roles.values() else FORMS[3:]
     ran = False
@@ -165,7 +166,7 @@ def one_step(
             return Step(list(batch), reported(result), before, flat(model)), n
 
 
-def equal_examples(subject: Any, count: int, *, seed: int = 0) -> list[Example]:
+def equal_examples(subject: Subject, count: int, *, seed: int = 0) -> list[Example]:
     """Short enough for a step that reads whole examples and shifts inside."""
     return examples(subject, count, ragged=False, seed=seed, longest=subject.sizes.block_size - 1)
 

@@ -16,7 +16,7 @@ from ...transformer.trainer import TrainConfig, Trainer
 from ..expect import NotApplicable
 from ..loss.formula import cross_entropy
 from ..probes.precision import precision
-from ..subject import cast
+from ..subject import Subject, cast
 from ..watch.draws import set_rates, states
 
 Example = list[int]
@@ -40,7 +40,7 @@ class Padded:
         return replace(self, tokens=self.tokens.to(device), targets=self.targets.to(device), mask=self.mask.to(device))
 
 
-def needs_trainer(subject: Any) -> None:
+def needs_trainer(subject: Subject) -> None:
     """Raises NotApplicable where the subject has no trainer of its own, before anything is built."""
     if not subject.brings("trainer"):
         raise NotApplicable("the subject brings no trainer")
@@ -66,7 +66,7 @@ class Watched:
 
 
 def examples(
-    subject: Any, count: int, *, seed: int = 0, ragged: bool = True, longest: int | None = None
+    subject: Subject, count: int, *, seed: int = 0, ragged: bool = True, longest: int | None = None
 ) -> list[Example]:
     """Random token ids; ragged ones have from 2 tokens to as many as the model reads, and one."""
     most = min(longest or 11, subject.sizes.block_size)
@@ -76,7 +76,7 @@ def examples(
     return [torch.randint(V, (length,), generator=generator).tolist() for length in lengths]
 
 
-def model_of(subject: Any, *, seed: int = 0, **sizes: Any) -> nn.Module:
+def model_of(subject: Subject, *, seed: int = 0, **sizes: Any) -> nn.Module:
     """A small model in train mode, in float64 where it runs in that, without dropout unless it is asked for."""
     if subject.can_vary("n_layer"):
         sizes.setdefault("n_layer", 1)
@@ -90,7 +90,7 @@ def model_of(subject: Any, *, seed: int = 0, **sizes: Any) -> nn.Module:
     return model
 
 
-def refuse_chance(subject: Any, model: nn.Module) -> None:
+def refuse_chance(subject: Subject, model: nn.Module) -> None:
     """Raises NotApplicable where training is random with no dropout left: blocks are skipped, routers are noisy.
 
     Two passes that draw differently cannot be compared, and reseeding both would undo what a trainer does.
@@ -101,7 +101,7 @@ def refuse_chance(subject: Any, model: nn.Module) -> None:
         raise NotApplicable("training draws random numbers that no dropout rate stops", generators=drawn)
 
 
-def objective_of(subject: Any) -> Any:
+def objective_of(subject: Subject) -> Any:
     """The sum of the losses of a batch and its count of targets, by the formula; right padding needs no mask."""
 
     def objective(model: nn.Module, batch: Padded) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ class TrainerRun:
 
     def __init__(
         self,
-        subject: Any,
+        subject: Subject,
         model: nn.Module,
         train: Sequence[Example],
         *,
@@ -187,7 +187,7 @@ def pieces(model: nn.Module, vector: Tensor) -> dict[str, Tensor]:
 class Losses:
     """The gradients and values that examples should give, one at a time and unpadded, at a model's weights now."""
 
-    subject: Any
+    subject: Subject
     model: nn.Module
 
     def of(self, example: Example) -> tuple[Tensor, float, int]:

@@ -17,6 +17,7 @@ from ..expect import NotApplicable, advise, fail, keep, note
 from ..loss.given import cross_entropy_line, gives
 from ..loss.met_loss import met_loss
 from ..probes.influence import needs_one_token
+from ..subject import Subject
 
 HOMEWORK = dict(n_layer=1, n_head=4, n_embd=128, dropout=0.0)
 LEARNED = 1e-5  # nats a target
@@ -53,7 +54,7 @@ class Learned:
         return next((int(r["step"]) for r in self.curve if r["loss"] <= threshold), None)
 
 
-def learn(subject: Any, task: SentenceTask) -> Learned:
+def learn(subject: Subject, task: SentenceTask) -> Learned:
     """Trains by the quick recipe, and where that fails by the published one; keeps the better of the two."""
     sizes = sentence_sizes(subject, task)
     tried: list[str] = []
@@ -72,7 +73,7 @@ def learn(subject: Any, task: SentenceTask) -> Learned:
     return best
 
 
-def sentence_sizes(subject: Any, task: SentenceTask) -> dict[str, Any]:
+def sentence_sizes(subject: Subject, task: SentenceTask) -> dict[str, Any]:
     """The homework's sizes where the subject takes them, else its own, if the sentence fits."""
     wanted = dict(vocab_size=task.tokenizer.vocab_size, block_size=task.block_size, **HOMEWORK)
     sizes = {name: value for name, value in wanted.items() if subject.can_vary(name)}
@@ -86,7 +87,7 @@ def sentence_sizes(subject: Any, task: SentenceTask) -> dict[str, Any]:
     return sizes
 
 
-def train(subject: Any, task: SentenceTask, sizes: dict[str, Any], recipe: str) -> Learned:
+def train(subject: Subject, task: SentenceTask, sizes: dict[str, Any], recipe: str) -> Learned:
     model = subject.build(seed=subject.seed, **sizes)
     needs_one_token(subject, model)
     config = replace(RECIPES[recipe], seed=subject.seed, device=str(subject.device))
@@ -116,7 +117,7 @@ def train(subject: Any, task: SentenceTask, sizes: dict[str, Any], recipe: str) 
     return learned
 
 
-def objective(subject: Any) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
+def objective(subject: Subject) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
     """The subject's own loss where it brings one, else ours; as the sum that the trainer wants."""
     loss = loss_of(subject)
 
@@ -128,7 +129,7 @@ def objective(subject: Any) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor
     return objective
 
 
-def logits_of(subject: Any, model: nn.Module, tokens: Tensor) -> Tensor:
+def logits_of(subject: Subject, model: nn.Module, tokens: Tensor) -> Tensor:
     """[B, T, V]; of a model that means to give probabilities (nothing in its file takes them for logits) their log."""
     given: Tensor = subject.logits(model, tokens)
     if subject.returns == "probabilities" and cross_entropy_line(subject) is None:
@@ -136,7 +137,7 @@ def logits_of(subject: Any, model: nn.Module, tokens: Tensor) -> Tensor:
     return given
 
 
-def loss_of(subject: Any) -> Callable[..., Tensor]:
+def loss_of(subject: Subject) -> Callable[..., Tensor]:
     """loss(logits, targets, mask): the subject's own where it brings one that can leave targets out, else ours."""
     if not subject.brings("loss"):
         return next_token_loss
@@ -155,7 +156,7 @@ def _ours_where_masked(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return loss
 
 
-def losses(subject: Any, learned: Learned) -> dict[str, float]:
+def losses(subject: Subject, learned: Learned) -> dict[str, float]:
     """Mean cross entropy of each split over the targets that carry loss, by our own loss."""
     return {
         split: split_losses(subject, learned, getattr(learned.task, split))["unmasked"]
@@ -163,12 +164,12 @@ def losses(subject: Any, learned: Learned) -> dict[str, float]:
     }
 
 
-def validation(subject: Any, learned: Learned) -> dict[str, float]:
+def validation(subject: Subject, learned: Learned) -> dict[str, float]:
     found = split_losses(subject, learned, learned.task.validation)
     return {"validation_loss": found["unmasked"], "all_targets_loss": found["all"], "masked_loss": found["masked"]}
 
 
-def split_losses(subject: Any, learned: Learned, texts: list[str]) -> dict[str, float]:
+def split_losses(subject: Subject, learned: Learned, texts: list[str]) -> dict[str, float]:
     """Mean cross entropy over the unmasked, the masked and all targets; identical texts are computed once."""
     batch = learned.task.batch(list(dict.fromkeys(texts))).to(subject.device)
     model = learned.trainer.model

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..expect import NotApplicable, advise, fail, note
 from ..loss.formula import cross_entropy
+from ..subject import Subject
 from .events import Ticks, watched_events
 from .explained import (
     angle,
@@ -69,7 +70,7 @@ def at(model: nn.Module, step: Step, what: Any) -> Any:
         write(model, step.after)
 
 
-def follow_with_train_step(subject: Any) -> None:
+def follow_with_train_step(subject: Subject) -> None:
     """Two steps on batches of rows of equal length, by plain SGD."""
     met = met_step(subject)
     note(called=met.says, update_per_gradient=met.factor, calls_per_step=met.calls)
@@ -92,7 +93,7 @@ def follow_with_train_step(subject: Any) -> None:
         refuse_update(got, second, "step 2", *found, model=model)
 
 
-def judge_calls(subject: Any, met: MetStep) -> None:
+def judge_calls(subject: Subject, met: MetStep) -> None:
     """The optimizer handed over is stepped, and once on a gradient."""
     model = model_of(subject).to(met.dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -144,7 +145,7 @@ def judge_length(met: MetStep, targets: int, rows: int) -> None:
     advise(f"an update is {factor:.4g} times the gradient of the mean loss: {size}")
 
 
-def other_direction(subject: Any, model: nn.Module, met: MetStep, gradient: Tensor, batch: list) -> None:
+def other_direction(subject: Subject, model: nn.Module, met: MetStep, gradient: Tensor, batch: list) -> None:
     """What an update that is not along the gradient is along."""
     got, when = -met.first.update / RATE, f"the first step ({met.says})"
     if not got.any():
@@ -175,7 +176,7 @@ def other_direction(subject: Any, model: nn.Module, met: MetStep, gradient: Tens
     refuse_update(got, gradient, when, says, likely, model)
 
 
-def advise_of_several_steps(subject: Any, met: MetStep) -> None:
+def advise_of_several_steps(subject: Subject, met: MetStep) -> None:
     model, optimizer = fresh(subject, met)
     with watched_events(model, optimizer) as events:
         met.run(model, optimizer, met.first.examples)
@@ -186,7 +187,7 @@ def advise_of_several_steps(subject: Any, met: MetStep) -> None:
         )
 
 
-def refuse_rows(subject: Any, model: nn.Module, got: Tensor, gradient: Tensor, batch: list, when: str) -> None:
+def refuse_rows(subject: Subject, model: nn.Module, got: Tensor, gradient: Tensor, batch: list, when: str) -> None:
     """Fails if rows count unequally, or are trained on each other's targets."""
     whole = torch.tensor(batch, device=subject.device)
     losses, logits = Losses(subject, model), subject.logits(model, whole[:, :-1])
@@ -199,7 +200,9 @@ def refuse_rows(subject: Any, model: nn.Module, got: Tensor, gradient: Tensor, b
         refuse_update(got, gradient, when, says, ("step-pairs-other-rows",))
 
 
-def refuse_pairing(subject: Any, model: nn.Module, met: MetStep, got: Tensor, gradient: Tensor, batch: list) -> None:
+def refuse_pairing(
+    subject: Subject, model: nn.Module, met: MetStep, got: Tensor, gradient: Tensor, batch: list
+) -> None:
     """Fails if the update is along the gradient of other targets."""
     whole = torch.tensor(batch, device=subject.device)
     tokens, targets = whole[:, :-1], whole[:, 1:]
@@ -233,7 +236,7 @@ def policy(losses: Losses, got: Tensor, logits: Tensor, targets: Tensor) -> str:
 # What a step does with padding, a limit, a scale and a schedule
 
 
-def understood(subject: Any, role: str = "") -> MetStep:
+def understood(subject: Subject, role: str = "") -> MetStep:
     """A step that is along the gradient, with a parameter for the role. Raises NotApplicable for others."""
     met = met_step(subject)
     if role and met.takes(role) is None:
@@ -243,12 +246,12 @@ def understood(subject: Any, role: str = "") -> MetStep:
     return met
 
 
-def fresh(subject: Any, met: MetStep) -> tuple[nn.Module, torch.optim.Optimizer]:
+def fresh(subject: Subject, met: MetStep) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = model_of(subject).to(met.dtype)
     return model, torch.optim.SGD(model.parameters(), lr=RATE)
 
 
-def padded_rows_count_by_their_targets(subject: Any) -> None:
+def padded_rows_count_by_their_targets(subject: Subject) -> None:
     """Rows of several lengths, padded with targets of -100: every real target counts alike, padding nothing."""
     met = understood(subject)
     model, optimizer = fresh(subject, met)
@@ -297,7 +300,7 @@ def knows_padding(met: MetStep) -> bool:
     return bool(met.takes("mask")) or any(word in source for word in ("mask", "ignore_index", "-100", "pad"))
 
 
-def limit_cuts_the_gradient(subject: Any) -> None:
+def limit_cuts_the_gradient(subject: Subject) -> None:
     """A limit handed to the step is the length of what it moves the weights by, per rate."""
     met = understood(subject, "clip")
     parameter = met.takes("clip")
@@ -328,7 +331,7 @@ def limit_cuts_the_gradient(subject: Any) -> None:
         )
 
 
-def scaler_cancels(subject: Any) -> None:
+def scaler_cancels(subject: Subject) -> None:
     """With a scaler that scales, a clipped step goes where it goes with one that does not."""
     met = understood(subject, "scaler")
     updates = []
@@ -354,7 +357,7 @@ def scaler_cancels(subject: Any) -> None:
     )
 
 
-def schedule_ticks_once(subject: Any) -> None:
+def schedule_ticks_once(subject: Subject) -> None:
     """A scheduler handed to the step ticks once for a step of the optimizer, after it."""
     met = understood(subject, "scheduler")
     model, optimizer = fresh(subject, met)
@@ -384,7 +387,7 @@ def schedule_ticks_once(subject: Any) -> None:
         )
 
 
-def step_leaves_random_states(subject: Any) -> None:
+def step_leaves_random_states(subject: Subject) -> None:
     """A step may draw from the global random state, and never sets it."""
     met = met_step(subject)
     after = []

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..probes.ablation import blocks_of
 from ..probes.influence import call
+from ..subject import Subject
 from .calls import Call, recorded
 
 ROTARY = re.compile(r"rotary|rotate_half|\brope\b|apply_rope|freqs_cis|rotate_every", re.IGNORECASE)
@@ -143,7 +144,7 @@ class Products(TorchFunctionMode):
             self.found.append((q.detach(), k.detach().transpose(-2, -1)))
 
 
-def key_products(subject: Any, model: nn.Module, tokens: Tensor) -> dict[str, dict[str, Tensor]]:
+def key_products(subject: Subject, model: nn.Module, tokens: Tensor) -> dict[str, dict[str, Tensor]]:
     """By block, its first product of queries and keys [.., T, T], in units of their mean length, and as cosines.
 
     Of the blocks that equal tokens enter as equal vectors; of the first alone where products are not so many a block.
