@@ -55,7 +55,8 @@ from .probes.precision import precise, precision, shared, spread
 from .probes.preconditions import expect_causal, expect_takes_mask
 from .probes.windows import declared_windows, held_by, holds, in_reach, reach, window
 from .subject import EXISTENCE, Subject
-from .watch.calls import first_breaking, locate
+from .watch.calls import first_breaking
+from .watch.location import locate
 
 DROPOUT = 0.2
 FARTHEST = 1031  # past the last at which a mask is commonly cut: two cuts see every pair on both sides of one

@@ -34,7 +34,8 @@ from .probes.padding import SIDES, ragged
 from .probes.precision import precise, precision, spread
 from .probes.ties import expect_declared_tie, expect_no_twins, ties
 from .subject import EXISTENCE, Subject
-from .watch.calls import Call, first_bad, locate, recorded
+from .watch.calls import Call, first_bad, recorded
+from .watch.location import locate
 
 SMALLEST = 1e-6  # standard deviations of the logits: what a part that matters moves at least (clean models: 0.1)
 

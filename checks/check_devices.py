@@ -25,8 +25,9 @@ from .probes.precision import precision
 from .probes.rounding import Promoted, naively
 from .subject import EXISTENCE, Subject, cast
 from .training.runs import refuse_chance
-from .watch.calls import locate
-from .watch.draws import seeded, set_rates
+from .watch.draws import seeded
+from .watch.dropout import set_rates
+from .watch.location import locate
 from .watch.memory import Held, peak_bytes
 from .watch.waits import Waits
 

@@ -17,8 +17,9 @@ from .probes.embeddings import watched_embeddings
 from .probes.module_state import renormalized
 from .probes.precision import precision
 from .subject import ABSENCE, EXISTENCE, Subject
-from .watch.calls import Call, each, locate, recorded
+from .watch.calls import Call, each, recorded
 from .watch.draws import seeded
+from .watch.location import locate
 
 ROWS = 4
 MOST = 24  # parameters whose gradient is compared

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from .expect import READABLE, NotApplicable, Where, advise, fail, farthest, needs, note
 from .probes.precision import precise, precision
 from .subject import Subject
-from .watch.calls import Call, called_by_checks, line_now, locate, recorded
+from .watch.calls import Call, recorded
 from .watch.draws import seeded, uninitialized_memory_is_nan
+from .watch.location import called_by_checks, line_now, locate
 from .watch.parameters import Operands, amplification, first_inputs, gains_of
 
 SEEDS = 5

@@ -43,7 +43,7 @@ from .loss.reading import NoGradient, gradient, read
 from .loss.returned import answers, leaves, slopes
 from .probes.precision import spread
 from .subject import Subject
-from .watch.calls import locate
+from .watch.location import locate
 
 PLACE = ("row", "position", "symbol")
 GIVES = "check_loss.check_targets_give_a_loss"

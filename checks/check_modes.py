@@ -15,9 +15,10 @@ from .probes.expectation import Averaged, unscaled
 from .probes.module_state import buffers_kept, renormalized
 from .probes.precision import precise, precision, spread
 from .subject import EXISTENCE, Subject
-from .watch.calls import first_breaking, first_changing, locate
-from .watch.draws import Draws, Site, is_dropout, reads_mode, seeded, set_rates, sites, states, training_alone
-from .watch.dropout import Trial, silent_sites
+from .watch.calls import first_breaking, first_changing
+from .watch.draws import Draws, seeded, states
+from .watch.dropout import Site, Trial, is_dropout, reads_mode, set_rates, silent_sites, sites, training_alone
+from .watch.location import locate
 
 TRACE = "check_contract.check_earlier_calls_leave_no_trace"
 HALF = 0.5  # a rate at which as many are kept as dropped

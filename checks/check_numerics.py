@@ -14,7 +14,8 @@ from .expect import READABLE, REPEATS, NotApplicable, Where, advise, fail, needs
 from .probes.precision import precision
 from .probes.rounding import Casts, Promoted, naively
 from .subject import EXISTENCE, Subject
-from .watch.calls import Call, first_bad, locate, recorded
+from .watch.calls import Call, first_bad, recorded
+from .watch.location import locate
 
 # How many times the error of a naive evaluation is too much. Correct models: at most 1.6 in half precision, where the
 # rounding of results is all there is, and 4.9 in float32, where the sums inside an operation count as well.

@@ -19,7 +19,7 @@ from .probes.precision import precise, spread
 from .probes.silent_parts import FeedForward, Silence, feed_forwards, narrowing_in_blocks
 from .subject import EXISTENCE, Subject
 from .watch.activations import FORMS, Activation, activations
-from .watch.calls import locate
+from .watch.location import locate
 from .watch.norms import LARGE, Norm, norms
 from .watch.products import Attended, Weighed, sharing
 

@@ -17,7 +17,7 @@ from .probes.precision import precise, spread
 from .probes.preconditions import expect_causal
 from .subject import EXISTENCE, Subject
 from .watch.attention import key_products, mentions_rotary
-from .watch.calls import locate
+from .watch.location import locate
 
 SMALLEST = 1e-6  # standard deviations of the logits: what an exchange of tokens moves at least (clean models: 2e-3)
 TURNED = 1e-4  # of a cosine: angles are commonly computed in float32; in bfloat16 they drift by 1e-2

@@ -24,7 +24,7 @@ from .family.specimen import Settled, specimen
 from .family.stages import Explained, explain, part_from
 from .family.trace import Parting
 from .subject import Subject
-from .watch.calls import locate
+from .watch.location import locate
 
 NAMES = {"gpt2": "GPT-2", "llama": "Llama"}
 SIMULATION_SECONDS = 5.0  # of processor time, as all here

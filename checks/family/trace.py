@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...transformer.model import Transformer
 from ..expect import Where, shown
-from ..watch.calls import OURS, TORCH
+from ..watch.location import OURS, TORCH
 from .weights.inventory import QUESTIONS
 
 SAME = 1e-8  # relative: sums over a tensor's entries, in float64

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..expect import farthest
 from ..watch.calls import recorded
-from ..watch.draws import is_dropout, reads_mode, training_alone
+from ..watch.dropout import is_dropout, reads_mode, training_alone
 
 FUSED, WHOLE = "scaled_dot_product_attention", "multi_head_attention_forward"
 UNIFORM = ("rand", "rand_like", "uniform_")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..expect import Where
-from ..watch.calls import line_now
+from ..watch.location import line_now
 
 # Where these decide which expert a token goes to, one rounding sends it elsewhere and moves its logits by any amount.
 ROUTING = ("topk", "sort", "argsort", "argmax", "max", "multinomial")

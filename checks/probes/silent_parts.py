@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..expect import Where
-from ..watch.calls import line_now
+from ..watch.location import line_now
 from ..watch.products import Mapped, WeightProducts, multiplied, names_of
 from .ablation import blocks_of
 

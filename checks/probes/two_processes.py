@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..expect import NotApplicable
 from ..loss.formula import cross_entropy
 from ..subject import Subject, cast
-from ..watch.draws import set_rates
+from ..watch.dropout import set_rates
 from .backward import backward
 from .precision import precision
 

@@ -17,7 +17,8 @@ from ..expect import NotApplicable
 from ..loss.formula import cross_entropy
 from ..probes.precision import precision
 from ..subject import Subject, cast
-from ..watch.draws import set_rates, states
+from ..watch.draws import states
+from ..watch.dropout import set_rates
 
 Example = list[int]
 PLAIN = dict(warmup_steps=0, clip_norm=None, stop_loss=None, learning_rate=0.1, schedule="constant", steps=1000)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..expect import Where, shown
-from .calls import TORCH, locate
+from .location import TORCH, locate
 
 BEFORE = "new|fast|quick|accurate|approximate|approx|tanh|exact|my|custom|py|torch|bert|openai|gpt2?"
 BEHIND = "tanh|new|fast|exact|approximation|approximate|approx|activation|function|python|layer"

@@ -7,24 +7,18 @@ and before whatever contains it.
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
-from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..expect import Where, shown
+from ..expect import Where
+from .location import locate
 
-TORCH = str(Path(torch.__file__).parent)
-OURS = str(Path(__file__).parent.parent)
 DEPTH = 4  # how far objects are searched for tensors: an output object, its cache, the cache's layers, their tensors
 
 
@@ -174,78 +168,3 @@ def first_changing(model: nn.Module, run: Callable[[], Any], watch: Callable[[],
     with recorded(model, watch) as calls:
         run()
     return next((locate(model, call.module) for call in calls if call.before != call.after), None)
-
-
-def locate(model: nn.Module, name: str) -> Where:
-    """A module's class, and the file and line of its forward.
-
-    For one of PyTorch's own: the line in the forward of the module that owns it, since nobody mends torch.
-    """
-    module, owner, attribute = _walk(model, name)
-    file, line = _line(owner, attribute)
-    return Where(name, type(module).__name__, file, line)
-
-
-def _walk(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, str]:
-    """The module, the nearest module from its root that is not torch's own, and what that one calls the way to it."""
-    module, owner, attribute = model, model, ""
-    parts = [] if name == type(model).__name__ else name.split(".")
-    for part in parts:
-        if owner is module:
-            attribute = part
-        module = module.get_submodule(part)
-        if not type(module).__module__.startswith("torch."):
-            owner, attribute = module, ""
-    return module, owner, attribute
-
-
-def _line(owner: nn.Module, attribute: str) -> tuple[str, int]:
-    function = inspect.unwrap(type(owner).forward)
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return "", 0
-    line = code.co_firstlineno
-    if attribute:
-        try:
-            source = inspect.getsourcelines(code)[0]
-        except (OSError, TypeError):
-            source = []
-        mentions = [n for n, text in enumerate(source) if f"self.{attribute}" in text]
-        line += mentions[0] if mentions else 0
-    return shown(code.co_filename), line
-
-
-def line_now(names: Mapping[int, str] = MappingProxyType({})) -> Where | None:
-    """The line of the subject's own code that is running: the innermost frame outside torch and the checks.
-
-    `names` tells modules by their ids: the nearest one that is running is named, else the function.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((TORCH, "<")) and not _is_ours(file):
-            owner = _running(frame, names) or frame.f_locals.get("self")
-            kind = type(owner).__name__ if owner is not None else ""
-            return Where(names.get(id(owner)) or frame.f_code.co_name, kind, shown(file), frame.f_lineno)
-        frame = frame.f_back
-    return None
-
-
-def _running(frame: FrameType | None, names: Mapping[int, str]) -> Any:
-    """The innermost module with such a name whose method this frame is, or was called by."""
-    while frame is not None and names:
-        owner = frame.f_locals.get("self")
-        if names.get(id(owner)):
-            return owner
-        frame = frame.f_back
-    return None
-
-
-def called_by_checks() -> bool:
-    """Whether the caller of the calling function is a check, and not the subject."""
-    return _is_ours(sys._getframe(2).f_code.co_filename)
-
-
-def _is_ours(file: str) -> bool:
-    """The bugs are not: they play the subject."""
-    return file.startswith(OURS) and not file.startswith(os.path.join(OURS, "bugs"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..expect import Where
-from .calls import TORCH, line_now
+from .location import TORCH, line_now
 
 MAKERS = {
     "arange", "zeros", "ones", "full", "empty", "eye", "linspace", "logspace", "rand", "randn", "randint", "randperm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +12,93 @@ from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..expect import farthest
 from .calls import recorded
-from .draws import Site, holds_rate, reads_mode, sites, training_alone
+
+RATE_NAME = re.compile(r"^p$|drop(out)?(_?(p|prob|rate|ratio|probability))?$|^p_?drop(out)?$|pdrop$", re.I)
+NOT_A_SITE = re.compile(r"layer_?drop|drop_?(path|layer|token)|stochastic|head_?drop", re.I)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that declares a dropout rate, under the name of the attribute that holds it."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def rate(self) -> float:
+        return float(getattr(self.module, self.attribute))
+
+    @property
+    def functional(self) -> bool:
+        """Whether the module holds a rate for a dropout that it applies itself, among other things."""
+        return not is_dropout(self.module)
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Dropout modules with a rate above 0, and modules that hold such a rate and contain none that does."""
+    found = [
+        Site(name, module, _rates(module)[0])
+        for name, module in model.named_modules()
+        if _rates(module) and not any(_rates(inner) for inner in module.modules() if inner is not module)
+    ]
+    return [site for site in found if 0 < site.rate < 1]
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """PyTorch's dropouts, and people's own: a module without children whose class says so."""
+    own = "dropout" in type(module).__name__.lower() and not any(module.children())
+    return isinstance(module, _DropoutNd) or (own and bool(_rates(module)))
+
+
+def holds_rate(module: nn.Module) -> bool:
+    """Whether the module itself, not a part of it, has a dropout rate among its attributes."""
+    return bool(_rates(module))
+
+
+def _rates(module: nn.Module) -> list[str]:
+    if isinstance(module, _DropoutNd):
+        return ["p"]
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, float) and RATE_NAME.search(name) and not NOT_A_SITE.search(name)
+    ]
+
+
+def set_rates(model: nn.Module, rate: float) -> None:
+    """Gives every declared site, also one of rate 0, this rate."""
+    for module in model.modules():
+        for attribute in _rates(module):
+            setattr(module, attribute, rate)
+
+
+@contextmanager
+def training_alone(model: nn.Module, *modules: nn.Module) -> Iterator[None]:
+    """Only these modules, not even their children, in training mode."""
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        module.training = False
+    for module in modules:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def reads_mode(module: nn.Module) -> bool:
+    """Whether the mode can matter to a module: code of its class reads `training`, and no rate of 0 silences it."""
+    if isinstance(module, _DropoutNd) and module.p == 0:
+        return False
+    classes = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    codes = [getattr(value, "__code__", None) for kind in classes for value in vars(kind).values()]
+    return any(code is not None and "training" in code.co_names for code in codes)
 
 
 @dataclass(frozen=True)

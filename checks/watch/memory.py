@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..expect import Where
-from .calls import line_now
+from .location import line_now
 
 
 class Held(TorchDispatchMode):

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..expect import Where
 from .attention import PRODUCTS
-from .calls import line_now
+from .location import line_now
 
 MIXING = {F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.cumsum, Tensor.cumsum}
 CONVOLUTIONS = {torch.conv1d, F.conv1d}

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..expect import Where
-from .calls import line_now
+from .location import line_now
 
 aten = torch.ops.aten
 READS = {

@@ -11,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 from ...expect import NotApplicable, Where
 from ...subject import cast
-from ...watch.calls import line_now
-from ...watch.draws import seeded, set_rates
+from ...watch.draws import seeded
+from ...watch.dropout import set_rates
+from ...watch.location import line_now
 from ..agreement import apart
 from ..closeness import explicit
 from ..promotion import promoted

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...expect import Where
-from ...watch.calls import line_now
+from ...watch.location import line_now
 
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "einsum", "baddbmm"}
 FITS = 1e-9  # of the scores' variance: what a factor alone leaves unexplained
