@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from transformer_checks.checks import all_checks
 from transformer_checks.checks.bugs import Bug, all_bugs
-from transformer_checks.checks.run.verdict import Verdict, check_id, judge
+from transformer_checks.checks.run.order import check_id
+from transformer_checks.checks.run.verdict import Verdict, judge
 
 CHECKS = {check_id(check): check for check in all_checks()}
 BUGS = all_bugs()

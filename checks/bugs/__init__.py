@@ -1,12 +1,13 @@
-"""Known bugs, by component: each one small function that damages a fresh reference in one place.
+"""Known bugs, by the part that is wrong: each one small function that damages a fresh reference in one place.
 
-A bug's function takes the reference's parts (`build_model`, `loss`, `generate`, …) and replaces one of them, or one
-method of the model that `build_model` gives (`@bug(…, model=True)` hands over the built model instead).
+A bug's function takes the built `model`, or the reference's `parts` (`build_model`, `loss`, `generate`, …) to replace
+one of them: the name of its parameter says which. Its own name is the bug's id.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,22 +18,28 @@ from typing import Any
 from torch import nn
 
 from ..reference import reference_parts
+from ..run.order import Check, check_id
 from ..subject import Subject
 
 
 @dataclass(frozen=True)
 class Bug:
-    """One known mistake. `caught_by` lists the checks that must fail on it; the first is the one that names it best."""
+    """One known mistake. `checks` are those that must fail on it; the first is the one that names it best."""
 
     id: str
-    component: str  # the module it lives in: attention, positions, loss, …
+    component: str  # the module it lives in: attention, rotary, loss, …
     says: str  # what is wrong, in one line
     source: str  # where it was reported
-    caught_by: tuple[str, ...]
+    checks: tuple[Check, ...]
     damage: Callable[[SimpleNamespace], None]
     sizes: dict[str, Any]  # what the reference must be for the bug to matter: positions="rotary", …
     of: Callable[..., SimpleNamespace] = reference_parts  # whose parts are damaged: a variant's for what it alone has
     device: str = "cpu"  # where it shows
+
+    @property
+    def caught_by(self) -> tuple[str, ...]:
+        """The ids of its checks."""
+        return tuple(check_id(check) for check in self.checks)
 
     def subject(self, **declared: Any) -> Subject:
         """The damaged reference."""
@@ -46,33 +53,34 @@ class Bug:
 
 
 def bug(
-    id: str,
     says: str,
-    *,
-    caught_by: tuple[str, ...],
+    *checks: Check,
+    id: str = "",
     source: str = "",
-    model: bool = False,
     of: Callable[..., SimpleNamespace] = reference_parts,
     device: str = "cpu",
     **sizes: Any,
-):
-    """Marks a function as a bug's damage. With `model=True` it takes the built model rather than the parts."""
+) -> Callable[[Callable[[Any], None]], Bug]:
+    """Makes a Bug of a function that damages `model` or `parts`; `id` where it is not the function's name."""
 
-    def mark(function: Callable) -> Callable:
-        damage = _damage_model(function) if model else function
+    def mark(function: Callable[[Any], None]) -> Bug:
+        (damages,) = inspect.signature(function).parameters
+        if damages not in ("model", "parts"):
+            raise ValueError(f"{function.__name__} takes {damages}: a bug damages `model` or `parts`")
+        damage = _damage_model(function) if damages == "model" else function
         component = function.__module__.rpartition(".")[2]
-        function.bug = Bug(id, component, says, source, caught_by, damage, sizes, of, device)  # type: ignore[attr-defined]
-        return function
+        name = id or function.__name__.replace("_", "-")
+        return Bug(name, component, says, source, checks, damage, sizes, of, device)
 
     return mark
 
 
-def _damage_model(function: Callable[[nn.Module], None]) -> Callable[[SimpleNamespace], None]:
+def _damage_model(function: Callable[[Any], None]) -> Callable[[SimpleNamespace], None]:
     def damage(parts: SimpleNamespace) -> None:
         build = parts.build_model
 
         def build_damaged(**sizes: Any) -> nn.Module:
-            model = build(**sizes)
+            model: nn.Module = build(**sizes)
             function(model)
             return model
 
@@ -86,8 +94,7 @@ def all_bugs() -> dict[str, Bug]:
     """Every bug of every module here, by id."""
     found: dict[str, Bug] = {}
     for module in pkgutil.iter_modules(__path__):
-        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            mine = getattr(value, "bug", None)
+        for mine in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
             if isinstance(mine, Bug):
                 if mine.id in found:
                     raise ValueError(f"two bugs are called {mine.id}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...transformer.model import ExplicitAttention, KeyValueCache, LearnedPositions, Rotation, Transformer, causal_mask
 from ..reference import reference_parts
@@ -24,7 +25,7 @@ def changed(change: Callable[[Transformer], None], **config: Any) -> SimpleNames
     build = parts.build_model
 
     def build_changed(**sizes: Any) -> nn.Module:
-        model = build(**sizes)
+        model: Transformer = build(**sizes)
         change(model)
         return model
 
@@ -88,7 +89,7 @@ class AlibiAttention(ExplicitAttention):
 
 def alibi(**config: Any) -> SimpleNamespace:
     def change(model: Transformer) -> None:
-        model.positions = NoPositions()  # type: ignore[assignment]
+        model.positions = NoPositions()
         for attention in attentions(model):
             attention.__class__ = AlibiAttention
 
@@ -99,7 +100,7 @@ def no_positions(**config: Any) -> SimpleNamespace:
     """NoPE (Kazemnejad et al. 2023): the causal mask is all that tells a deep model where a token stands."""
 
     def change(model: Transformer) -> None:
-        model.positions = NoPositions()  # type: ignore[assignment]
+        model.positions = NoPositions()
 
     return changed(change, **config)
 
@@ -264,3 +265,61 @@ def keeping(**config: Any) -> SimpleNamespace:
         model.__class__ = KeepingTransformer
 
     return changed(change, **config)
+
+
+# -- a train_step without a trainer
+
+SIZE = 2  # rows of a micro-batch
+CLIP_AT, UNSCALE, STEP = "clip", "unscale", "step"
+ORDER = (UNSCALE, CLIP_AT, STEP)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    scheduler: Any = None,
+    scaler: Any = None,
+    max_norm: float | None = None,
+) -> float:
+    """One step on (tokens, targets), in micro-batches; targets of -100 carry no loss."""
+    return a_step(model, optimizer, batch, scheduler, scaler, max_norm)
+
+
+def a_step(
+    model: nn.Module,
+    optimizer: Any,
+    batch: Any,
+    scheduler: Any,
+    scaler: Any,
+    max_norm: float | None,
+    *,
+    micro: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda total, count, whole: total / whole,
+    order: tuple[str, ...] = ORDER,
+) -> float:
+    """`micro(sum of losses, its targets, all targets)` is what backward is called on; `order` is that of the end."""
+    tokens, targets = batch
+    whole, reported = (targets != -100).sum(), 0.0
+    model.train()
+    optimizer.zero_grad()
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    for x, y in zip(tokens.split(SIZE), targets.split(SIZE), strict=True):
+        total = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")
+        scaler.scale(micro(total, (y != -100).sum(), whole)).backward()
+        reported += float(total.detach() / whole)
+    for what in order:
+        if what == UNSCALE:
+            scaler.unscale_(optimizer)
+        elif what == CLIP_AT and max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        elif what == STEP:
+            scaler.step(optimizer)
+            scaler.update()
+    if scheduler is not None:
+        scheduler.step()
+    return reported
+
+
+def parts_with_a_step(**config: Any) -> SimpleNamespace:
+    """The reference's model and a train_step, without its trainer."""
+    return SimpleNamespace(build_model=reference_parts(**config).build_model, train_step=train_step)

@@ -1,56 +1,60 @@
-"""Bugs of precision: what is rounded, overflows or is summed in too narrow a type."""
+"""Wrong precision: overflow, rounding, autocast. Angles, norms and losses in bfloat16 are in files of their own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...transformer.model import ExplicitAttention, GeluFeedForward, RotaryPositions, Transformer
+from ...transformer.model import ExplicitAttention, GeluFeedForward, Transformer
+from ..check_devices import check_mixed_precision_keeps_the_gradient, check_precision_switches_are_left_alone
+from ..check_numerics import (
+    check_extreme_weights_give_finite_logits,
+    check_float16_stays_close,
+    check_float32_keeps_its_digits,
+)
 from . import bug
+from .damage import attend_with, blocks
 
-FLOAT32 = "check_numerics.check_float32_keeps_its_digits"
-FLOAT16 = "check_numerics.check_float16_stays_close"
-LONG = "check_numerics.check_long_sequences_stay_close"
-EXTREME = "check_numerics.check_extreme_weights_give_finite_logits"
-
-
-def explicit(model: Transformer, kind: type[ExplicitAttention]) -> None:
-    for block in model.blocks:
-        block.attention.__class__ = kind
+# -- overflow
 
 
 @bug(
-    "fp16-mask-overflow",
-    "a mask filled with -1e9 becomes -inf in float16, and times 0 NaN",
+    "a mask of -1e9 overflows to -inf in float16, and -inf times 0 is NaN",
+    check_float16_stays_close,
     source="https://github.com/NVIDIA/apex/issues/1105 ; https://github.com/facebookresearch/fairseq/issues/3575",
-    caught_by=(FLOAT16,),
-    model=True,
     attention="explicit",
 )
-def mask_overflows(model: Transformer) -> None:
+def fp16_mask_overflow(model: Transformer) -> None:
     class Added(ExplicitAttention):
         def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
             return scores + (~visible).to(scores) * torch.tensor(-1e9).to(scores)
 
-    explicit(model, Added)
+    attend_with(model, Added)
 
 
-@bug("rope-angles-by-matmul", "angles are a product of matrices, which autocast computes in bfloat16",
-     source="https://github.com/huggingface/transformers/pull/29285", caught_by=(LONG,), model=True,
-     positions="rotary")  # fmt: skip
-def angles_by_matmul(model: Transformer) -> None:
-    class Product(RotaryPositions):
-        def angles(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-            dtype = torch.promote_types(dtype, torch.float32)
-            pairs = torch.arange(0, self.head_width, 2, device=positions.device, dtype=dtype)
-            frequencies = self.base ** (-pairs / self.head_width)
-            return positions.to(dtype)[..., None] @ frequencies[None]
+@bug("a mask of -1e9 overflows under float16 autocast", check_mixed_precision_keeps_the_gradient, attention="explicit")
+def fp16_autocast_mask_overflow(model: Transformer) -> None:
+    class Multiplied(ExplicitAttention):
+        def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
+            return scores + (~visible).to(scores) * torch.tensor(-1e9).to(scores)
 
-    model.positions.__class__ = Product
+    attend_with(model, Multiplied)
 
 
-@bug("downcast-inside", "the feed-forward computes in bfloat16 in a float32 model",
-     caught_by=(FLOAT32,), model=True)  # fmt: skip
+@bug("the softmax overflows: no maximum is subtracted", check_extreme_weights_give_finite_logits, attention="explicit")
+def softmax_without_maximum(model: Transformer) -> None:
+    class Naive(ExplicitAttention):
+        def weights(self, scores: Tensor) -> Tensor:
+            e = scores.exp()
+            return e / e.sum(dim=-1, keepdim=True)
+
+    attend_with(model, Naive)
+
+
+# -- rounding
+
+
+@bug("the feed-forward computes in bfloat16 in a float32 model", check_float32_keeps_its_digits)
 def downcast_inside(model: Transformer) -> None:
     class Narrow(GeluFeedForward):
         def activation(self, x: Tensor) -> Tensor:
@@ -59,22 +63,39 @@ def downcast_inside(model: Transformer) -> None:
     model.blocks[0].feed_forward.__class__ = Narrow
 
 
-@bug("mask-added-and-subtracted", "scores are shifted by 1e4 and back: float32 keeps three digits of them",
-     caught_by=(FLOAT32,), model=True, attention="explicit")  # fmt: skip
-def digits_lost(model: Transformer) -> None:
+@bug("scores lose digits: 1e4 is subtracted and added again", check_float32_keeps_its_digits, attention="explicit")
+def mask_added_and_subtracted(model: Transformer) -> None:
     class Shifted(ExplicitAttention):
         def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
             return super().mask((scores - 1e4) + 1e4, visible)
 
-    explicit(model, Shifted)
+    attend_with(model, Shifted)
 
 
-@bug("softmax-without-maximum", "exp(scores) / sum: scores above 88 overflow float32",
-     caught_by=(EXTREME,), model=True, attention="explicit")  # fmt: skip
-def softmax_without_maximum(model: Transformer) -> None:
-    class Naive(ExplicitAttention):
-        def weights(self, scores: Tensor) -> Tensor:
-            e = scores.exp()
-            return e / e.sum(dim=-1, keepdim=True)
+# -- autocast and switches
 
-    explicit(model, Naive)
+
+@bug("under autocast the feed-forward casts through .data: no gradient", check_mixed_precision_keeps_the_gradient)
+def autocast_cuts_the_gradient(model: Transformer) -> None:
+    class Cut(GeluFeedForward):
+        def activation(self, x: Tensor) -> Tensor:
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.data.to(torch.get_autocast_dtype(x.device.type))
+            return super().activation(x)
+
+    for block in blocks(model):
+        block.feed_forward.__class__ = Cut
+
+
+@bug(
+    "a forward turns TF32 on for the whole process",
+    check_precision_switches_are_left_alone,
+    source="https://github.com/pytorch/pytorch/issues/67384",
+)
+def forward_turns_tf32_on(model: Transformer) -> None:
+    class Hasty(Transformer):
+        def embed(self, tokens: Tensor) -> Tensor:
+            torch.set_float32_matmul_precision("high")
+            return super().embed(tokens)
+
+    model.__class__ = Hasty

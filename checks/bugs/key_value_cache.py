@@ -1,4 +1,4 @@
-"""Mistakes at the key-value cache: in what it stores, and in what the model makes of the tokens that it holds."""
+"""Wrong key-value caches: what is stored, and the mask and positions of tokens read over a cache."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...transformer.model import Attention, KeyValueCache, RotaryPositions, Transformer
+from ...transformer.model import Attention, KeyValueCache, RotaryPositions, Rotation, Transformer
+from ..check_cache import (
+    check_cache_overflow_is_refused_or_slides,
+    check_cached_decoding_equals_full,
+    check_cached_padding_equals_full,
+    check_cached_pieces_equal_full,
+    check_cached_rows_are_isolated,
+    check_caches_are_isolated,
+)
+from ..check_causality import check_future_cannot_change_past_into_a_cache
 from . import bug
-
-DECODING = "check_cache.check_cached_decoding_equals_full"
-PIECES = "check_cache.check_cached_pieces_equal_full"
-PADDING = "check_cache.check_cached_padding_equals_full"
-CALLS = "check_cache.check_caches_are_isolated"
-ROWS = "check_cache.check_cached_rows_are_isolated"
-INTO = "check_causality.check_future_cannot_change_past_into_a_cache"
-OVERFLOW = "check_cache.check_cache_overflow_is_refused_or_slides"
+from .damage import attend_with
 
 
 def with_cache(model: nn.Module, kind: type[KeyValueCache]) -> None:
@@ -33,13 +35,8 @@ def with_cache(model: nn.Module, kind: type[KeyValueCache]) -> None:
 # -- what is stored
 
 
-@bug(
-    "cache-not-appended",
-    "only the newest keys and values are kept: decoding forgets the prompt",
-    caught_by=(DECODING,),
-    model=True,
-)
-def newest_only(model: Transformer) -> None:
+@bug("only the newest keys and values are kept: decoding forgets the prompt", check_cached_decoding_equals_full)
+def cache_not_appended(model: Transformer) -> None:
     class Forgetful(KeyValueCache):
         def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             held = super().append(layer, k, v)
@@ -49,16 +46,14 @@ def newest_only(model: Transformer) -> None:
 
 
 @bug(
-    "cache-leaks-between-calls",
-    "the cache stays on the model and is emptied only when it is full",
-    caught_by=(CALLS,),
+    "the cache is kept on the model and emptied only when full: calls see each other's tokens",
+    check_caches_are_isolated,
     source="https://github.com/tracel-ai/burn-lm/pull/53 ; https://github.com/rajveer43/VeloxQuant-MLX/issues/53",
-    model=True,
 )
-def cache_kept_on_the_model(model: Transformer) -> None:
+def cache_leaks_between_calls(model: Transformer) -> None:
     class Keeps(Transformer):
         def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
-            kept = self.__dict__.setdefault("kept", {})
+            kept: dict[int, KeyValueCache] = self.__dict__.setdefault("kept", {})
             if batch_size not in kept or 2 * kept[batch_size].length >= capacity:
                 kept[batch_size] = super().new_cache(batch_size, self.config.block_size)
             return kept[batch_size]
@@ -66,8 +61,8 @@ def cache_kept_on_the_model(model: Transformer) -> None:
     model.__class__ = Keeps
 
 
-@bug("cache-rows-mixed", "keys are stored under the row of their neighbour", caught_by=(ROWS, DECODING), model=True)
-def rows_mixed(model: Transformer) -> None:
+@bug("keys are cached under the row next to theirs", check_cached_rows_are_isolated, check_cached_decoding_equals_full)
+def cache_rows_mixed(model: Transformer) -> None:
     class Mixed(KeyValueCache):
         def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             return super().append(layer, k.roll(1, dims=0), v)
@@ -75,13 +70,8 @@ def rows_mixed(model: Transformer) -> None:
     with_cache(model, Mixed)
 
 
-@bug(
-    "cache-swaps-layers",
-    "every layer reads and writes the keys and values of layer 0",
-    caught_by=(DECODING,),
-    model=True,
-)
-def one_layer_for_all(model: Transformer) -> None:
+@bug("all layers share the cache of layer 0", check_cached_decoding_equals_full)
+def cache_swaps_layers(model: Transformer) -> None:
     class OneLayer(KeyValueCache):
         def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             return super().append(0, k, v)
@@ -89,8 +79,8 @@ def one_layer_for_all(model: Transformer) -> None:
     with_cache(model, OneLayer)
 
 
-@bug("cache-forgets-padding", "tokens read in earlier calls all count as real", caught_by=(PADDING,), model=True)
-def padding_forgotten(model: Transformer) -> None:
+@bug("the cache forgets the padding mask: cached padding counts as real tokens", check_cached_padding_equals_full)
+def cache_forgets_padding(model: Transformer) -> None:
     class Forgetful(KeyValueCache):
         def extend(self, mask: Tensor | None, T: int) -> Tensor | None:
             if self.mask is not None:
@@ -101,13 +91,11 @@ def padding_forgotten(model: Transformer) -> None:
 
 
 @bug(
-    "cache-overflow",
-    "a full cache starts again at its first place without a word",
-    caught_by=(OVERFLOW,),
+    "a full cache silently starts over at its first position",
+    check_cache_overflow_is_refused_or_slides,
     source="https://github.com/karpathy/llama2.c/pull/348 ; https://github.com/karpathy/nanochat/pull/627",
-    model=True,
 )
-def wraps_silently(model: Transformer) -> None:
+def cache_overflow(model: Transformer) -> None:
     class Wraps(Transformer):
         def refuse_bad_input(self, tokens: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> None:
             if cache is not None and cache.length + tokens.shape[1] > cache.capacity:
@@ -117,72 +105,80 @@ def wraps_silently(model: Transformer) -> None:
     model.__class__ = Wraps
 
 
-# -- what the model makes of it
-
-
-def with_attention(model: Transformer, kind: type[Attention]) -> None:
-    for block in model.blocks:
-        block.attention.__class__ = kind
+# -- the causal mask over a cache
 
 
 @bug(
-    "sdpa-topleft-alignment",
-    "the causal mask is aligned at the top left: what is read now sees the oldest keys, not the newest",
-    caught_by=(DECODING,),
+    "the causal mask is aligned at the top left: new tokens attend to the oldest keys, not the newest",
+    check_cached_decoding_equals_full,
     source="https://github.com/pytorch/pytorch/issues/144858 ; https://github.com/pytorch/pytorch/issues/108108",
-    model=True,
 )
-def aligned_at_the_top_left(model: Transformer) -> None:
+def sdpa_topleft_alignment(model: Transformer) -> None:
     class TopLeft(Attention):
         def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
             visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
             return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale())
 
-    with_attention(model, TopLeft)
+    attend_with(model, TopLeft)
 
 
 @bug(
-    "sdpa-topleft-chunk-only",
-    "several tokens read over a cache are masked as if it were empty; single ones are right",
-    caught_by=(PIECES,),
+    "several tokens at once are masked as if the cache were empty; single tokens are right",
+    check_cached_pieces_equal_full,
     source="https://github.com/huggingface/candle/pull/3743 ; https://github.com/hyprstream/hyprstream/pull/1521",
-    model=True,
 )
-def pieces_aligned_at_the_top_left(model: Transformer) -> None:
+def sdpa_topleft_chunk_only(model: Transformer) -> None:
     class TopLeft(Attention):
         def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
             if 1 < q.shape[2] < k.shape[2]:
                 visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
             return super().attend(q, k, v, visible)
 
-    with_attention(model, TopLeft)
+    attend_with(model, TopLeft)
 
 
 @bug(
-    "prefill-unmasked-when-cache-given",
-    "the causal mask is left out when there is a cache: a prompt read at once sees its own future",
-    caught_by=(DECODING, INTO),
+    "no causal mask when a cache is given: the prompt attends to its future",
+    check_cached_decoding_equals_full,
+    check_future_cannot_change_past_into_a_cache,
     source="https://github.com/Mikyx-1/TinyLLM/issues/17",
-    model=True,
 )
-def unmasked_with_a_cache(model: Transformer) -> None:
+def prefill_unmasked_when_cache_given(model: Transformer) -> None:
     class Unmasked(Attention):
-        def forward(self, x: Tensor, rotate, visible: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        def forward(self, x: Tensor, rotate: Rotation, visible: Tensor | None, cache: KeyValueCache | None) -> Tensor:
             if cache is not None:
                 visible = torch.ones(x.shape[1], cache.length, dtype=torch.bool, device=x.device)
             return super().forward(x, rotate, visible, cache)
 
-    with_attention(model, Unmasked)
+    attend_with(model, Unmasked)
+
+
+@bug("the causal mask is off by one when a cache is given", check_future_cannot_change_past_into_a_cache)
+def first_read_into_a_cache_sees_one_more(model: Transformer) -> None:
+    class OneMore(Transformer):
+        cached = False
+
+        def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+            self.cached = cache is not None
+            return super().forward(tokens, mask, cache)
+
+        def visible(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
+            if mask is None and self.cached:
+                return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T + 1)
+            return super().visible(mask, T, S, device)
+
+    model.__class__ = OneMore
+
+
+# -- positions over a cache
 
 
 @bug(
-    "decode-position-always-zero",
-    "a single token read over a cache is put at position 0",
-    caught_by=(DECODING,),
+    "a single token read over a cache always gets position 0",
+    check_cached_decoding_equals_full,
     source="https://github.com/Blaizzy/mlx-vlm/issues/1983 ; https://github.com/RobertCsordas/moeut/pull/6",
-    model=True,
 )
-def decoded_at_position_0(model: Transformer) -> None:
+def decode_position_always_zero(model: Transformer) -> None:
     class AtZero(Transformer):
         def token_positions(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
             positions = super().token_positions(mask, T, S, device)
@@ -192,13 +188,11 @@ def decoded_at_position_0(model: Transformer) -> None:
 
 
 @bug(
-    "chunked-prefill-positions",
-    "positions start at 0 again in every piece of several tokens",
-    caught_by=(PIECES,),
+    "positions restart at 0 in every chunk of a prompt",
+    check_cached_pieces_equal_full,
     source="https://github.com/huggingface/transformers/issues/43082",
-    model=True,
 )
-def positions_start_again(model: Transformer) -> None:
+def chunked_prefill_positions(model: Transformer) -> None:
     class StartAgain(Transformer):
         def token_positions(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
             positions = super().token_positions(mask, T, S, device)
@@ -208,13 +202,11 @@ def positions_start_again(model: Transformer) -> None:
 
 
 @bug(
-    "prefill-all-same-position",
     "all tokens of a prompt read over a cache get the position of the last",
-    caught_by=(DECODING,),
+    check_cached_decoding_equals_full,
     source="https://github.com/NVIDIA/TensorRT-LLM/issues/2084",
-    model=True,
 )
-def one_position_for_a_prompt(model: Transformer) -> None:
+def prefill_all_same_position(model: Transformer) -> None:
     class OnePosition(Transformer):
         def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
             self.__dict__["cached"] = cache is not None
@@ -228,16 +220,14 @@ def one_position_for_a_prompt(model: Transformer) -> None:
 
 
 @bug(
-    "rope-single-position-kernel",
     "a single token is rotated in its first head only",
-    caught_by=(DECODING,),
+    check_cached_decoding_equals_full,
     source="https://github.com/oxiglade/mlx-rs/pull/357 ; https://github.com/elixir-nx/emlx/issues/121",
-    model=True,
     positions="rotary",
 )
-def first_head_rotated(model: Transformer) -> None:
+def rope_single_position_kernel(model: Transformer) -> None:
     class FirstHead(RotaryPositions):
-        def rotation(self, positions: Tensor, dtype: torch.dtype):
+        def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
             rotate = super().rotation(positions, dtype)
 
             def first(x: Tensor) -> Tensor:
