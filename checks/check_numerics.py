@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .expect import READABLE, REPEATS, NotApplicable, Where, advise, fail, needs, note
 from .probes.precision import precision
-from .probes.rounding import Casts, Promoted, naively
+from .probes.rounding import Promoted, naively
 from .subject import EXISTENCE, Subject
 from .watch.calls import Call, first_bad, recorded
+from .watch.casts import Casts
 from .watch.location import locate
 
 # How many times the error of a naive evaluation is too much. Correct models: at most 1.6 in half precision, where the

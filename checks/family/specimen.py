@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..expect import Bound, NotApplicable
+from ..probes.rounding import in_float64
 from ..subject import ABSENCE, Subject, amplify, cast, one_thread
 from .agreement import BOUNDS
-from .promotion import promoted
 from .reference import Variant
 from .weights.inventory import Inventory, take
 from .weights.roles import NoPlan, Plan, Shape
@@ -53,7 +53,7 @@ class Specimen:
         with contextlib.ExitStack() as stack:
             stack.enter_context(one_thread())
             if self.dtype == torch.float64:
-                stack.enter_context(promoted())
+                stack.enter_context(in_float64())
             yield
 
 
@@ -105,7 +105,7 @@ def _specimen(subject: Subject, sizes: dict[str, int], dtype: torch.dtype) -> Sp
         if not subject.can_vary(name):
             raise NotApplicable(f"{name} is fixed")
     asked = {**vars(subject.sizes), **sizes, "dropout": 0.0 if subject.can_vary("dropout") else subject.sizes.dropout}
-    running = promoted() if dtype == torch.float64 else contextlib.nullcontext()
+    running = in_float64() if dtype == torch.float64 else contextlib.nullcontext()
     with one_thread(), running:
         model = subject.build(seed=subject.seed, **{k: v for k, v in asked.items() if subject.can_vary(k)})
         if sum(p.numel() for p in model.parameters()) > LARGEST:

@@ -1,29 +1,27 @@
-"""A naive evaluation at a lower precision: every operation exact, and what it gives for activations rounded.
+"""Two evaluations to compare a model with: one that never narrows its types, and a naive one at lower precision.
 
-This is the error that a type cannot avoid, and so the unit in which a model's own error is judged.
+The naive one computes every operation exactly and rounds its result. That error cannot be avoided in the lower type,
+so a model's own error is measured in multiples of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..expect import Where
-from ..watch.location import line_now
+from ..watch.casts import DIGITS
 
-# Where these decide which expert a token goes to, one rounding sends it elsewhere and moves its logits by any amount.
+# Where one of these picks a token's expert, a single rounding may pick another one and change the logits by any amount.
 ROUTING = ("topk", "sort", "argsort", "argmax", "max", "multinomial")
-NARROWER = {torch.float64: 3, torch.float32: 2, torch.bfloat16: 1, torch.float16: 1}
 
 
 class Rounded(TorchFunctionMode):
-    """Inside, what depends on weights is rounded to `dtype` after every operation; constants stay exact."""
+    """Rounds the result of every operation to `dtype` if it depends on weights; constants stay exact."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -45,15 +43,15 @@ class Rounded(TorchFunctionMode):
         return out
 
 
-def _shift(name: str, args: tuple) -> bool:
-    """A number added or taken away: what a large one costs is the model's own choice."""
+def _shift(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a plain number is added or subtracted: the rounding that a large one causes is the model's own choice."""
     return name in ("add", "sub", "rsub", "__add__", "__sub__", "__radd__", "__rsub__") and not all(
         isinstance(a, Tensor) for a in args[:2]
     )
 
 
 class Promoted(TorchFunctionMode):
-    """Inside, whoever asks for a floating-point type by name gets `dtype`: the exact evaluation rounds nothing."""
+    """Replaces every floating-point type that the model asks for by `dtype`, so that nothing is rounded on the way."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -62,15 +60,33 @@ class Promoted(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("float", "half", "bfloat16") and args and isinstance(args[0], Tensor):
             return args[0].to(self.dtype)
-        return func(*map(self.wide, args), **{name: self.wide(value) for name, value in (kwargs or {}).items()})
+        return func(*map(self.replaced, args), **{name: self.replaced(value) for name, value in (kwargs or {}).items()})
 
-    def wide(self, value: Any) -> Any:
-        return self.dtype if isinstance(value, torch.dtype) and value in NARROWER else value
+    def replaced(self, value: Any) -> Any:
+        if isinstance(value, torch.dtype) and value in DIGITS:
+            return self.dtype
+        return self.dtype.to_complex() if value is torch.complex64 else value
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Everything in float64: types that the model asks for, and the default type of new tensors.
+
+    Llama and its relatives compute norms and angles with `.float()` and would otherwise agree only to 1e-7. This hides
+    mistakes of precision, which are judged without it.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Promoted(torch.float64):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
 def naively(model: nn.Module, dtype: torch.dtype) -> Iterator[Rounded]:
-    """A naive evaluation of the model. Norms and activations count as one operation: how they sum is their affair."""
+    """Evaluates the model naively. A norm or activation counts as one operation: how it sums inside is not judged."""
     mode = Rounded(dtype)
     wrapped = [module for module in model.modules() if _one_operation(module)]
     before = [module.__dict__.get("forward") for module in wrapped]
@@ -90,7 +106,7 @@ def _one_operation(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and all(p.dim() < 2 for p in module.parameters())
 
 
-def _as_one(forward: Callable, mode: Rounded) -> Callable:
+def _as_one(forward: Callable[..., Any], mode: Rounded) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if sum(isinstance(value, Tensor) for value in (*args, *kwargs.values())) != 1:
             return forward(*args, **kwargs)
@@ -102,31 +118,3 @@ def _as_one(forward: Callable, mode: Rounded) -> Callable:
         return out if mode.whole else mode.round(out)
 
     return wrapped
-
-
-@dataclass
-class Cast:
-    """A tensor that the forward itself turned into a narrower type; `activation` if it depends on weights."""
-
-    to: torch.dtype
-    activation: bool
-    line: Where | None
-
-
-class Casts(TorchFunctionMode):
-    """Sees what the forward casts to a narrower floating-point type, and whether it runs under its own autocast."""
-
-    CASTS = ("to", "half", "bfloat16", "type", "type_as")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Cast] = []
-        self.autocast = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.autocast = self.autocast or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        out = func(*args, **(kwargs or {}))
-        cast = getattr(func, "__name__", "") in self.CASTS and isinstance(args[0], Tensor) and isinstance(out, Tensor)
-        if cast and NARROWER.get(out.dtype, 9) < NARROWER.get(args[0].dtype, 0):
-            self.seen.append(Cast(out.dtype, args[0].requires_grad, line_now()))
-        return out

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...expect import NotApplicable, Where
+from ...probes.rounding import in_float64
 from ...subject import cast
 from ...watch.draws import seeded
 from ...watch.dropout import set_rates
 from ...watch.location import line_now
 from ..agreement import apart
 from ..closeness import explicit
-from ..promotion import promoted
 from ..specimen import Settled
 from ..trace import alike, checkpoints, sums
 
@@ -100,7 +100,7 @@ def _dropping(found: Settled) -> nn.Module:
                                  n_embd=shape.n_embd, n_layer=len(seen.inventory.layers), dropout=RATE)  # fmt: skip
     sizes = {name: value for name, value in sizes.items() if subject.can_vary(name)}
     if seen.dtype == torch.float64:
-        with promoted():
+        with in_float64():
             model = cast(subject.build(seed=subject.seed, **sizes), seen.dtype)
     else:
         model = cast(subject.build(seed=subject.seed, **sizes), seen.dtype)
