@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# mypy sees the package as a wheel has it: checks and transformer inside transformer_checks.
+TYPING := $(VENV)/typing
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: mutants sanity test lint bench power clean
@@ -16,7 +18,9 @@ test: $(VENV)/installed-for-tests
 lint: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@mkdir -p $(TYPING)/transformer_checks
+	@ln -sfn $(CURDIR)/checks $(CURDIR)/transformer $(CURDIR)/src/transformer_checks/*.py $(TYPING)/transformer_checks
+	cd $(TYPING) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --package transformer_checks
 
 # ours beside HF GPT-2, x-transformers and, with NANOGPT=folder, a nanoGPT
 bench: $(VENV)/installed-for-tests

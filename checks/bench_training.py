@@ -21,8 +21,19 @@ from torch import Tensor
 from ..transformer.loss import next_token_loss
 from . import reference as ours
 from .expect import NotApplicable
-from .probes.loads import AXES, SMALL, TEN, Load, compiler_missing, extent, loads_of, sized, too_large
-from .probes.matrix_products import decoding_products, training_products
+from .probes.loads import (
+    AXES,
+    SMALL,
+    TEN,
+    Load,
+    compiler_missing,
+    decoding_products,
+    extent,
+    loads_of,
+    sized,
+    too_large,
+    training_products,
+)
 from .probes.timing import Marks, Runs, growth, in_turn, ratio, timed
 from .subject import Subject
 from .watch.memory import peak_bytes
@@ -95,7 +106,7 @@ def reference(subject: Subject) -> Subject:
 @pytest.fixture
 def patient(request: pytest.FixtureRequest, subject: Subject) -> bool:
     """Whether what takes minutes on a CPU may run."""
-    return subject.device.type != "cpu" or plugin(request.config).option("slow", False)
+    return subject.device.type != "cpu" or bool(plugin(request.config).options.get("slow"))
 
 
 @pytest.fixture

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import time
 import unittest
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+
+from .report.paths import shown as shown  # for whoever names a file in a finding
 
 LOGITS_AXES = ("row", "position", "symbol")
 
@@ -47,15 +48,6 @@ class Finding:
     likely: tuple[str, ...] = ()  # ids of known bugs, most likely first
     advice: str = ""  # what to try
     example: dict[str, Any] = field(default_factory=dict)  # the smallest drawn case that fails
-
-
-def shown(filename: str) -> str:
-    """A file as the user would type it: relative to the working directory where that is shorter."""
-    try:
-        relative = os.path.relpath(filename)
-    except ValueError:  # another drive
-        return filename
-    return relative if len(relative) < len(filename) else filename
 
 
 class CheckFailed(AssertionError):
@@ -255,20 +247,23 @@ APPENDS = "check_generation.check_generate_appends_tokens"
 GREEDY = "check_generation.check_greedy_equals_the_naive_loop"
 
 
-def needs(*prerequisites: str) -> Callable[[Callable], Callable]:
+Check = TypeVar("Check", bound=Callable[..., None])
+
+
+def needs(*prerequisites: str) -> Callable[[Check], Check]:
     """Names the checks (`check_contract.check_logits_have_shape`) without which this one's verdict would mislead."""
 
-    def mark(check: Callable) -> Callable:
+    def mark(check: Check) -> Check:
         check.needs = prerequisites  # type: ignore[attr-defined]
         return check
 
     return mark
 
 
-def slow(reason: str) -> Callable[[Callable], Callable]:
+def slow(reason: str) -> Callable[[Check], Check]:
     """Keeps a check out of the default run; `reason` says what takes long. `--slow` runs it."""
 
-    def mark(check: Callable) -> Callable:
+    def mark(check: Check) -> Check:
         check.slow = reason  # type: ignore[attr-defined]
         return check
 
@@ -281,14 +276,16 @@ EXAMPLES = 20
 SHRINKING_SECONDS = 2.0
 
 
-def drawn(*, examples: int = EXAMPLES, when: Callable[[Any], None] | None = None, **strategies: Drawn):
+def drawn(
+    *, examples: int = EXAMPLES, when: Callable[[Any], None] | None = None, **strategies: Drawn
+) -> Callable[[Callable[..., None]], Callable[[Any], None]]:
     """A check whose other arguments are drawn: `@drawn(t=lambda subject: integers(1, subject.sizes.block_size))`.
 
     `when(subject)` runs before the first draw and may raise NotApplicable. The smallest failing case becomes the
     finding's example.
     """
 
-    def decorate(check: Callable) -> Callable[[Any], None]:
+    def decorate(check: Callable[..., None]) -> Callable[[Any], None]:
         @functools.wraps(check)
         def run(subject: Any) -> None:
             if when is not None:
@@ -298,13 +295,13 @@ def drawn(*, examples: int = EXAMPLES, when: Callable[[Any], None] | None = None
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter("subject", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
         )
-        del run.__wrapped__  # type: ignore[attr-defined]  # pytest would ask for the drawn arguments as fixtures
+        del run.__wrapped__  # pytest would ask for the drawn arguments as fixtures
         return run
 
     return decorate
 
 
-def _search(check: Callable, subject: Any, strategies: dict[str, Drawn], examples: int) -> None:
+def _search(check: Callable[..., None], subject: Any, strategies: dict[str, Drawn], examples: int) -> None:
     import hypothesis
     from hypothesis import HealthCheck, Phase
 

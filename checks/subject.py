@@ -166,7 +166,8 @@ class Subject:
                 raise NotApplicable(f"the model's {name} is fixed at {getattr(self.sizes, name)}", asked=value)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.parts.build_model(**vars(replace(self.sizes, **sizes))).to(self.device).eval()
+            model: nn.Module = self.parts.build_model(**vars(replace(self.sizes, **sizes)))
+            return model.to(self.device).eval()
 
     def leave(self) -> None:
         """Puts a subject that is one instance back to what it was, its training mode included."""
@@ -292,7 +293,7 @@ class Subject:
         """Whether a source file is the subject's own."""
         return False
 
-    def reproduce(self, check: Callable) -> str:
+    def reproduce(self, check: Callable[..., Any]) -> str:
         """The command that runs this check alone, with this seed."""
         module, name = check.__module__.rpartition(".")[2], check.__name__
         declared = f" --spec {shlex.quote(str(self.spec))}" if self.spec.family != "auto" else ""
@@ -302,7 +303,8 @@ class Subject:
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model in another floating-point type; `model.to(dtype)` would make complex numbers (rotary angles) real."""
-    return model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)  # type: ignore[no-untyped-call]
+    return model
 
 
 def amplify(model: nn.Module, gain: float, embedding: float, *, seed: int) -> None:

@@ -12,6 +12,7 @@ import torch._dynamo  # cannot be imported twice, and each run here forgets what
 from torch import nn
 
 from transformer_checks.checks import plugin
+from transformer_checks.checks.run.options import Options
 from transformer_checks.checks.probes import loads, timing
 from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.watch.memory import Held, peak_bytes
@@ -112,7 +113,7 @@ def test_no_other_run_collects_benchmarks(pytester, options):
 
 def test_gpu_collects_them(pytester, monkeypatch):
     """As on a machine with CUDA."""
-    monkeypatch.setattr(plugin.Run, "_device", lambda self: "cpu")
+    monkeypatch.setattr(Options, "device", lambda self: "cpu")
     found = pytester.runpytest_inprocess("--gpu", "--collect-only", "-q").stdout.str()
     assert "bench_training_step[transformer-124M-compiled]" in found and "check_training.py" in found
 

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformer_checks.checks.expect import NotApplicable, Where, advise, fail, keep, needs, note
 from transformer_checks.checks.reference import reference
 from transformer_checks.checks.report import lines, terminal
+from transformer_checks.checks.run.diagnosis import where_to_start
 from transformer_checks.checks.run.verdict import Verdict, judge
 
 
@@ -156,9 +157,9 @@ def test_where_to_start_is_the_crash_else_the_first_failure():
     def v(check, outcome):
         return Verdict(check, "", outcome, "").as_dict()
 
-    assert terminal.where_to_start([v("a", "passed")]) == ""
-    assert "b" in terminal.where_to_start([v("a", "passed"), v("b", "failed"), v("c", "failed")])
-    assert terminal.where_to_start([v("b", "failed"), v("c", "error")]) == "start with c"
+    assert where_to_start([v("a", "passed")]) == ""
+    assert "b" in where_to_start([v("a", "passed"), v("b", "failed"), v("c", "failed")])
+    assert where_to_start([v("b", "failed"), v("c", "error")]) == "start with c"
 
 
 def test_on_the_meta_device_no_failure_is_stated():

@@ -33,7 +33,7 @@ class SingleProcess:
         """The model to train through: its gradients are averaged over the processes."""
         return model
 
-    def share(self, examples: Sequence) -> tuple[Sequence, float]:
+    def share(self, examples: Sequence[Any]) -> tuple[Sequence[Any], float]:
         """This process's part of the examples, and the weight of their losses."""
         return examples, 1.0
 
@@ -63,7 +63,7 @@ class ProcessGroup(SingleProcess):
     def wrap(self, model: nn.Module) -> nn.Module:
         return nn.parallel.DistributedDataParallel(model)
 
-    def share(self, examples: Sequence) -> tuple[Sequence, float]:
+    def share(self, examples: Sequence[Any]) -> tuple[Sequence[Any], float]:
         """A process that gets none takes the first with weight 0: only all of them together can average."""
         mine = examples[self.rank :: self.count]
         return (mine, 1.0) if mine else (examples[:1], 0.0)
@@ -82,7 +82,8 @@ class ProcessGroup(SingleProcess):
         return any(self.gather(flag))
 
     def without_averaging(self, network: nn.Module) -> AbstractContextManager[Any]:
-        return network.no_sync()  # type: ignore[operator]
+        waiting: AbstractContextManager[Any] = network.no_sync()  # type: ignore[operator]
+        return waiting
 
 
 def processes() -> SingleProcess:

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def generate(
     return tokens
 
 
-def read(model: Model, tokens: Tensor, mask: Tensor | None, limit: int, cache) -> Tensor:
+def read(model: Model, tokens: Tensor, mask: Tensor | None, limit: int, cache: Any) -> Tensor:
     """Logits [B, V] for the token after `tokens` [B, T]; with a cache, only what it has not seen is computed.
 
     Past the block size every kept token has a new position and fewer predecessors: nothing cached holds any longer.
@@ -159,7 +160,7 @@ def evaluating(model: Model) -> Iterator[None]:
             module.training = training
 
 
-def new_cache(model: Model, batch_size: int, capacity: int):
+def new_cache(model: Model, batch_size: int, capacity: int) -> Any:
     if not hasattr(model, "new_cache"):
         raise ValueError(f"{type(model).__name__} has no new_cache(batch_size, capacity): pass use_cache=False")
     return model.new_cache(batch_size, capacity)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +75,12 @@ class ModelConfig:
         return 4 * self.n_embd if self.feed_forward == "gelu" else -(-8 * self.n_embd // 24) * 8
 
 
-def gpt2(**sizes) -> ModelConfig:
+def gpt2(**sizes: Any) -> ModelConfig:
     """The GPT-2 family: learned positions, LayerNorm before each part, tanh GELU, biases, tied head."""
     return ModelConfig(**sizes)
 
 
-def llama(**sizes) -> ModelConfig:
+def llama(**sizes: Any) -> ModelConfig:
     """The Llama family: rotary positions, RMSNorm, SwiGLU, no biases, a head of its own."""
     family = dict(positions="rotary", norm="rms", feed_forward="swiglu", bias=False, tied=False, norm_eps=1e-6)
     return ModelConfig(**{**family, **sizes})
@@ -92,7 +92,15 @@ class KeyValueCache:
     `length` counts the tokens read; `mask` [B, capacity] tells the real ones from padding, None while none was padded.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, capacity: int, *, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         shape = (config.n_layer, batch_size, config.kv_heads, capacity, config.head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -128,7 +136,8 @@ class LearnedPositions(nn.Module):
         self.table = nn.Embedding(config.block_size, config.n_embd)
 
     def add(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x + self.table(positions)
+        found: Tensor = self.table(positions)
+        return x + found
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         return lambda x: x
@@ -198,12 +207,13 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, G, S, D]
         k, v = self.share(k), self.share(v)  # [B, H, S, D]
-        return self.output(self.merge_heads(self.attend(q, k, v, visible)))
+        out: Tensor = self.output(self.merge_heads(self.attend(q, k, v, visible)))
+        return out
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
         B, T, _ = qkv.shape
         heads = qkv.view(B, T, self.n_head + 2 * self.n_kv_head, self.head_width)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)  # type: ignore[no-untyped-call]
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def place(self, q: Tensor, k: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor]:
@@ -214,7 +224,7 @@ class Attention(nn.Module):
         return x if self.n_kv_head == self.n_head else x.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
 
     def scale(self) -> float:
-        return self.head_width**-0.5
+        return float(self.head_width**-0.5)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """`visible` is None when the plain causal mask is all there is: the kernel then has a fast path of its own."""
@@ -255,7 +265,8 @@ class GeluFeedForward(nn.Module):
         self.output = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.activation(self.input(x)))
+        out: Tensor = self.output(self.activation(self.input(x)))
+        return out
 
     def activation(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
@@ -271,7 +282,8 @@ class SwigluFeedForward(nn.Module):
         self.output = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.activation(self.gate(x)) * self.input(x))
+        out: Tensor = self.output(self.activation(self.gate(x)) * self.input(x))
+        return out
 
     def activation(self, x: Tensor) -> Tensor:
         return F.silu(x)
@@ -285,7 +297,7 @@ def rms_norm(config: ModelConfig) -> nn.Module:
     return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
 
 
-PARTS: dict[str, dict[str, Callable]] = {
+PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "positions": {
         "learned": LearnedPositions,
         "rotary": RotaryPositions,
@@ -313,7 +325,8 @@ class Block(nn.Module):
         return self.residual(x, self.feed_forward(self.feed_forward_norm(x)))
 
     def residual(self, x: Tensor, update: Tensor) -> Tensor:
-        return x + self.dropout(update)
+        kept: Tensor = self.dropout(update)
+        return x + kept
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
@@ -354,7 +367,8 @@ class Transformer(nn.Module):
         visible = self.visible(mask, T, S, tokens.device)
         for block in self.blocks:
             x = block(x, rotate, visible, cache)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
     def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
         """An empty cache for this model's layers, where its weights are."""
@@ -363,11 +377,12 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         try:
-            return self.embedding(tokens)
+            vectors: Tensor = self.embedding(tokens)
         except IndexError:
             low, high = int(tokens.min()), int(tokens.max())
             bad = low if low < 0 else high
             raise ValueError(f"token id {bad} is outside the vocabulary: 0 to {self.config.vocab_size - 1}") from None
+        return vectors
 
     def token_positions(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
         """[T], or [B, T] counted from the mask: the first real token has position 0 wherever it stands."""

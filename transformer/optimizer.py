@@ -15,7 +15,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     groups = decay_groups(model, config.weight_decay)
     fused = torch.device(config.device).type in ("cpu", "cuda")  # one kernel for all parameters
-    return kind(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    betas = (config.beta1, config.beta2)
+    optimizer: torch.optim.Optimizer = kind(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
+    return optimizer
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -40,12 +40,12 @@ class Data(Protocol):
     """
 
     @property
-    def train(self) -> Sequence: ...
+    def train(self) -> Sequence[Any]: ...
 
     @property
-    def validation(self) -> Sequence: ...
+    def validation(self) -> Sequence[Any]: ...
 
-    def batch(self, examples: Sequence, /) -> Batch: ...
+    def batch(self, examples: Sequence[Any], /) -> Batch: ...
 
 
 Objective = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # of a batch: the sum of its losses, its count of targets
@@ -130,11 +130,11 @@ class Trainer:
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def window(self) -> list:
+    def window(self) -> list[Any]:
         """The examples of one step."""
         return [self.data.train[i] for i in self.order.window(self.config.batch_size)]
 
-    def accumulate(self, examples: Sequence) -> tuple[Tensor, Tensor]:
+    def accumulate(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Adds up the gradients of the window's losses; their sum and the count of targets (at least 1)."""
         mine, weight = self.processes.share(examples)
         *others, last = self.micro_batches(mine)
@@ -144,22 +144,22 @@ class Trainer:
         total, count = self.processes.sum(*(torch.stack(values).sum() for values in zip(*sums, strict=True)))
         return total, count.clamp(min=1)
 
-    def micro_batches(self, examples: Sequence) -> list[Sequence]:
+    def micro_batches(self, examples: Sequence[Any]) -> list[Sequence[Any]]:
         size = self.config.micro_batch_size or len(examples)
         return [examples[i : i + size] for i in range(0, len(examples), size)]
 
-    def backward(self, examples: Sequence, weight: float) -> tuple[Tensor, Tensor]:
+    def backward(self, examples: Sequence[Any], weight: float) -> tuple[Tensor, Tensor]:
         total, count = self.compute(self.network, examples)
         total = total * weight
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         return total.detach(), count * weight
 
-    def compute(self, model: nn.Module, examples: Sequence) -> tuple[Tensor, Tensor]:
+    def compute(self, model: nn.Module, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
         batch = self.data.batch(examples).to(self.device)
         with self.autocast():
             return self.objective(model, batch)
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager[Any]:
         if self.config.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
@@ -195,7 +195,7 @@ class Trainer:
     # evaluation
 
     @torch.no_grad()
-    def evaluate(self, examples: Sequence) -> float:
+    def evaluate(self, examples: Sequence[Any]) -> float:
         """Mean loss over all targets of the examples, in eval mode. Mode, weights and random state stay as they are."""
         if not examples:
             raise ValueError("there are no examples to evaluate")

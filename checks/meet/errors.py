@@ -1,4 +1,4 @@
-"""What is said to a user whose code or command cannot be met as it is."""
+"""UsageError, and where in the user's own code an exception came from."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..expect import shown
+from ..report.paths import shown
 
 if TYPE_CHECKING:
     from .sandbox import Sandbox
 
 
 class UsageError(ValueError):
-    """The user's mistake, or a choice that is theirs: says where, what was seen and what would settle it."""
+    """The user's mistake, or a choice that only they can make: says where, what was found and how to fix it."""
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows: the message, not the way that it took through our code."""
+        """What a notebook shows: the message without a traceback through our code."""
         return str(self).splitlines()
 
 
 def own_frames(error: BaseException, sandbox: Sandbox) -> Iterator[traceback.FrameSummary]:
-    """The frames of the subject's own code that an exception went through, outermost first."""
+    """The frames of the user's own code that an exception went through, outermost first."""
     frames = traceback.extract_tb(error.__traceback__)
     return (frame for frame in frames if sandbox.owns(frame.filename))
 
 
 def place(error: BaseException, sandbox: Sandbox) -> str:
-    """`model.py:12`, the last line of the subject's own code that the exception went through; "" if none."""
+    """`model.py:12`, the last line of the user's own code that the exception went through; "" if none."""
     if isinstance(error, SyntaxError) and error.filename and sandbox.owns(error.filename):
         return f"{shown(error.filename)}:{error.lineno}"
     frames = list(own_frames(error, sandbox))
@@ -41,11 +41,8 @@ def what_happened(error: BaseException, sandbox: Sandbox) -> str:
     where, frames = place(error, sandbox), list(own_frames(error, sandbox))
     said = str(error).strip() or "no message"
     said = said if len(said) < 400 else said[:400] + " …"
-    said = (
-        said
-        if type(error).__module__.startswith(__name__.removesuffix(".meet.errors"))
-        else f"{type(error).__name__}: {said}"
-    )
+    ours = type(error).__module__.startswith(__name__.removesuffix(".meet.errors"))
+    said = said if ours else f"{type(error).__name__}: {said}"
     if isinstance(error, SyntaxError):
         return f"{where}: {type(error).__name__}: {error.msg}" + (f"\n    {error.text.strip()}" if error.text else "")
     line = f"\n    {frames[-1].line}" if frames and frames[-1].line else ""
@@ -53,15 +50,15 @@ def what_happened(error: BaseException, sandbox: Sandbox) -> str:
 
 
 def _taken_name(said: str, sandbox: Sandbox) -> str:
-    """Of a file that is called like a module of the standard library and was meant in its place."""
+    """For a user's file with the name of a module of the standard library: how to get at it."""
     name = namesake(said, sandbox)
     if not name:
         return ""
-    return f"\n  import {name} gives the standard library's {name}: give {name}.py beside it another name"
+    return f"\n  import {name} loads the standard library's {name}: give {name}.py beside it another name"
 
 
 def namesake(said: str, sandbox: Sandbox) -> str:
-    """The module of the standard library in which a name was sought and that lies beside the subject as well."""
+    """The module of the standard library that was searched for a name, if a file beside the user's has its name too."""
     found = re.search(r"cannot import name '\w+' from '(\w+)'|module '(\w+)' has no attribute", said)
     name = found and (found[1] or found[2])
     beside = [folder for folder in sandbox.near if name and (folder / f"{name}.py").is_file()]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from .paths import shown
 
 WIDTH = 100
 
@@ -36,21 +37,9 @@ def _field(name: str, text: str, *, wrap: bool = True) -> list[str]:
 
 def place(where: Mapping[str, Any]) -> str:
     """`blocks.0.attention (CausalSelfAttention, model.py:29)`."""
-    file = f"{_short(where['file'])}:{where['line']}" if where.get("file") else ""
+    file = f"{shown(where['file'])}:{where['line']}" if where.get("file") else ""
     inside = ", ".join(part for part in (where.get("type"), file) if part)
     return f"{where['module']} ({inside})" if inside else where["module"]
-
-
-def _short(file: str) -> str:
-    path = Path(file)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def one_line(verdict: Mapping[str, Any]) -> str:
-    """A verdict in one line, for lists."""
-    sign = {"passed": "✓", "failed": "✗", "error": "✗", "not_applicable": "–", "skipped": "–", "blocked": "?"}
-    says = f": {verdict['says']}" if verdict["says"] else ""
-    return textwrap.shorten(f"{sign[verdict['outcome']]} {verdict['check']}{says}", 2 * WIDTH, placeholder=" …")
 
 
 def weights(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -65,13 +54,3 @@ def totals(summary: Mapping[str, Any]) -> str:
     names |= {"skipped": "skipped", "blocked": "blocked"}
     counts = [f"{summary[key]} {name}" for key, name in names.items() if summary[key]]
     return f"{', '.join(counts) or 'nothing ran'}; {summary['executed']} of {summary['total']} checks ran"
-
-
-def where_to_start(verdicts: Sequence[Mapping[str, Any]]) -> str:
-    """Which of the broken rules to look at first: a crash, else the first in the order of the checks."""
-    broken = [v for v in verdicts if v["outcome"] in ("failed", "error")]
-    if not broken:
-        return ""
-    first = next((v for v in broken if v["outcome"] == "error"), broken[0])
-    at = f" at {place(first['where'])}" if first.get("where") else ""
-    return f"start with {first['check']}{at}" if len(broken) > 1 else f"{first['check']}{at}"

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..meet.errors import UsageError
-from ..report import lines, terminal
+from ..report import terminal
 from ..subject import Subject
-from .expected_failures import Expected, read
-from .order import THEMES, all_checks, check_id, checks_in, rule, theme
+from .diagnosis import explain
+from .expected_failures import read
+from .order import THEMES, Check, all_checks, check_id, checks_in
+from .session import Session
 from .subjects import subject_of
-from .verdict import Verdict, judge
-
-BROKEN = ("failed", "error")
+from .verdict import Verdict
 
 
 class Report:
     """The verdicts of one run: iterable, `passed`, and readable as text."""
 
-    def __init__(self, subject: Subject, verdicts: list[Verdict], expected: Expected) -> None:
-        self.subject, self.verdicts, self.expected = subject, verdicts, expected
+    def __init__(self, subject: Subject, session: Session) -> None:
+        self.subject, self.session = subject, session
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return list(self.session.verdicts.values())
 
     def __iter__(self) -> Iterator[Verdict]:
         return iter(self.verdicts)
@@ -38,46 +42,20 @@ class Report:
 
     @property
     def broken(self) -> list[Verdict]:
-        """What failed or crashed, but for what was expected to."""
-        return [v for v in self.verdicts if v.outcome in BROKEN and self.expected.reason(v.as_dict()) is None]
-
-    @property
-    def executed(self) -> int:
-        return sum(v.outcome in ("passed", *BROKEN) for v in self.verdicts)
-
-    @property
-    def complaints(self) -> list[str]:
-        """Why the run is not green though nothing failed."""
-        found = self.expected.complaints(v.as_dict() for v in self.verdicts)
-        return found if self.executed else [*found, "no check ran: this says nothing about the model"]
+        """What failed or crashed unexpectedly."""
+        names = {record["check"] for record in self.session.broken}
+        return [verdict for verdict in self.verdicts if verdict.check in names]
 
     @property
     def passed(self) -> bool:
-        """Whether checks ran, every one that applies did, and none failed unexpectedly."""
-        blocked = any(v.outcome == "blocked" for v in self.verdicts)
-        return not self.broken and not self.complaints and not (blocked and not self._expected)
-
-    @property
-    def _expected(self) -> list[tuple[Verdict, str]]:
-        found = ((v, self.expected.reason(v.as_dict())) for v in self.verdicts)
-        return [(verdict, reason) for verdict, reason in found if reason is not None]
+        """Whether checks ran, each has a verdict, and none failed that was not expected to."""
+        return self.session.green
 
     def __repr__(self) -> str:
-        verdicts = [v.as_dict() for v in self.verdicts]
         parts = [f"{self.subject.header} · seed {self.subject.seed}"]
-        parts += [terminal.failure(v.as_dict(), explain) for v in self.broken]
-        notes = [f"expected: {v.check}: {reason}" for v, reason in self._expected]
-        notes += [f"note: {v.check}: {remark}" for v in self.verdicts for remark in v.remarks]
-        counts = lines.summary(self.subject.name, verdicts, len(verdicts))["summary"]
-        end = [*notes, terminal.totals(counts), *self.complaints, terminal.where_to_start(verdicts)]
+        parts += [terminal.failure(record, explain) for record in self.session.broken]
+        end = [*self.session.ending(), *self.session.complaints, self.session.start()]
         return "\n\n".join([*parts, "\n".join(line for line in end if line)])
-
-
-def explain(bug: str) -> str:
-    from ..bugs import all_bugs
-
-    known = all_bugs().get(bug)
-    return f"{bug}: {known.says}" if known else bug
 
 
 def check_model(
@@ -93,34 +71,26 @@ def check_model(
     spec: str = "auto",
     **parts: Any,
 ) -> Report:
-    """See `checks.check_model`."""
+    """See `transformer_checks.check_model`."""
     parts = {name: part for name, part in parts.items() if part is not None}
     chosen = _chosen(checks)
     seed = secrets.randbelow(2**31) if seed is None else seed
     subject = subject_of(model, parts=parts, seed=seed, device=device, causal=causal, checkpoint=checkpoint, spec=spec)
-    expected = Expected() if expected_failures is None else read(expected_failures, map(check_id, all_checks()))
-    earlier: dict[str, Verdict] = {}
+    expected = None if expected_failures is None else read(expected_failures, map(check_id, all_checks()))
+    session = Session(subject.name, expected=expected, slow=slow)
     try:
         for check in chosen:
-            verdict = _judge(check, subject, earlier, slow)
-            earlier[verdict.check] = verdict
+            session.add(session.judge(check, subject).as_dict())
     finally:
         subject.leave()
-    return Report(subject, list(earlier.values()), expected)
+    return Report(subject, session)
 
 
-def _judge(check: Callable, subject: Subject, earlier: Mapping[str, Verdict], slow: bool) -> Verdict:
-    reason = getattr(check, "slow", None)
-    if reason and not slow:
-        return Verdict(check_id(check), theme(check), "skipped", rule(check), f"slow: {reason}; slow=True runs it")
-    return judge(check, subject, earlier)
-
-
-def _chosen(wanted: Iterable[str] | None) -> list[Callable]:
+def _chosen(wanted: Iterable[str] | None) -> list[Check]:
     """Checks by theme ("causality") or by name; all of them by default."""
     if wanted is None:
         return all_checks()
-    found: list[Callable] = []
+    found: list[Check] = []
     for name in [wanted] if isinstance(wanted, str) else wanted:
         mine = checks_in(name) if name in THEMES else [c for c in all_checks() if name in (check_id(c), c.__name__)]
         if not mine:

@@ -1,6 +1,6 @@
-"""What the sanity checks leave behind: a folder each with weights, config, metrics, samples and curves, and a report.
+"""The files of the sanity checks: per check its weights, config, metrics, samples and loss curves, and one report.
 
-Written from the results alone; the pictures once, when the run is over.
+Written from the results alone; figures and report once, at the end of the run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ FOLDERS = {
     "check_sanity.check_memorizes_the_sentence": "sanity_check_1",
     "check_sanity.check_learns_only_unmasked_targets": "sanity_check_2",
 }
-TITLES = {"sanity_check_1": "Every target carries loss", "sanity_check_2": "The first three targets carry none"}
+TITLES = {
+    "sanity_check_1": "Sanity check 1: all targets in the loss",
+    "sanity_check_2": "Sanity check 2: first three targets masked",
+}
 THRESHOLDS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 COLOURS = {"training": "#1f5fa8", "validation": "#d9822b", "all targets": "#8a8a8a"}
 
 
 def save_run(out: Path, verdict: Verdict) -> None:
-    """The folder of one sanity check, as soon as it has run. Raises OSError or CheckpointError where it cannot be."""
+    """Writes the folder of one sanity check, as soon as it has run. Raises OSError or CheckpointError if it cannot."""
     learned: Learned = verdict.kept["learned"]
     folder = out / FOLDERS[verdict.check]
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,10 @@ def finite(record: dict[str, float]) -> dict[str, float]:
 
 
 def samples(learned: Learned) -> str:
-    return "".join(f"{how:<22}{prompt!r} → {said!r}\n" for how, prompt, said in learned.samples)
+    """One generated text per line: how it was decoded, the prompt and its completion."""
+    lines = [("decoding", "prompt → completion")]
+    lines += [(how, f"{prompt!r} → {completion!r}") for how, prompt, completion in learned.samples]
+    return "".join(f"{how:<22}{text}\n" for how, text in lines)
 
 
 def write(path: Path, text: str) -> None:
@@ -62,7 +68,7 @@ def write(path: Path, text: str) -> None:
 
 
 def finish(out: Path, subject: str, verdicts: Iterable[Verdict]) -> list[Path]:
-    """Pictures and report of whatever sanity checks ran; the files written."""
+    """Writes the figures and the report of the sanity checks that ran. Returns the files written."""
     runs = {FOLDERS[v.check]: v for v in verdicts if v.check in FOLDERS and "learned" in v.kept}
     if not runs:
         return []
@@ -76,7 +82,7 @@ def finish(out: Path, subject: str, verdicts: Iterable[Verdict]) -> list[Path]:
     return [*written, report]
 
 
-# pictures
+# Figures
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -91,14 +97,14 @@ def new_figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     for ax in axes:
         ax.set_yscale("log")
-        ax.set_xlabel("optimizer steps")
+        ax.set_xlabel("optimizer step")
         ax.grid(visible=True, which="major", alpha=0.3)
-    axes[0].set_ylabel("loss (nats a target)")
+    axes[0].set_ylabel("loss (nats per target)")
     return figure, list(axes)
 
 
 def draw(ax: Axes, learned: Learned, key: str, label: str, **style: Any) -> None:
-    """One curve; a single record is a point, for a line through it would show nothing."""
+    """One curve; a single record is drawn as a point, because a line through it would be invisible."""
     records = [record for record in learned.curve if key in record]
     style.setdefault("marker", "o" if len(records) == 1 else None)
     ax.plot([r["step"] for r in records], [r[key] for r in records], label=label, **style)
@@ -113,23 +119,24 @@ def loss_figure(title: str, learned: Learned) -> Figure:
 
 
 def finish_axes(ax: Axes, title: str) -> None:
-    ax.axhline(THRESHOLDS[-1], color="black", linewidth=0.8, linestyle=":", label="learned: 1e-5")
+    ax.axhline(THRESHOLDS[-1], color="black", linewidth=0.8, linestyle=":", label="goal: 1e-5")
     ax.set_title(title)
     ax.legend(frameon=False)
 
 
 def comparison_figure(runs: dict[str, Verdict]) -> Figure:
-    """Both maskings side by side: what carries loss is learned, what carries none pulls the mean of all targets up."""
+    """Both checks side by side: unmasked targets are learned, and masked ones keep the mean of all targets high."""
     figure, axes = new_figure(len(runs))
     for ax, (name, verdict) in zip(axes, sorted(runs.items()), strict=True):
         learned = verdict.kept["learned"]
-        draw(ax, learned, "validation_loss", "targets that carry loss", color=COLOURS["training"])
+        draw(ax, learned, "validation_loss", "unmasked targets", color=COLOURS["training"])
         draw(ax, learned, "all_targets_loss", "all targets", color=COLOURS["all targets"], linestyle="--")
         finish_axes(ax, TITLES[name])
+    figure.suptitle("Validation loss")
     return figure
 
 
-# report
+# Report
 
 
 def report_text(subject: str, runs: dict[str, Verdict]) -> str:
@@ -137,7 +144,7 @@ def report_text(subject: str, runs: dict[str, Verdict]) -> str:
     for name, verdict in sorted(runs.items()):
         parts.append(section(name, verdict))
     if len(runs) == 2:
-        parts.append("## Both maskings\n\n![both maskings](comparison.png)\n")
+        parts.append("## Comparison\n\n![validation loss with and without masked targets](comparison.png)\n")
     return "\n".join(parts)
 
 
@@ -152,7 +159,7 @@ def section(name: str, verdict: Verdict) -> str:
             losses_table(learned),
             thresholds_table(learned),
             f"![loss curves]({name}/loss.png)\n",
-            f"```\n{samples(learned)}```\n",
+            f"Generated text:\n\n```\n{samples(learned)}```\n",
         ]
     )
 
@@ -161,24 +168,25 @@ def setup(learned: Learned) -> str:
     task, training = learned.task, learned.trainer.config
     parameters = sum(p.numel() for p in learned.trainer.model.parameters())
     sizes = ", ".join(f"{name} {value}" for name, value in learned.sizes.items())
-    kept = f"the first {task.skip} of {len(task.sentence)} targets carry no loss" if task.skip else "all carry loss"
+    n = len(task.sentence)
+    kept = f"the first {task.skip} of {n} targets are masked" if task.skip else f"all {n} targets are in the loss"
     return (
-        f"“{task.sentence}”: {kept}; {len(task.train)} training, {len(task.validation)} validation and "
-        f"{len(task.test)} test copies. {parameters:,} parameters ({sizes}). {learned.recipe.capitalize()} recipe: "
-        f"{training.optimizer} {training.learning_rate:g}, betas {training.beta1:g} and {training.beta2:g}, "
-        f"batch {training.batch_size}, warm-up {training.warmup_steps}, seed {training.seed}; "
-        f"{learned.trainer.steps_done} steps."
+        f"Sentence “{task.sentence}”: {kept}; {len(task.train)} copies for training, {len(task.validation)} for "
+        f"validation, {len(task.test)} for testing. Model: {parameters:,} parameters ({sizes}). "
+        f"{learned.recipe.capitalize()} recipe: {training.optimizer}, learning rate {training.learning_rate:g}, "
+        f"betas {training.beta1:g} and {training.beta2:g}, batch size {training.batch_size}, "
+        f"{training.warmup_steps} warm-up steps, seed {training.seed}; trained for {learned.trainer.steps_done} steps."
     )
 
 
 def losses_table(learned: Learned) -> str:
-    rows = ["| loss over unmasked targets | before | after |", "|---|---|---|"]
+    rows = ["| mean loss of unmasked targets (nats) | before training | after |", "|---|---|---|"]
     rows += [
         f"| {split} | {learned.before[split]:.4g} | {learned.after[split]:.3g} |"
         for split in ("train", "validation", "test")
     ]
     if learned.task.skip:
-        rows.append(f"| masked targets (training text) | | {learned.masked:.4g} |")
+        rows.append(f"| masked targets (not trained) | | {learned.masked:.4g} |")
     return "\n".join(rows) + "\n"
 
 
@@ -188,6 +196,6 @@ def thresholds_table(learned: Learned) -> str:
         [
             "| training loss at most | " + " | ".join(f"{t:g}" for t in THRESHOLDS) + " |",
             "|---" * (len(THRESHOLDS) + 1) + "|",
-            "| first at step | " + " | ".join("never" if s is None else str(s) for s in steps) + " |\n",
+            "| first reached at step | " + " | ".join("never" if s is None else str(s) for s in steps) + " |\n",
         ]
     )

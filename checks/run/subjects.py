@@ -10,8 +10,7 @@ from typing import Any
 from ..expect import NotApplicable
 from ..meet.errors import UsageError
 from ..subject import Subject
-
-REFERENCE = "transformer"
+from . import REFERENCE
 
 
 def subject_of(
@@ -54,7 +53,7 @@ def _own(what: str, parts: Mapping[str, Any] | None, checkpoint: str | None, dec
         raise UsageError(f"--checkpoint goes with a model of yours, not with {what}")
     subject = reference(**declared) if what == REFERENCE else _bug(what.removeprefix("bug:"), declared)
     if parts:
-        from ..meet.met import given_parts  # which is all that meets foreign code: a tenth of a second
+        from ..meet.parts import given_parts  # imported here because it takes a tenth of a second
 
         subject.parts.declares = {}  # what the reference says of its own parts holds for no others
         vars(subject.parts).update(given_parts(parts))

@@ -14,9 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from .session import Session
 
 CHECKS = Path(__file__).resolve().parents[1]
 ROOT = str(
@@ -44,11 +45,9 @@ sys.exit(int(code))
 class Watched:
     """What the child has written so far."""
 
+    session: Session
     running: str = ""  # the check that started and has no verdict yet
-    judged: int = 0
-    passed: bool = False  # a summary was written, and checks were executed
     ended: int | None = None  # pytest's exit code, once it came to its end
-    reported: dict[str, Any] = field(default_factory=dict)
 
     def read(self, line: str) -> None:
         try:
@@ -58,9 +57,8 @@ class Watched:
         if "started" in record:
             self.running = record["started"]
         elif "check" in record:
-            self.running, self.judged = "", self.judged + 1
-        elif "summary" in record:
-            self.passed = record["summary"].get("executed", 0) > 0
+            self.running = ""
+            self.session.add(record)
         elif "ended" in record:
             self.ended = record["ended"]
 
@@ -115,23 +113,20 @@ def _supervise(given: list[str], patience: float, folder: Path) -> int:
     ]
     with open(errors, "wb") as stderr:
         child = subprocess.Popen(command, stderr=stderr)
-        watched = Watched()
+        watched = Watched(Session(given[0]))
         hung = _watch(child, path, start, watched, patience)
     said = errors.read_text(encoding="utf-8", errors="replace")
     if watched.ended is not None and not hung:
         sys.stderr.write(said)
-        green = watched.ended == 0
-        return (
-            (0 if watched.passed and not watched.running else 1)
-            if green and "--collect-only" not in given
-            else watched.ended
-        )
-    print(_obituary(child.returncode, watched, said, hung, patience, given[0]), file=sys.stderr)
+        if watched.ended or "--collect-only" in given:
+            return watched.ended
+        return 0 if watched.session.executed and not watched.running else 1
+    print(_end_of(child.returncode, watched, said, hung, patience, given[0]), file=sys.stderr)
     return 1
 
 
-def _watch(child: subprocess.Popen, path: Path, start: int, watched: Watched, patience: float) -> bool:
-    """Reads verdicts until the child ends; True if it was silent for too long and had to be stopped."""
+def _watch(child: subprocess.Popen[bytes], path: Path, start: int, watched: Watched, patience: float) -> bool:
+    """Reads verdicts until the child ends; True if it wrote none for too long and had to be stopped."""
     rest, heard = b"", time.monotonic()
     try:
         while True:
@@ -157,8 +152,8 @@ def _watch(child: subprocess.Popen, path: Path, start: int, watched: Watched, pa
         return False
 
 
-def _stop(child: subprocess.Popen) -> None:
-    """First asked to say where it is (faulthandler prints its stack at SIGABRT), then stopped."""
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Asks the child for its stack (faulthandler prints it on SIGABRT), then kills it."""
     child.send_signal(signal.SIGABRT)
     try:
         child.wait(timeout=5)
@@ -167,22 +162,17 @@ def _stop(child: subprocess.Popen) -> None:
         child.wait()
 
 
-def _obituary(code: int, watched: Watched, said: str, hung: bool, patience: float, model: str) -> str:
-    """What is said of a process that did not come to its end."""
+def _end_of(code: int, watched: Watched, said: str, hung: bool, patience: float, model: str) -> str:
+    """The message about a process that ended before its run did."""
     if hung:
         how = f"was silent for {patience:g} s and was stopped"
     elif code < 0:
         how = f"was killed by {_signal(-code)}"
     else:
         how = f"ended itself with exit code {code}"
-    when = (
-        f"in {watched.running}"
-        if watched.running
-        else "before its first check"
-        if not watched.judged
-        else "between checks"
-    )
-    lines = [f"✗ the process of {model} {how} {when}; {watched.judged} checks had a verdict. This run is not green."]
+    judged = len(watched.session.records)
+    when = f"in {watched.running}" if watched.running else "between checks" if judged else "before its first check"
+    lines = [f"✗ the process that ran {model} {how} {when}; {judged} checks had a verdict. This run is not green."]
     place = _last_line(said)
     if place:
         lines.append(f"  where   {place}")
@@ -197,7 +187,7 @@ def _signal(number: int) -> str:
 
 
 def _last_line(said: str) -> str:
-    """The innermost line of somebody's own code in the stack that faulthandler printed."""
+    """The innermost line of the user's own code in the stack that faulthandler printed."""
     stack = said[said.rfind("most recent call first") :] if "most recent call first" in said else ""
     for file, line, function in re.findall(r'File "(.+?)", line (\d+) in (.+)', stack):
         installed = f"{os.sep}site-packages{os.sep}" in file or file.startswith((sys.prefix, sys.base_prefix, "<"))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..expect import CheckFailed, NotApplicable, Where, remarks
 from ..subject import Subject, one_thread, unwarned
-from .order import check_id, checks_in, rule, theme
+from .order import Check, check_id, checks_in, rule, theme
 
 Outcome = Literal["passed", "failed", "error", "not_applicable", "skipped", "blocked"]
 LEARNING = ("gradients", "optimizer")  # themes that are about parameters
@@ -44,7 +44,7 @@ class Verdict:
 
 
 @unwarned()
-def judge(check: Callable, subject: Subject, earlier: Mapping[str, Verdict]) -> Verdict:
+def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Verdict:
     """Runs one check, unless a check that it needs did not pass; never raises for what a subject does.
 
     `earlier` holds the verdicts so far by check id. KeyboardInterrupt passes through.
