@@ -204,7 +204,7 @@ def test_a_prompt_that_cannot_be_is_refused(capsys):
     main(["train", *SMALL, "--steps", "1"])
     capsys.readouterr()
     assert "'z' at position 2 of 'I z'" in refused(capsys, "generate", "--prompt", "I z")
-    assert "23 characters; the model reads 22" in refused(capsys, "generate", "--prompt", "I love machine learning")
+    assert "23 characters; the model takes at most 22" in refused(capsys, "generate", "--prompt", "I love machine learning")
     assert "temperature" in refused(capsys, "generate", "--temperature", "-1")
 
 

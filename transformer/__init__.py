@@ -1,4 +1,4 @@
-"""A reference transformer language model: what a right implementation looks like, from the data to the samples."""
+"""A reference transformer language model: what a right implementation looks like, from data to samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .train_config import TrainConfig
     from .trainer import Trainer
 
-# Imported when they are asked for: `import transformer`, and help on the command line, need not wait for torch.
+# Imported on first use, so that importing the package, and help on the command line, do not wait for torch.
 HOMES = {
     "checkpoint": ["load_model"],
     "data": ["Batch", "CharacterTokenizer", "SentenceTask", "pad_batch"],

@@ -1,7 +1,7 @@
-"""The three commands: their options, read from the command line and from files, and what they do.
+"""The three commands, train, generate and data: their options (command line or file), and what they do.
 
 The options of `train` are the fields of ModelConfig and TrainConfig, documented by the comments beside these.
-torch is imported by the command that needs it, so that help and mistakes do not wait for it.
+torch is imported by the command that needs it, so that help and error messages do not wait for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
 
 
 class Failure(Exception):
-    """What goes wrong, in a line for the user."""
+    """An error told to the user in one line."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class Failure(Exception):
 
 
 class Parser(ArgumentParser):
-    """Says in one line what is wrong, with the nearest option it knows."""
+    """Tells a mistake in one line, with the nearest known option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = " ".join(message.split())
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> None:
 def parse(arguments: Sequence[str]) -> Namespace:
     parser = build_parser(arguments)
     options = parser.parse_args(arguments)
-    if options.command == "train" and options.train.resume:  # as it was trained, but for what is asked now
+    if options.command == "train" and options.train.resume:  # the options it was trained with, except those given now
         config = str(Path(options.train.out) / CONFIG)
         options = parser.parse_args(["train", "--config", config, *arguments[1:]])
     return options
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """A user's mistake and a failed training end in a line; any other exception is a bug and keeps its traceback."""
+    """A user's mistake or a failed training ends in one line; any other exception is a bug and keeps its traceback."""
     import torch
 
     from .distributed import ProcessLost
@@ -92,10 +92,10 @@ def first_line(error: Exception) -> str:
 
 
 def build_parser(arguments: Sequence[str]) -> ArgumentParser:
-    parser = Parser(prog=PROGRAM, description="Trains a transformer language model and lets it speak.")
+    parser = Parser(prog=PROGRAM, description="Train a transformer language model, and generate text with it.")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train_parser("train" in arguments), help="train a model on the sentence")
-    commands.add_subcommand("generate", generate_parser(), help="let a trained model complete a prompt")
+    commands.add_subcommand("generate", generate_parser(), help="complete a prompt with a trained model")
     commands.add_subcommand("data", data_parser(), help="write the examples of the sentence task")
     return parser
 
@@ -103,13 +103,13 @@ def build_parser(arguments: Sequence[str]) -> ArgumentParser:
 def train_parser(wanted: bool) -> ArgumentParser:
     parser = Parser(
         usage=f"{PROGRAM} train [options]",  # there are too many to list twice
-        description="Trains a model on the sentence; by default as quickly as it can be learned.",
+        description="Train a model on the sentence. The defaults are the quick recipe.",
     )
-    parser.add_argument("--config", action="config", help="a file with values of these options, as YAML or JSON")
-    parser.add_argument("--out", default="out/sentence", help="folder of the checkpoint, the metrics and the config")
-    parser.add_argument("--resume", action="store_true", help="go on with the training in that folder")
+    parser.add_argument("--config", action="config", help="a YAML or JSON file with values for these options")
+    parser.add_argument("--out", default="out/sentence", help="folder for the checkpoint, the metrics and the config")
+    parser.add_argument("--resume", action="store_true", help="continue the training in that folder")
     add_task_options(parser)
-    if wanted:  # else nobody reads them, and they cost the import of torch
+    if wanted:  # otherwise nobody reads them, and they cost the import of torch
         from .model import ModelConfig
         from .train_config import TrainConfig
 
@@ -119,33 +119,35 @@ def train_parser(wanted: bool) -> ArgumentParser:
 
 
 def generate_parser() -> ArgumentParser:
-    parser = Parser(description="Prints how a trained model completes a prompt.")
+    parser = Parser(description="Print how a trained model completes a prompt.")
     parser.add_argument("--checkpoint", default="out/sentence/checkpoint.pt", help="written by train")
     parser.add_argument("--prompt", default="", help="the beginning of the text")
     parser.add_argument(
-        "--max_new_tokens", type=int | None, help="characters to generate; null: until the block is full"
+        "--max_new_tokens", type=int | None, help="how many characters to generate; null: until the block size"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest character")
-    parser.add_argument("--top_k", type=int | None, help="draw from this many likeliest characters only")
-    parser.add_argument("--top_p", type=float | None, help="draw from the likeliest that reach this probability")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely character")
+    parser.add_argument("--top_k", type=int | None, help="sample from the k most likely characters only")
+    parser.add_argument(
+        "--top_p", type=float | None, help="sample from the most likely characters, up to probability p"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     return parser
 
 
 def data_parser() -> ArgumentParser:
-    parser = Parser(description="Writes the training, validation and test examples, a line each, and their numbers.")
+    parser = Parser(description="Write the training, validation and test examples, one per line, and their numbers.")
     parser.add_argument("--out", default="out/data", help="folder to write to")
     add_task_options(parser)
     return parser
 
 
 def add_task_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--sentence", default=SENTENCE, help="what is to be learned")
-    parser.add_argument("--skip", type=int, default=0, help="the first so many characters carry no loss")
+    parser.add_argument("--sentence", default=SENTENCE, help="the text to learn")
+    parser.add_argument("--skip", type=int, default=0, help="the first N characters carry no loss")
 
 
 def add_fields(parser: ArgumentParser, title: str, config: type, **defaults: Any) -> None:
-    """Every field of a config dataclass as an option; one with a default of None here follows from the task."""
+    """Adds every field of a config dataclass as an option; where the default given here is None, the task decides."""
     group = parser.add_argument_group(title, inspect.getdoc(config))
     comments, types = field_comments(config), typing.get_type_hints(config)
     for field in dataclasses.fields(config):
@@ -185,7 +187,7 @@ def train(options: Namespace) -> None:
     model_config, config = taken(options, ModelConfig), taken(options, TrainConfig)
     out = Path(options.out)
     if (out / CHECKPOINT).exists() and not options.resume:
-        raise ValueError(f"{out} holds a training already: go on with --resume, or choose another --out")
+        raise ValueError(f"{out} already holds a training: continue it with --resume, or choose another --out")
     with joined(config.device):
         torch.manual_seed(config.seed)
         trainer = Trainer(Transformer(model_config), task, config, folder=out)
@@ -196,7 +198,7 @@ def train(options: Namespace) -> None:
         try:
             trainer.train()
         except KeyboardInterrupt:
-            say(trainer, f"interrupted after step {trainer.steps_done}; {out} goes on with --resume")
+            say(trainer, f"interrupted after step {trainer.steps_done}; continue with --out {out} --resume")
             raise
         say(trainer, f"{trainer.steps_done} steps, loss {trainer.loss:.3g}: {out / CHECKPOINT}")
 
@@ -211,7 +213,7 @@ def generate(options: Namespace) -> None:
     prompt = [tokenizer.begin, *tokenizer.encode(options.prompt)]
     longest = model.config.block_size
     if len(prompt) > longest:
-        raise ValueError(f"the prompt has {len(prompt) - 1} characters; the model reads {longest - 1} at most")
+        raise ValueError(f"the prompt has {len(prompt) - 1} characters; the model takes at most {longest - 1}")
     count = options.max_new_tokens
     tokens = generate(
         model,

@@ -17,7 +17,7 @@ from .loss import loss_mask
 
 
 class CharacterTokenizer:
-    """One token a character, in code point order from 1; token 0 begins a text and has no character."""
+    """One token per character, in code point order from 1; token 0 begins a text and has no character."""
 
     begin = 0
 
@@ -30,7 +30,7 @@ class CharacterTokenizer:
         return 1 + len(self.characters)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the characters, without the begin token. Raises ValueError for a character it does not know."""
+        """Ids of the characters, without the begin token. Raises ValueError for an unknown character."""
         try:
             return [self.ids[character] for character in text]
         except KeyError as error:
@@ -41,7 +41,7 @@ class CharacterTokenizer:
             ) from None
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """The characters of the ids; begin tokens have none. Raises ValueError for an id it does not know."""
+        """The characters of the ids; begin tokens have none. Raises ValueError for an unknown id."""
         return "".join(self.character(int(i)) for i in ids)
 
     def character(self, i: int) -> str:
@@ -85,7 +85,7 @@ def pad_batch(
     """Whole sequences, begin token (and end token, where there is one) included, as one batch.
 
     A sequence of n ids fills n - 1 places; the first `skip` targets of each carry no loss. The pad id may be that of a
-    real token, for masks alone decide what counts. Raises ValueError for a sequence without a target.
+    real token, because only the masks decide what counts. Raises ValueError for a sequence without a target.
     """
     if not sequences:
         raise ValueError("a batch needs at least one sequence, got none")
@@ -130,9 +130,9 @@ class SentenceTask:
 
 
 class DataOrder:
-    """Which examples come next: every epoch all of them once, shuffled by a generator of its own.
+    """Which examples come next: each epoch visits all of them once, in an order drawn from a generator of its own.
 
-    Nobody else draws from that generator, so neither dropout nor sampling ever changes the order.
+    Nothing else uses that generator, so neither dropout nor sampling changes the order.
     """
 
     def __init__(self, examples: int, seed: int) -> None:

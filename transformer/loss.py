@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MASKED = torch.iinfo(torch.int64).min  # a target nobody writes by accident, as they may well write -1 or -100
+MASKED = torch.iinfo(torch.int64).min  # never a target by accident, as -1 or -100 might be
 
 
 def loss_mask(real: Tensor, skip: int = 0) -> Tensor:
@@ -25,9 +25,9 @@ def loss_mask(real: Tensor, skip: int = 0) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean cross entropy (nats a target) over the targets that `mask` [B, T] keeps, all of them if it is None.
+    """Mean cross entropy (nats per target) over the targets that `mask` [B, T] keeps; without a mask, over all.
 
-    logits [B, T, V], targets [B, T]. When nothing is kept the loss is 0 and so is every gradient.
+    logits [B, T, V], targets [B, T]. If no target is kept, the loss and all gradients are 0.
     Raises ValueError for shapes that do not fit and for a kept target outside the vocabulary.
     """
     total, count = loss_sum(logits, targets, mask)
@@ -35,7 +35,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None)
 
 
 def loss_sum(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The sum of the losses of the targets kept, and how many were: what adds up over micro-batches, as means do not.
+    """The sum of the losses of the kept targets, and their number: both add up over micro-batches, which means do not.
 
     In float32 at least, whatever the dtype of the logits.
     """
@@ -48,7 +48,7 @@ def loss_sum(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> tup
 
 
 def drop_masked(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits that carry no loss are cut off before the softmax: NaN times a zero gradient would be NaN."""
+    """Replaces logits that carry no loss before the softmax: a NaN there would make the gradient NaN."""
     return logits.masked_fill(~mask[..., None], 0.0)
 
 

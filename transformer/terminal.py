@@ -1,4 +1,4 @@
-"""What passes between a training and the terminal: Ctrl-C, and a progress bar when it takes long."""
+"""A training and its terminal: Ctrl-C, and a progress bar once it takes long."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 
 class Interruption:
-    """Within it, Ctrl-C only sets `asked`, so that a step is never left half done; a second one stops at once."""
+    """Inside, Ctrl-C only sets `asked`, so that the current step is finished; a second Ctrl-C stops at once."""
 
-    REPEAT = 1.0  # seconds in which a second signal is the same Ctrl-C: torchrun passes on what the terminal also sent
+    REPEAT = 1.0  # seconds within which a second signal is the same Ctrl-C, passed on by torchrun
 
     def __init__(self) -> None:
         self.asked = False

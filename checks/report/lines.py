@@ -1,4 +1,4 @@
-"""One JSON line a verdict, for machines: written as it happens, with a `started` line before each check."""
+"""The verdict file: one JSON line per verdict, written as it happens, with a `started` line before each check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COUNTED = ("passed", "failed", "error", "not_applicable", "skipped", "blocked")
 
 
 def line(record: Mapping[str, Any]) -> str:
-    """A record as one line of strict JSON: what JSON lacks (NaN, infinities, other types) becomes text."""
+    """A record as one line of strict JSON: values that JSON lacks (NaN, infinities, other types) become text."""
     return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
 
 
@@ -28,12 +28,12 @@ def _plain(value: Any) -> Any:
 
 
 def started(check: str, subject: str) -> dict[str, Any]:
-    """What is written before a check runs, so that a crash or a hang names it."""
+    """The line written before a check runs, so that a crash or a hang names it."""
     return {"started": check, "subject": subject}
 
 
 def summary(subject: str, verdicts: Iterable[Mapping[str, Any]], total: int) -> dict[str, Any]:
-    """The last line: how many checks there are, how many ran, and how each ended."""
+    """The last line: how many checks there are, how many ran, and how they ended."""
     outcomes = [verdict["outcome"] for verdict in verdicts]
     counts = {outcome: outcomes.count(outcome) for outcome in COUNTED}
     executed = sum(counts[outcome] for outcome in ("passed", "failed", "error"))

@@ -1,4 +1,4 @@
-"""A verdict as text for a terminal or a notebook: what broke, where, why, what to try, how to see it again."""
+"""A verdict as text for a terminal or a notebook: what broke, where, why, what to try, how to reproduce it."""
 
 from __future__ import annotations
 
@@ -43,9 +43,11 @@ def place(where: Mapping[str, Any]) -> str:
 
 
 def weights(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which weight is which, as the spec found it: the table that `--spec gpt2:FILE.json` reads."""
+    """Which weight is which: the table that `--spec gpt2:FILE.json` reads."""
     table = next((v["evidence"]["weights"] for v in verdicts if "weights" in v["evidence"]), None)
-    return ["weights, theirs to the reference's:", *json.dumps(table, indent=2).splitlines()] if table else []
+    if table is None:
+        return []
+    return ["weights (yours: the reference's):", *json.dumps(table, indent=2).splitlines()]
 
 
 def totals(summary: Mapping[str, Any]) -> str:

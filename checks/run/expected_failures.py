@@ -1,4 +1,4 @@
-"""Expected failures: checks that a model is known to fail, each with its reason, in a file of `check: reason` lines.
+"""Expected failures: a file of lines `check: reason`, for checks that a model is known to fail.
 
 A line without a reason, a check that does not exist and an expected failure that passes are errors.
 """
@@ -24,23 +24,23 @@ class Expected:
     file: str = ""
 
     def reason(self, verdict: Mapping[str, Any]) -> str | None:
-        """Why this failure was expected; None where the verdict is no failure, or not an expected one."""
+        """Why this failure was expected; None if the verdict is no failure or was not expected."""
         return self.reasons.get(verdict["check"]) if verdict["outcome"] in BROKEN else None
 
     def complaints(self, verdicts: Iterable[Mapping[str, Any]]) -> list[str]:
-        """What of the list is no longer true: checks that were expected to fail and passed."""
+        """Checks that were expected to fail and passed."""
         return [
             f"{verdict['check']} was expected to fail ({self.reasons[verdict['check']]}) and passed: "
-            f"take its line out of {self.file}"
+            f"remove its line from {self.file}"
             for verdict in verdicts
             if verdict["outcome"] == "passed" and verdict["check"] in self.reasons
         ]
 
 
 def read(path: str, known: Iterable[str]) -> Expected:
-    """The file's lines; empty ones and those that begin with # are comments. `known` are the ids of all checks.
+    """Reads the file; empty lines and lines that begin with # are ignored. `known` are the ids of all checks.
 
-    A check may be named without its theme where only one has the name. Raises UsageError, naming the line.
+    A check may be named without its theme if the name is unique. Raises UsageError, naming the line.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -72,6 +72,6 @@ def _known(name: str, checks: list[str], where: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UsageError(f"{where}: {name!r} is the name of several checks: {', '.join(found)}")
+        raise UsageError(f"{where}: {name!r} names several checks: {', '.join(found)}")
     near = difflib.get_close_matches(name, [*checks, *(c.rpartition(".")[2] for c in checks)], n=3)
     raise UsageError(f"{where}: no check is called {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))

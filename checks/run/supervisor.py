@@ -1,6 +1,6 @@
-"""The checks in a process of their own, watched: its verdict lines read, its silence bounded, its end explained.
+"""Runs the checks in a process of their own and reports even a crash, a hang or an exit of that process.
 
-Imports nothing that takes time, so that a mistake on the command line is answered at once.
+Imports nothing slow, so that a mistake on the command line is answered at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ USAGE = """usage: transformer-checks FILE[:NAME] [options], or python -m transfo
 
 FILE.py[:NAME], NOTEBOOK.ipynb[:NAME] or package.module:NAME is the model to check; `transformer` is this project's own.
 Options are those of `pytest --model`: --seed N, --checkpoint FILE, --with PART=FILE:NAME, -k WORDS, -m sanity, …
-  --patience SECONDS   how long one check may take before the run is stopped (default: 300)"""
+  --patience SECONDS   longest time for one check; then the run is stopped (default: 300)"""
 # Runs in the child. Neither the working directory nor ours comes before the standard library.
 BOOT = """
 import json, sys
@@ -64,7 +64,7 @@ class Watched:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: pytest's own, or 1 where the process did not come to its end. By default of the command line."""
+    """Returns pytest's exit code, or 1 if the process did not reach its end."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE)
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _taken(given: list[str], option: str, default: float) -> float:
-    """The value of an option of our own, which is taken out of the arguments."""
+    """The value of an option of ours, which is removed from the arguments."""
     for index, text in enumerate(given):
         name, equals, value = text.partition("=")
         if name == option:
@@ -165,7 +165,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 def _end_of(code: int, watched: Watched, said: str, hung: bool, patience: float, model: str) -> str:
     """The message about a process that ended before its run did."""
     if hung:
-        how = f"was silent for {patience:g} s and was stopped"
+        how = f"wrote no verdict for {patience:g} s and was stopped"
     elif code < 0:
         how = f"was killed by {_signal(-code)}"
     else:

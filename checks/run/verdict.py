@@ -1,10 +1,10 @@
-"""What one check says about one subject, as data: running a check, and what it left behind."""
+"""Running one check on one subject, and its verdict as data."""
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,9 +14,9 @@ from .order import Check, check_id, checks_in, rule, theme
 
 Outcome = Literal["passed", "failed", "error", "not_applicable", "skipped", "blocked"]
 LEARNING = ("gradients", "optimizer")  # themes that are about parameters
-NOTHING_TO_LEARN = "the model has no parameters to train: there is nothing to differentiate"
+NOTHING_TO_LEARN = "the model has no trainable parameters"
 STOPS_OTHERS = ("failed", "error", "blocked")
-BACKWARD = "check_gradients.check_every_parameter_gets_a_gradient"  # tells of a graph that cannot be walked back
+BACKWARD = "check_gradients.check_every_parameter_gets_a_gradient"  # reports a backward pass that fails
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Verdict:
     example: dict[str, Any] = field(default_factory=dict)
     reproduce: str = ""
     seconds: float = 0.0
-    kept: dict[str, Any] = field(default_factory=dict)  # live objects, for whoever ran the check
+    kept: dict[str, Any] = field(default_factory=dict)  # live objects for the caller
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the live objects."""
@@ -45,9 +45,9 @@ class Verdict:
 
 @unwarned()
 def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Verdict:
-    """Runs one check, unless a check that it needs did not pass; never raises for what a subject does.
+    """Runs one check, unless one that it needs failed. Never raises for what the subject's code does.
 
-    `earlier` holds the verdicts so far by check id. KeyboardInterrupt passes through.
+    `earlier` holds the verdicts so far, by check id. KeyboardInterrupt passes through.
     """
     verdict = Verdict(check_id(check), theme(check), "passed", rule(check), reproduce=subject.reproduce(check))
     for name in getattr(check, "needs", ()):
@@ -83,7 +83,7 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
             verdict.where = _last_own_line(error, subject)
     if subject.device.type == "meta" and verdict.outcome in ("failed", "error"):
         verdict.outcome = "not_applicable"
-        verdict.says = f"nothing is computed on the meta device, so nothing can be said of it: {verdict.says}"
+        verdict.says = f"the meta device computes nothing, so this says nothing about the model: {verdict.says}"
     verdict.seconds = round(time.perf_counter() - start, 4)
     verdict.evidence = {**mine.evidence, **verdict.evidence}
     verdict.remarks, verdict.kept = mine.advice, mine.kept
@@ -91,20 +91,20 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
 
 
 def _wants_gradients(error: Exception) -> bool:
-    """Whether torch says that there is nothing to differentiate, to train or to save."""
+    """Whether torch reports that nothing can be differentiated, trained or saved."""
     says = ("does not require grad", "empty parameter list", "non-empty list of Tensors", "no parameter to train")
     return any(words in str(error) for words in says)
 
 
 def _not_on_the_cpu(error: Exception, subject: Subject) -> bool:
-    """Whether torch, not the subject, says that it has no such operation where the subject runs."""
+    """Whether torch itself lacks this operation on the CPU."""
     if subject.device.type != "cpu" or not isinstance(error, NotImplementedError) or "CPU" not in str(error):
         return False
     return not subject.owns(traceback.extract_tb(error.__traceback__)[-1].filename)
 
 
 def _backward_fails(error: Exception, subject: Subject) -> bool:
-    """Whether a value that backward needs was changed in place, wherever the model is asked for gradients."""
+    """Whether a tensor needed by the backward pass was changed in place, in any backward pass of this model."""
     if "modified by an inplace operation" not in str(error):
         return False
     told = next(check for check in checks_in("gradients") if check_id(check) == BACKWARD)
