@@ -1,4 +1,4 @@
-"""Padding, other rows and other documents change nothing for the real tokens of a row."""
+"""A row's logits at real tokens must not depend on padding, on other rows, or on other documents packed beside it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from torch import Tensor, nn
 
 from .expect import STEADY, NotApplicable, Where, advise, drawn, expect_close, fail, farthest, needs, note
 from .probes.extra_arguments import DOCUMENTS, POSITIONS, taken
-from .probes.influence import EVAL, TRAIN, Way, call, every_id, length, moved, reads_one_token
+from .probes.influence import call, every_id, length, moved, reads_one_token
 from .probes.magnified import EXTREME, magnified, within_reach
 from .probes.padding import SIDES, padded, ragged
 from .probes.precision import precise, precision, shared, spread
 from .probes.preconditions import expect_takes_mask
 from .subject import Subject
 from .watch.calls import first_bad, first_breaking
+from .probes.influence import EVAL, TRAIN, Way
 
 FLOAT_MASKS = ("float-mask-added", "bool-mask-added-as-float")
 CONTENT = "check_masking.check_pad_contents_change_nothing"
 PADDED_ROWS = "check_masking.check_rows_of_padding_do_no_harm"
 ONES = "check_masking.check_mask_of_ones_changes_nothing"
-ADVICE = "A padded key gets weight 0 from every query of its own row: mask[:, None, None, :] over scores [B, H, T, S]."
+ADVICE = "Mask padded keys for every query of the same row: apply mask[:, None, None, :] to the scores [B, H, T, S]."
 
 
 @needs(*STEADY)
 def check_mask_of_ones_changes_nothing(subject: Subject) -> None:
-    """A mask that marks every token as real gives the logits that no mask gives."""
+    """A padding mask that marks every token as real must give the same logits as no mask."""
     expect_takes_mask(subject)
     model, T = precise(subject), length(subject)
     for t in (1, 2, T // 2, T):
@@ -43,13 +44,13 @@ def check_mask_of_ones_changes_nothing(subject: Subject) -> None:
             bound=precision(subject).bound(want),
             says=f"a mask that marks all {t} tokens as real changes the logits",
             likely=("bool-mask-semantics-inverted", "bool-mask-added-as-float", "pad-mask-replaces-causal"),
-            advice="True means keep for scaled_dot_product_attention and drop for nn.MultiheadAttention.",
+            advice="Check what True means: keep for scaled_dot_product_attention, drop for nn.MultiheadAttention.",
         )
 
 
 @needs(*STEADY, ONES)
 def check_pad_contents_change_nothing(subject: Subject) -> None:
-    """Whatever ids the padding holds, on either side, in eval and in train mode, real tokens keep their logits."""
+    """Token ids in the padding must not change the logits of real tokens, on either side, in eval and train mode."""
     expect_takes_mask(subject)
     for model, weights in ((precise(subject), ""), (magnified(subject), f", weights × {EXTREME}")):
         if weights and not within_reach(subject, model):
@@ -73,9 +74,10 @@ def expect_pads_unread(subject: Subject, model: nn.Module, side: str, way: Way) 
         if len(hits):
             row, t = (int(i) for i in hits[0])
             fail(
-                f"other ids in the padding on the {side} change the logits of real tokens: first in row {row} at "
-                f"position {t}, by {float(moves[row, t]) / spread(before):.3g} standard deviations of the logits, "
-                f"{way.name}; allowed {bound}",
+                f"changing the ids in the padding on the {side} changes the logits of real tokens, first in row {row} "
+                "at "
+                f"position {t}, by {float(moves[row, t]) / spread(before):.3g} standard deviations of the logits "
+                f"({way.name}); allowed {bound}",
                 where=pad_reader(subject, model, (tokens, other), mask, way),
                 likely=likely_readers(subject, model, (tokens, other), mask, way, row),
                 advice=ADVICE,
@@ -87,7 +89,7 @@ def expect_pads_unread(subject: Subject, model: nn.Module, side: str, way: Way) 
 def likely_readers(
     subject: Subject, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor, way: Way, row: int
 ) -> tuple[str, ...]:
-    """A mask that changes nothing is not used; a row that is clean by itself gets another row's mask."""
+    """A mask that changes nothing is not used. A row that is right alone is given the mask of another row."""
     if torch.equal(call(subject, model, tokens[0], mask, way), call(subject, model, tokens[0], None, way)):
         return "pad-mask-ignored", "pad-mask-on-queries"
     one, other = (call(subject, model, x[row : row + 1], mask[row : row + 1], way)[0] for x in tokens)
@@ -99,7 +101,7 @@ def likely_readers(
 def pad_reader(
     subject: Subject, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor, way: Way
 ) -> Where | None:
-    """The first module whose output at a real token depends on what the padding holds."""
+    """The first module whose output at a real token depends on the ids in the padding."""
     B, T = mask.shape
 
     def breaks(one: Tensor, other: Tensor) -> bool:
@@ -115,7 +117,7 @@ def pad_reader(
 
 @needs(*STEADY, ONES, CONTENT)
 def check_rows_of_padding_do_no_harm(subject: Subject) -> None:
-    """Padding gives finite logits and gradients, and a row of nothing but padding leaves the others as they were."""
+    """With padding, logits and gradients must be finite, and a row of only padding must not change the other rows."""
     expect_takes_mask(subject)
     T = length(subject)
     tokens = every_id(subject, T, rows=5, seed=subject.seed)
@@ -129,53 +131,47 @@ def check_rows_of_padding_do_no_harm(subject: Subject) -> None:
 def expect_harmless(subject: Subject, tokens: Tensor, mask: Tensor, side: str, training: bool) -> None:
     model = precise(subject).train(training)
     logits = subject.logits(model, tokens, mask)
-    says = f"with padding on the {side} and row 1 nothing but padding, in {'train' if training else 'eval'} mode,"
+    case = f"padding on the {side}, row 1 nothing but padding, {'train' if training else 'eval'} mode"
     finding: dict[str, Any] = dict(
         likely=("fully-masked-row-nan",),
-        advice="A softmax over nothing is NaN, and NaN times a zero weight is NaN: let every padded token see itself.",
+        advice="Let every padded token attend to itself: a softmax over no keys is NaN, and NaN times a zero weight is "
+        "still NaN.",
     )
-    _expect_finite(subject, model, tokens, mask, logits, says, finding)
+    _expect_finite(subject, model, tokens, mask, logits, case, finding)
     if not training:  # without gradients PyTorch's own layers take another path
-        _expect_finite(
-            subject,
-            model,
-            tokens,
-            mask,
-            call(subject, model, tokens, mask),
-            says.replace("eval mode", "eval mode under torch.no_grad()"),
-            finding,
-        )
-    logits[mask].square().mean().backward()
+        alone = call(subject, model, tokens, mask)
+        _expect_finite(subject, model, tokens, mask, alone, f"{case} under torch.no_grad()", finding)
+    torch.autograd.backward(logits[mask].square().mean())
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
             fail(
-                f"{says} the loss over real tokens gives {name} a gradient that is not finite",
+                f"the gradient of {name} is not finite, for a loss over real tokens ({case})",
                 **finding,
                 parameter=name,
             )
     if not training:
         rest = [row for row in range(len(tokens)) if row != 1]
         want = call(subject, model, tokens[rest], mask[rest])
-        says = f"{says} the other rows are not what they are without it"
+        says = f"a row of nothing but padding changes the logits of the other rows ({case})"
         expect_close(logits[rest], want, bound=precision(subject).bound(want), says=says, **finding)
 
 
 def _expect_finite(
-    subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor, logits: Tensor, says: str, finding: dict[str, Any]
+    subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor, logits: Tensor, case: str, finding: dict[str, Any]
 ) -> None:
     bad = (~logits.isfinite()).nonzero()
     if not len(bad):
         return
     row, t = int(bad[0, 0]), int(bad[0, 1])
-    which = "a real token" if bool(mask[row, t]) else "padding"
+    which = "a real token" if bool(mask[row, t]) else "a padded token"
     with torch.set_grad_enabled(logits.requires_grad):
         where = first_bad(model, lambda: subject.logits(model, tokens, mask), lambda x: bool((~x.isfinite()).any()))
-    fail(f"{says} the logits of {which} are not finite: first in row {row} at position {t}", where=where, **finding)
+    fail(f"the logits of {which} are not finite, first in row {row} at position {t} ({case})", where=where, **finding)
 
 
 @st.composite
 def batches(draw: st.DrawFn, subject: Subject) -> dict[str, Any]:
-    """Rows of so many real tokens each, padded to a common length."""
+    """The number of real tokens of each row, and the length to which all are padded."""
     real = draw(st.lists(st.integers(1, length(subject)), min_size=1, max_size=4))
     return dict(real=real, length=draw(st.integers(max(real), length(subject))), seed=draw(st.integers(0, 2**16)))
 
@@ -183,22 +179,22 @@ def batches(draw: st.DrawFn, subject: Subject) -> dict[str, Any]:
 @needs(*STEADY, ONES, CONTENT)
 @drawn(when=expect_takes_mask, case=batches)
 def check_right_padding_changes_nothing(subject: Subject, case: dict[str, Any]) -> None:
-    """Padded on the right, by however many, the real tokens of a row get the logits of the row by itself."""
+    """Right padding, however long, must not change the logits of a row's real tokens."""
     expect_as_alone(
         subject,
         case,
         "right",
         likely=("pad-mask-on-queries", "pad-mask-replaces-causal"),
-        advice="Hide padded keys, mask[:, None, None, :], beside the causal mask, never in place of it.",
+        advice="Hide padded keys with mask[:, None, None, :] in addition to the causal mask, not instead of it.",
     )
 
 
 @needs(*STEADY, ONES, CONTENT, PADDED_ROWS)
 @drawn(when=expect_takes_mask, case=batches)
 def check_left_padding_changes_nothing(subject: Subject, case: dict[str, Any]) -> None:
-    """Padded on the left, by however many, the real tokens of a row get the logits of the row by itself."""
+    """Left padding, however long, must not change the logits of a row's real tokens."""
     if taken(subject, POSITIONS):
-        raise NotApplicable("forward takes positions: with padding on the left they are the caller's to give")
+        raise NotApplicable("forward takes position ids: with left padding the caller must choose them")
     expect_as_alone(
         subject,
         case,
@@ -219,8 +215,9 @@ def expect_as_alone(subject: Subject, case: dict[str, Any], side: str, **finding
             got[row, mask[row]],
             want[0],
             bound=precision(subject).bound(want),
-            says=f"a row of {n} tokens, with {T - n} more as padding on the {side}, gets other logits than by itself "
-            f"(row {row} of {len(real)})",
+            says=f"a row of length {n}, padded on the {side} to length {T}, gets different logits than alone (row "
+            f"{row} "
+            f"of {len(real)})",
             axes=("real token", "symbol"),
             row=row,
             **finding,
@@ -229,7 +226,7 @@ def expect_as_alone(subject: Subject, case: dict[str, Any], side: str, **finding
 
 @needs(*STEADY, ONES)
 def check_mask_types_agree(subject: Subject) -> None:
-    """A mask of 0 and 1 as int or float means what the bool mask means, or is refused."""
+    """A padding mask of 0 and 1, as int or float, must mean the same as the bool mask, or be refused."""
     expect_takes_mask(subject)
     model, T = precise(subject), length(subject)
     tokens = every_id(subject, T, rows=5, seed=subject.seed)
@@ -244,10 +241,10 @@ def check_mask_types_agree(subject: Subject) -> None:
             except Exception as error:
                 refused.append(f"{name}: {type(error).__name__}")
                 continue
-            says = f"a mask of 0 and 1 as {name} (padding: {side}) is read, and means something else than as bool"
+            says = f"a 0/1 mask as {name} gives different logits than the same mask as bool (padding: {side})"
             bound = precision(subject).bound(want)
             if subject.foreign and dtype.is_floating_point and farthest(got[mask], want[mask]) > bound.size:
-                advise(f"{says}: it may be meant to be added")
+                advise(f"{says}: it may be meant as an additive mask")
                 continue
             expect_close(
                 got[mask],
@@ -256,13 +253,15 @@ def check_mask_types_agree(subject: Subject) -> None:
                 says=says,
                 axes=("real token", "symbol"),
                 likely=("int-mask-read-otherwise",) if not dtype.is_floating_point else FLOAT_MASKS,
-                advice="scaled_dot_product_attention adds a float mask to the scores: convert with .bool(), or refuse.",
+                advice="Convert the mask with .bool(), or refuse other types: scaled_dot_product_attention adds float "
+                "masks "
+                "to the scores.",
             )
     note(refused=sorted(set(refused)))
 
 
 def other_types(subject: Subject, mask: Tensor) -> Iterator[tuple[torch.dtype, Tensor, Way]]:
-    """The mask in other types than the model's own; a foreign model has a form of its own to write each in."""
+    """The mask in types other than the model's own. For a foreign model each type has a form of its own."""
     if not subject.foreign:
         for dtype in (torch.int64, torch.uint8, torch.float32, torch.float64):
             yield dtype, mask.to(dtype), EVAL
@@ -273,7 +272,7 @@ def other_types(subject: Subject, mask: Tensor) -> Iterator[tuple[torch.dtype, T
 
 @needs(*STEADY)
 def check_packed_documents_stay_apart(subject: Subject) -> None:
-    """Documents packed into one row, with their ids given, get the logits of each by itself."""
+    """Documents packed into one row, with their document ids given, must get the same logits as each alone."""
     parameter = taken(subject, DOCUMENTS)
     if parameter is None:
         raise NotApplicable("forward takes no document ids")
@@ -291,16 +290,17 @@ def check_packed_documents_stay_apart(subject: Subject) -> None:
                 got[:, start:end],
                 want,
                 bound=precision(subject).bound(want),
-                says=f"document {document}, tokens {start} to {end - 1} of a row of {T}, is not read as by itself",
+                says=f"document {document} (tokens {start} to {end - 1} of {T} in the row) gets different logits than "
+                "alone",
                 likely=("packing-cross-contamination", "packing-positions-not-reset"),
-                advice="Attend where the document ids are equal, and count positions from the start of each document.",
+                advice="Attend only where document ids are equal, and count positions from the start of each document.",
                 document=document,
             )
 
 
 @st.composite
 def compositions(draw: st.DrawFn, subject: Subject) -> dict[str, Any]:
-    """A batch in a certain order, its rows padded or not, in eval or in train mode."""
+    """A batch size and an order of its rows, with or without padding, in eval or train mode."""
     rows = draw(st.integers(2, 5))
     return dict(
         order=draw(st.permutations(range(rows))),
@@ -314,7 +314,7 @@ def compositions(draw: st.DrawFn, subject: Subject) -> dict[str, Any]:
 @needs(*STEADY)
 @drawn(case=compositions)
 def check_rows_do_not_touch(subject: Subject, case: dict[str, Any]) -> None:
-    """A row's logits are its own: alone, in another order, beside other rows, in eval and in train mode."""
+    """A row's logits must not depend on the other rows of the batch or on their order, in eval and train mode."""
     model, order, T = shared(subject), case["order"], case["length"]
     tokens = subject.tokens(len(order), T, seed=case["seed"])
     mask = None
@@ -325,20 +325,23 @@ def check_rows_do_not_touch(subject: Subject, case: dict[str, Any]) -> None:
     finding: dict[str, Any] = dict(
         bound=precision(subject).bound(whole),
         likely=("head-batch-axes-confused", "batch-statistics", "mask-repeated-in-wrong-head-batch-order"),
-        advice="Look for view or reshape over the batch axis, means over it, and masks repeated in another order.",
+        advice="Look for a view or reshape that mixes the batch axis, a mean over it, or a mask repeated in another "
+        "order.",
     )
     got = call(subject, model, tokens[order], None if mask is None else mask[order])
-    expect_close(got, whole[order], says=f"rows in the order {order} get other logits than in their own", **finding)
+    expect_close(
+        got, whole[order], says=f"putting the rows of the batch in the order {order} changes their logits", **finding
+    )
     for row in range(len(order)):
         alone = call(subject, model, tokens[row : row + 1], None if mask is None else mask[row : row + 1])
-        says = f"row {row} of {len(order)} gets other logits in the batch than alone"
+        says = f"row {row} of {len(order)} gets different logits in the batch than alone"
         expect_close(whole[row : row + 1], alone, says=says, **finding)
 
 
 def expect_unmoved_by_other_rows(
     subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor | None, way: Way
 ) -> None:
-    """At equal shape, under one seed of dropout: other tokens in every other row."""
+    """Changes the tokens of all other rows, at equal shapes and with the same dropout seed."""
     others = subject.tokens(*tokens.shape, seed=subject.seed + 7)
     before = call(subject, model, tokens, mask, way)
     bound = precision(subject).bound(before)
@@ -349,11 +352,12 @@ def expect_unmoved_by_other_rows(
         move = float(moved(before, after)[row].max())
         if move > bound.size:
             fail(
-                f"other tokens in the other rows change the logits of row {row} of {len(tokens)}, by "
-                f"{move / spread(before):.3g} standard deviations, {way.name}; allowed {bound}",
+                f"changing the tokens of the other rows changes the logits of row {row} of {len(tokens)}, by "
+                f"{move / spread(before):.3g} standard deviations of the logits ({way.name}); allowed {bound}",
                 where=row_mixer(subject, model, (tokens, changed), mask, way, row),
                 likely=("head-batch-axes-confused", "batch-statistics", "mask-repeated-in-wrong-head-batch-order"),
-                advice="Only reshapes, sums and statistics over axis 0 mix rows: look for one of these.",
+                advice="Look for a reshape, a sum or a statistic over the batch axis (axis 0): nothing else mixes "
+                "rows.",
                 row=row,
             )
 
@@ -361,7 +365,7 @@ def expect_unmoved_by_other_rows(
 def row_mixer(
     subject: Subject, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor | None, way: Way, row: int
 ) -> Where | None:
-    """The first module whose output for a row depends on another row."""
+    """The first module whose output for this row depends on another row."""
 
     def breaks(one: Tensor, other: Tensor) -> bool:
         rows = one.shape[:1] == (len(tokens[0]),)

@@ -1,4 +1,7 @@
-"""Where a token stands matters: judged on one block, since a deeper causal model tells positions apart without any."""
+"""The order of tokens must matter, and rotary positions must be relative.
+
+Order is judged on one block: a deeper causal model can tell positions apart without any position information.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .expect import REACHES, STEADY, NotApplicable, Where, advise, fail, needs, note
-from .probes.ablation import one_block
+from .probes.ablation import blocks_of, one_block
 from .probes.influence import call, length, moved
 from .probes.long import telling_places
 from .probes.module_state import held_outside
@@ -19,24 +22,24 @@ from .subject import EXISTENCE, Subject
 from .watch.attention import key_products, mentions_rotary
 from .watch.location import locate
 
-SMALLEST = 1e-6  # standard deviations of the logits: what an exchange of tokens moves at least (clean models: 2e-3)
-TURNED = 1e-4  # of a cosine: angles are commonly computed in float32; in bfloat16 they drift by 1e-2
-SETTLED = 4  # tokens after which a short convolution of equal tokens is constant
+SMALLEST = 1e-6  # standard deviations of the logits: exchanging two tokens must change more (correct models: 2e-3)
+TURNED = 1e-4  # of a cosine. Angles are usually computed in float32; in bfloat16 the difference is 1e-2
+PAST_CONVOLUTION = 4  # tokens after which a short convolution of equal tokens is constant
 
 NAMED = re.compile(r"(?<![a-z])(pos|position|positions|wpe|pe|freqs|alibi|rope|rotary)(?![a-z])")
 KIND = re.compile(r"rotary|rope(?![a-z])|alibi|sinusoid|learnedpos", re.IGNORECASE)
-LONG = 40  # tokens: past the powers of two at which positions may start again
-LONGER = 131  # of these only pairs with the first token and some neighbours are tried
+LONG = 40  # tokens: beyond powers of two, at which positions may start again
+LONGER = 131  # tokens; here only some pairs are tried
 
 
 @needs(*STEADY, REACHES)
 def check_order_of_tokens_matters(subject: Subject) -> None:
-    """In one block, exchanging two earlier tokens changes a later logit, wherever the two stand."""
+    """In one block, exchanging any two tokens must change a later logit."""
     expect_causal(subject)
     sizes = dict(block_size=LONG) if subject.can_vary("block_size") else {}
     T = min(sizes.get("block_size", subject.sizes.block_size), LONG)
     if T < 3:
-        raise NotApplicable(f"{T} tokens are too few to exchange two and look at a third")
+        raise NotApplicable(f"{T} tokens are too few: two are exchanged and a third one is observed")
     pairs = pairs_to_exchange(T)
     best = torch.zeros(len(pairs), dtype=torch.float64)
     for scheme in EXISTENCE:
@@ -51,13 +54,15 @@ def check_order_of_tokens_matters(subject: Subject) -> None:
     alike = [pair for pair, move in zip(pairs, best.tolist(), strict=True) if not move > SMALLEST]
     mechanism = positions_held(model)
     if len(alike) == len(pairs) and mechanism is None:
-        advise("in one block the order of earlier tokens changes nothing: the model has no positions (NoPE?)")
+        advise(
+            "in one block the order of earlier tokens changes nothing: the model has no position information (NoPE?)"
+        )
     elif alike:
         fail_alike(alike, pairs, T, mechanism)
 
 
 def pairs_to_exchange(T: int) -> list[tuple[int, int]]:
-    """Neighbours, and two tokens each with every later one; a token is left to look at them."""
+    """Neighbours, and two tokens with every later one; the last token is kept to observe the exchange."""
     neighbours = {(a, a + 1) for a in range(T - 2)}
     return sorted(neighbours | {(a, b) for a in (0, min(3, T - 3)) for b in range(a + 1, T - 1)})
 
@@ -72,7 +77,7 @@ def expect_far_places_differ(subject: Subject, mechanism: str | None) -> None:
 
 
 def exchanges(subject: Subject, model: nn.Module, T: int, pairs: list[tuple[int, int]]) -> Tensor:
-    """How far exchanging each pair moves the logits behind both, at most, in standard deviations of the logits."""
+    """The largest change of later logits when each pair is exchanged, in standard deviations of the logits."""
     V = subject.sizes.vocab_size
     tokens = subject.tokens(len(pairs), T, seed=subject.seed)
     swapped = tokens.clone()
@@ -86,7 +91,7 @@ def exchanges(subject: Subject, model: nn.Module, T: int, pairs: list[tuple[int,
 
 
 def positions_held(model: nn.Module) -> str | None:
-    """The name of whatever tells the model positions: a table, angles, a module called after a known kind; no ids."""
+    """The name of whatever gives the model positions: a table, angles, a module named so. Position ids do not count."""
     held: list[tuple[str, Any]] = [(held.name, held.value) for held in held_outside(model)]
     named = [*model.named_parameters(), *model.named_buffers(), *held]
     tensors = [name for name, x in named if isinstance(x, nn.Module) or x.is_floating_point() or x.is_complex()]
@@ -105,12 +110,12 @@ def fail_alike(alike: list[tuple[int, int]], pairs: list[tuple[int, int]], T: in
         if not KIND.search(mechanism or ""):
             likely = ("position-not-added", "position-constant", *likely)
     fail(
-        f"in one block, exchanging tokens {a} and {b} of {T} moves no later logit by more than {SMALLEST:.0e} standard "
-        f"deviations, and so for {'all' if all_of_them else len(alike)} of {len(pairs)} pairs that "
-        f"were tried: {'order is not seen at all' if all_of_them else 'these positions look the same'}, although the "
-        f"model {f'holds {mechanism}' if mechanism else 'tells other positions apart'}",
+        f"in one block, exchanging tokens {a} and {b} of {T} changes no later logit by more than {SMALLEST:.0e} "
+        f"standard deviations. The same holds for {'all' if all_of_them else f'{len(alike)} of'} {len(pairs)} pairs "
+        f"tried: {'order has no effect' if all_of_them else 'these positions look the same'}, although the model "
+        f"{f'has {mechanism}' if mechanism else 'tells other positions apart'}",
         likely=likely,
-        advice="Print the positions (or the angles) that reach attention for 5 tokens: five different ones.",
+        advice="Print the positions (or rotary angles) that reach attention for 5 tokens: all five should differ.",
         first={"a": a, "b": b},
         pairs=alike[:40],
         mechanism=mechanism,
@@ -119,14 +124,16 @@ def fail_alike(alike: list[tuple[int, int]], pairs: list[tuple[int, int]], T: in
 
 @needs(*STEADY, "check_positions.check_order_of_tokens_matters")
 def check_rotary_angle_depends_on_distance(subject: Subject) -> None:
-    """Where rotary positions are used, equal tokens have a score that depends on how far they are apart, alone."""
+    """With rotary positions, the score of two equal tokens must depend only on the distance between them."""
     model, T = precise(subject, None), length(subject)
     if not mentions_rotary(model):
         raise NotApplicable("no module mentions rotary positions")
     tokens = subject.tokens(1, 1, seed=subject.seed).expand(1, T).contiguous()
-    products = key_products(subject, model, tokens)
-    if not products or T <= SETTLED + 2:
-        raise NotApplicable("no product of queries and keys was seen, or the tokens entered attention with a position")
+    products = key_products(model, blocks_of(model), T, lambda: call(subject, model, tokens))
+    if not products or T <= PAST_CONVOLUTION + 2:
+        raise NotApplicable(
+            "no product of queries and keys was seen, or equal tokens entered attention as different vectors"
+        )
     drifts = {}
     for block, measures in products.items():
         drifts[block] = min(map(toeplitz_drift, measures.values()), key=lambda drift: float(drift.max()))
@@ -134,22 +141,23 @@ def check_rotary_angle_depends_on_distance(subject: Subject) -> None:
     for block, drift in drifts.items():
         if float(drift.max()) > TURNED:
             t, s = (int(i) for i in (drift > TURNED).nonzero()[0][-2:])
-            fail_turned(locate(model, block), float(drift.max()), t + SETTLED, s + SETTLED)
+            fail_turned(locate(model, block), float(drift.max()), t + PAST_CONVOLUTION, s + PAST_CONVOLUTION)
 
 
 def fail_turned(where: Where, drift: float, t: int, s: int) -> None:
     fail(
-        f"in {where.module}, with the same token everywhere, the score of query {t} and key {s} differs from that of "
-        f"query {t - 1} and key {s - 1}, which are as far apart; by up to {drift:.3g} of a cosine, allowed "
-        f"{TURNED:.0e}: the rotation is not relative",
+        f"the rotation in {where.module} is not relative: with equal tokens everywhere, the score of query {t} and key "
+        f"{s} differs from that of query {t - 1} and key {s - 1}, at the same distance. Cosines differ by up to "
+        f"{drift:.3g}, allowed {TURNED:.0e}",
         where=where,
         likely=("rope-opposite-signs", "rope-only-on-q", "rope-only-on-k", "rope-pairing-mismatch"),
-        advice="Turn queries and keys by the same function; cosines and sines must be laid out as the pairs are.",
+        advice="Rotate queries and keys with the same function, and lay out cosines and sines as the pairs are laid "
+        "out.",
         first={"t": t, "s": s},
     )
 
 
 def toeplitz_drift(scores: Tensor) -> Tensor:
-    """[..., T', T']: how far each score is from that of both one place earlier, past the first few."""
-    settled = scores[..., SETTLED - 1 :, SETTLED - 1 :]
+    """[..., T', T']: how far each score is from the score one query and one key earlier; the first few left out."""
+    settled = scores[..., PAST_CONVOLUTION - 1 :, PAST_CONVOLUTION - 1 :]
     return (settled[..., 1:, 1:] - settled[..., :-1, :-1]).abs()

@@ -1,4 +1,4 @@
-"""What the checks of initialization say: the loss, the layers, the seed, the depth."""
+"""Findings of the initialization checks: the loss, the layers, the seed, the depth, the sizes of weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FOUND: dict[str, Told] = {
     ),
     "every-layer-seeded-alike": (
         "seed_decides_the_weights",
-        "every_layer_seeded",
+        "every_layer_seeded_alike",
         ("blocks.0.attention.qkv.weight", "seeds the global"),
         "every-layer-seeded-alike",
     ),
@@ -51,14 +51,14 @@ FOUND: dict[str, Told] = {
         (
             "feed_forward.output.weight starts with a mean of 1, ",
             "50.9 times its standard deviation of 0.0196",
-            "so do 1 more",
+            "The same holds for 1 more",
         ),
         "init-mean-one",
     ),
     "gains-redrawn-with-the-matrices": (
         "gains_do_not_start_around_zero",
         "blocks.0.attention_norm",
-        ("the gain blocks.0.attention_norm.weight", "of 32 below zero", "So are 4 more"),
+        ("the gain blocks.0.attention_norm.weight", "of 32 below zero", "The same holds for 4 more"),
         "gains-redrawn-with-the-matrices",
     ),
     "init-scale-inverted": (
@@ -85,11 +85,11 @@ FOUND: dict[str, Told] = {
 
 
 @pytest.mark.parametrize("bug", FOUND)
-def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
+def test_a_finding_names_the_place_and_the_cause(bug):
     expect_told("initialization", bug, FOUND[bug])
 
 
-def test_one_layer_drawn_larger_is_not_depth():
+def test_one_layer_with_larger_weights_is_no_growth_with_depth():
     def change(model):
         with torch.no_grad():
             model.blocks[-1].feed_forward.output.weight.mul_(30)
@@ -107,7 +107,7 @@ STARTS = (
 
 
 class OnePlus(nn.LayerNorm):
-    """Gains stored less one (Gemma): drawn around zero they are near one."""
+    """Gains stored minus one (Gemma): drawn around zero, they are near one."""
 
     def forward(self, x):
         return nn.functional.layer_norm(x, self.normalized_shape) * (1 + self.weight)
@@ -128,7 +128,7 @@ class InUnits(nn.Linear):
 
 
 class Cosine(nn.Linear):
-    """Its weights' directions count, their size does not."""
+    """Only the directions of its weights matter."""
 
     def forward(self, x):
         return nn.functional.linear(x, nn.functional.normalize(self.weight, dim=-1), self.bias)
@@ -177,7 +177,7 @@ def last_norm_from_zero(model):
 
 
 def to_be_loaded(model):
-    """As of torch.empty: zeros, unless empty memory is marked."""
+    """As from torch.empty: zeros, unless uninitialized memory is marked."""
     empty = torch.empty(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -206,18 +206,18 @@ LEGITIMATE = {
 
 @pytest.mark.parametrize("seed", [0, 4])
 @pytest.mark.parametrize("name", LEGITIMATE)
-def test_unusual_beginnings_are_not_accused(name, seed):
+def test_unusual_initializations_pass(name, seed):
     subject = Subject(name, changed(LEGITIMATE[name]), seed=seed)
     accused = [v.says for check in STARTS if (v := judge(check, subject, {})).outcome in ("failed", "error")]
     assert not accused
 
 
-def test_a_model_that_starts_at_zero_is_asked_again_after_some_steps():
+def test_a_model_that_starts_at_zero_is_judged_after_some_steps():
     found = judge(check_tokens_matter_from_the_start, Subject("zero", changed(last_norm_from_zero)), {})
     assert found.outcome == "not_applicable" and "3 steps later" in found.says
 
 
-def test_numbers_from_zero_to_one_are_advice():
+def test_weights_between_zero_and_one_only_get_advice():
     def change(model):
         nn.init.uniform_(model.blocks[0].feed_forward.output.weight)
 
@@ -225,7 +225,7 @@ def test_numbers_from_zero_to_one_are_advice():
     assert found.outcome == "passed" and "1.7" in found.remarks[0] and "torch.rand" in found.remarks[0]
 
 
-def test_gains_of_a_norm_of_ones_own_are_known_by_what_they_do():
+def test_gains_of_a_custom_norm_are_recognized():
     class Own(nn.Module):
         def __init__(self, width):
             super().__init__()

@@ -1,4 +1,4 @@
-"""What the masking checks say: which padding is read, by which row and position, and in which module."""
+"""Findings of the masking checks: the row and position that change, the module, the likely cause."""
 
 from __future__ import annotations
 
@@ -53,25 +53,25 @@ FOUND: dict[str, Told] = {
     "packing-cross-contamination": (
         "packed_documents_stay_apart",
         None,
-        ("document 1, tokens 6 to 12",),
+        ("document 1 (tokens 6 to 12 of 13",),
         "packing-cross-contamination",
     ),
     "left-pad-positions-not-from-mask": (
         "left_padding_changes_nothing",
         None,
-        ("as padding on the left", "than by itself"),
+        ("padded on the left", "than alone"),
         "left-pad-positions-not-from-mask",
     ),
     "position-reversed": (
         "right_padding_changes_nothing",
         None,
-        ("as padding on the right", "than by itself"),
+        ("padded on the right", "than alone"),
         "pad-mask-on-queries",
     ),
     "batch-statistics": (
         "rows_do_not_touch",
         "Centred",
-        ("change the logits of row 0 of 2", "in eval mode"),
+        ("changes the logits of row 0 of 2", "in eval mode"),
         "batch-statistics",
     ),
     "head-batch-axes-confused": (
@@ -84,7 +84,7 @@ FOUND: dict[str, Told] = {
 
 
 @pytest.mark.parametrize("bug", FOUND)
-def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
+def test_a_finding_names_the_place_and_the_cause(bug):
     expect_told("masking", bug, FOUND[bug])
 
 

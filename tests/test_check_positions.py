@@ -1,4 +1,4 @@
-"""What the checks of positions say: which places look the same, and which mechanism should tell them apart."""
+"""Findings of the position checks: the positions that look the same, and what should tell them apart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOUND: dict[str, Told] = {
     "position-constant": (
         "order_of_tokens_matters",
         None,
-        ("tokens 0 and 1 of 40", "all of 109 pairs", "positions.table.weight"),
+        ("tokens 0 and 1 of 40", "all 109 pairs", "positions.table.weight"),
         "position-constant",
     ),
     "positions-start-again": (
@@ -34,7 +34,7 @@ FOUND: dict[str, Told] = {
     "rope-on-the-wrong-axis": (
         "order_of_tokens_matters",
         None,
-        ("order is not seen at all", "RotaryAlongHeads"),
+        ("order has no effect", "RotaryAlongHeads"),
         "rope-on-the-wrong-axis",
     ),
     "rope-opposite-signs": (
@@ -48,12 +48,12 @@ FOUND: dict[str, Told] = {
 
 
 @pytest.mark.parametrize("bug", FOUND)
-def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
+def test_a_finding_names_the_place_and_the_cause(bug):
     expect_told("positions", bug, FOUND[bug])
 
 
-def test_ids_of_positions_that_are_only_held_are_no_positions():
-    """Rotary positions that are off by default leave the ids of positions behind, which nothing turns into angles."""
+def test_unused_position_ids_do_not_count_as_positions():
+    """A model with rotary positions switched off may still hold position ids, which nothing turns into angles."""
 
     def change(model):
         model.positions = NoPositions()

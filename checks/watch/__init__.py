@@ -1,1 +1,1 @@
-"""What a forward did: calls of modules, products, softmax, dropout, casts and draws, seen from outside."""
+"""What a forward did, observed from outside: calls of modules, products, attention, dropout, casts, random draws."""

@@ -1,4 +1,4 @@
-"""Activations of a model's own, known by the name of a class or a function, and the numbers that this promises."""
+"""Custom activations: modules and functions named after a known activation, and what they should compute."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
 
 @dataclass(frozen=True)
 class Activation:
-    """A module or a function, the name of its kind, and how it is called in a sentence."""
+    """A module or function named after a known activation."""
 
     apply: Callable[[Tensor], Any]
     kind: str  # gelu, silu, swish or relu
-    named: str
+    named: str  # as in "act is called NewGELU"
     where: Where
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """What it makes of numbers [N], given as [1, 1, N]; None where it takes no such tensor."""
+        """Its values at the numbers x [N], which it is given as [1, 1, N]; None if it refuses such a tensor."""
         try:
             with torch.no_grad():
                 result = self.apply(x[None, None])
-        except Exception:  # whatever foreign code raises for what it does not expect
+        except Exception:  # foreign code may raise anything for an unexpected input
             return None
         return result.flatten().double() if isinstance(result, Tensor) and result.numel() == x.numel() else None
 
 
 def activations(model: nn.Module, run: Callable[[], Any]) -> list[Activation]:
-    """Those of the model's own: modules that have nothing to learn, and functions of one argument that run."""
+    """The custom ones: modules without parameters, and functions of one argument that run."""
     found = []
     for name, module in model.named_modules():
         kind = _kind(type(module).__name__)
@@ -73,7 +73,7 @@ def _kind(name: str) -> str | None:
 
 
 def _called(run: Callable[[], Any]) -> list[Any]:
-    """The functions of Python's modules, not methods and not torch's, that a call runs."""
+    """The module-level functions that run, except PyTorch's."""
     found: dict[int, Any] = {}
 
     def note(frame: Any, event: str, argument: Any) -> None:

@@ -1,9 +1,10 @@
-"""What attention does, seen from PyTorch's own functions: queries, keys, softmax, masks."""
+"""Attention as PyTorch's functions see it: queries, keys, softmax, masks."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..probes.ablation import blocks_of
-from ..probes.influence import call
-from ..subject import Subject
 from .calls import Call, recorded
 
 ROTARY = re.compile(r"rotary|rotate_half|\brope\b|apply_rope|freqs_cis|rotate_every", re.IGNORECASE)
@@ -40,14 +38,14 @@ def _source(kind: type) -> str:
 
 @dataclass
 class Seen:
-    """What one attention did, in a sentence, and the known bugs that do so; none where it keeps to the past."""
+    """What one attention did, in a sentence, and the known bugs that do so; none if it sees only the past."""
 
     says: str
     causes: tuple[str, ...] = ()
 
 
 class Attentions(TorchFunctionMode):
-    """Looks at every softmax over [.., T, T] scores and every fused attention: who may look at whom."""
+    """Records which keys each query sees, for every softmax over [.., T, T] scores and every fused attention."""
 
     def __init__(self, T: int) -> None:
         super().__init__()
@@ -69,27 +67,27 @@ def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *res
     if is_causal or q.shape[-2] == 1:
         return Seen("scaled_dot_product_attention was called with is_causal")
     if attn_mask is None:
-        return Seen("Fused attention was called without is_causal and without a mask", ("no-causal-mask",))
+        return Seen("scaled_dot_product_attention was called without is_causal and without a mask", ("no-causal-mask",))
     shown = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
-    return Seen("The mask handed to scaled_dot_product_attention shows later keys", opened(shown))
+    return Seen("The mask given to scaled_dot_product_attention lets queries see later keys", opened(shown))
 
 
 def stepwise(scores: Tensor, weights: Tensor, dim: int) -> Seen:
     if dim % scores.dim() == scores.dim() - 2:
-        return Seen("The softmax runs over queries (axis -2), not over keys (axis -1)", ("softmax-over-queries",))
+        return Seen("The softmax is over queries (axis -2), should be over keys (axis -1)", ("softmax-over-queries",))
     if dim % scores.dim() != scores.dim() - 1:
-        return Seen(f"The softmax runs over axis {dim}, not over keys (axis -1)", ("softmax-over-heads",))
+        return Seen(f"The softmax is over axis {dim}, should be over keys (axis -1)", ("softmax-over-heads",))
     causes = opened(weights > 0)
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     fill = scores[..., future].flatten()
     if causes[:1] == WIDE[:1] and bool((fill == fill[0]).all()):
-        says = f"Masked scores are {float(fill[0]):g}, which the softmax does not make 0"
+        says = f"Masked scores are {float(fill[0]):g}, which still gives later keys some weight in the softmax"
         return Seen(says, ("mask-fill-not-negative-enough",))
     return Seen("The softmax gives weight to later keys", causes)
 
 
 def opened(seen: Tensor) -> tuple[str, ...]:
-    """The bugs that show these later keys; none where a query sees the past alone. seen [.., T, S]."""
+    """The known bugs that let these later keys be seen; none if queries see only the past. seen [.., T, S]."""
     T = seen.shape[-2]
     t, s = seen.reshape(-1, *seen.shape[-2:]).any(dim=0).triu(1).nonzero(as_tuple=True)
     if not len(t):
@@ -105,7 +103,7 @@ def opened(seen: Tensor) -> tuple[str, ...]:
 
 
 class LargestScore(TorchFunctionMode):
-    """The largest score of a key that its query may see, in every softmax over [.., T, T] and every fused attention."""
+    """The largest score of a query and a key that it may see, in any softmax over [.., T, T] or fused attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,18 +112,18 @@ class LargestScore(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, T = getattr(func, "__name__", ""), args[0].shape[-2:] if args and isinstance(args[0], Tensor) else ()
         if name == "softmax" and len(T) == 2 and T[0] == T[1]:
-            self._meet(args[0].detach().double().tril())
+            self._see(args[0].detach().double().tril())
         elif func is F.scaled_dot_product_attention and len(args) > 1:
             q, k = (x.detach().double().norm(dim=-1).max() for x in args[:2])
-            self._meet(q * k / args[0].shape[-1] ** 0.5)
+            self._see(q * k / args[0].shape[-1] ** 0.5)
         return func(*args, **(kwargs or {}))
 
-    def _meet(self, scores: Tensor) -> None:
+    def _see(self, scores: Tensor) -> None:
         self.size = max(self.size, float(scores.abs().nan_to_num(posinf=0.0).max()))
 
 
 class Products(TorchFunctionMode):
-    """Keeps the queries and keys of every product of [.., T, D] and [.., D, T], and of every fused attention."""
+    """Records the queries and keys of every product of [.., T, D] and [.., D, T], and of every fused attention."""
 
     def __init__(self, T: int) -> None:
         super().__init__()
@@ -144,30 +142,32 @@ class Products(TorchFunctionMode):
             self.found.append((q.detach(), k.detach().transpose(-2, -1)))
 
 
-def key_products(subject: Subject, model: nn.Module, tokens: Tensor) -> dict[str, dict[str, Tensor]]:
-    """By block, its first product of queries and keys [.., T, T], in units of their mean length, and as cosines.
+def key_products(
+    model: nn.Module, blocks: list[str], T: int, run: Callable[[], object]
+) -> dict[str, dict[str, Tensor]]:
+    """By block: its first products of queries and keys [.., T, T], in units of their mean length, and their cosines.
 
-    Of the blocks that equal tokens enter as equal vectors; of the first alone where products are not so many a block.
+    `run` is a forward over T equal tokens. Blocks that these enter as different vectors are left out. If the products
+    cannot be divided evenly among the blocks, only the first block is included.
     """
-    with recorded(model) as calls, Products(tokens.shape[1]) as products:
-        call(subject, model, tokens)
-    blocks = blocks_of(model)
+    with recorded(model) as calls, Products(T) as products:
+        run()
     each, left = divmod(len(products.found), len(blocks) or 1)
     told = blocks if each and not left else blocks[: len(products.found)][:1]
-    alike = [name for name in told if enters_alike(calls, name, tokens.shape[1])]
-    given = {name: compared(*products.found[each * blocks.index(name)]) for name in alike}
+    alike = [name for name in told if _enters_alike(calls, name, T)]
+    given = {name: _compared(*products.found[each * blocks.index(name)]) for name in alike}
     return {name: products for name, products in given.items() if products is not None}
 
 
-def enters_alike(calls: list[Call], block: str, T: int) -> bool:
+def _enters_alike(calls: list[Call], block: str, T: int) -> bool:
     """Whether every token enters the block as the same vector."""
-    done = next((done for done in calls if done.module == block and done.inputs), None)
-    x = None if done is None else done.inputs[0]
+    call = next((call for call in calls if call.module == block and call.inputs), None)
+    x = None if call is None else call.inputs[0]
     return x is not None and x.dim() == 3 and x.shape[1] == T and torch.allclose(x, x[:, :1], atol=1e-12)
 
 
-def compared(q: Tensor, k: Tensor) -> dict[str, Tensor] | None:
-    """Queries against keys, two ways; None where either is 0."""
+def _compared(q: Tensor, k: Tensor) -> dict[str, Tensor] | None:
+    """Products of queries and keys, and their cosines; None if either is 0."""
     if q.shape[:-2] != k.shape[:-2]:
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
     if not (bool(q.any()) and bool(k.any())):

@@ -1,7 +1,7 @@
-"""Where a rule breaks: the subject's modules wrapped, what goes in and comes out recorded, the first culprit named.
+"""The calls of a model's modules, with their inputs and outputs, and the first module at which a rule breaks.
 
-Execution order is the order in which calls finish: a module that breaks a rule by itself comes before what it feeds,
-and before whatever contains it.
+Execution order is the order in which calls finish. So a module that breaks a rule comes before the modules that use its
+output, and before the module that contains it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from ..expect import Where
 from .location import locate
 
-DEPTH = 4  # how far objects are searched for tensors: an output object, its cache, the cache's layers, their tensors
+DEPTH = 4  # levels of nesting searched for tensors: an output object, its cache, the cache's layers, their tensors
 
 
 @dataclass
 class Call:
-    """One finished call of one module; every tensor is a detached copy, taken before the call could change it."""
+    """One finished call of one module. Every tensor is a detached copy, made before later code could change it."""
 
     module: str  # dotted name
     nth: int  # which call of this module, from 0
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
-    before: Any = None  # what `watch` saw
-    after: Any = None
+    before: Any = None  # the result of `watch()` before the call
+    after: Any = None  # and after it
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -46,9 +46,10 @@ class Call:
 
 @contextmanager
 def recorded(model: nn.Module, watch: Callable[[], Any] = lambda: None) -> Iterator[list[Call]]:
-    """Records every module's calls, in the order in which they finish, and what `watch()` was before and after each.
+    """Records every call of every module in execution order, and the result of `watch()` before and after each.
 
-    Wraps `forward` rather than hooking: some code calls it directly. A module under several names has its first.
+    Wraps `forward` instead of adding hooks, because some code calls it directly. A module that has several names is
+    recorded under the first.
     """
     calls: list[Call] = []
     wrapped = []
@@ -65,7 +66,9 @@ def recorded(model: nn.Module, watch: Callable[[], Any] = lambda: None) -> Itera
                 module.__dict__["forward"] = before
 
 
-def _recording(forward: Callable, name: str, calls: list[Call], watch: Callable[[], Any]) -> Callable:
+def _recording(
+    forward: Callable[..., Any], name: str, calls: list[Call], watch: Callable[[], Any]
+) -> Callable[..., Any]:
     numbers = count()
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -79,7 +82,7 @@ def _recording(forward: Callable, name: str, calls: list[Call], watch: Callable[
 
 
 def each(value: Any, change: Callable[[Tensor], Tensor], other: Callable[[Any], Any] = lambda thing: thing) -> Any:
-    """The same nest of tuples, lists and dicts with every tensor changed, and every other object by `other`."""
+    """The same nested tuples, lists and dicts: `change` applied to every tensor, `other` to everything else."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -95,14 +98,14 @@ def copied(value: Any) -> Any:
 
 
 def _held(value: Any) -> Any:
-    """What an object holds later must not pass for what it held now."""
+    """An object with the tensors that it holds now: the ones that it holds later may be different."""
     held = tensors(value)
     return Held(value, held) if held else value
 
 
 @dataclass
 class Held:
-    """An object among a call's arguments or results (a cache, an output object), and the tensors it held then."""
+    """An object in a call's arguments or result (a cache, an output object), and the tensors it held at the time."""
 
     object: Any
     then: list[Tensor]
@@ -134,8 +137,8 @@ def first_breaking(
 ) -> Where | None:
     """The first module, in execution order, whose output breaks the rule between two runs while its inputs do not.
 
-    `breaks(a, b)` compares the same tensor of the two runs; tensors whose shapes differ are passed over. Calls are
-    paired by module and number, so that one that only one run makes (an expert, say) shifts nothing.
+    `breaks(a, b)` compares the same tensor of the two runs. Tensors of different shapes are skipped. Calls are paired
+    by module and number, so that a call made in one run only (of an expert, say) does not misalign the rest.
     """
     with recorded(model) as one:
         run()

@@ -1,6 +1,6 @@
-"""Tensors that a forward makes where PyTorch's default device is, and then mixes with the model's own.
+"""Tensors that a forward creates on PyTorch's default device and then combines with tensors of the model.
 
-On a CPU nothing shows; where model and tokens are on a GPU, the same line raises.
+On a CPU this works. With model and tokens on a GPU, the same line raises an error.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ ACCEPTS = {
 
 
 class Homeless(TorchFunctionMode):
-    """Follows tensors made without a device; `found` is the first place where one meets a tensor of the model."""
+    """Follows tensors made without a device. `found` is the first place where one is combined with a model's tensor."""
 
     def __init__(self, model_tensors: list[Tensor]) -> None:
         super().__init__()
-        self.found: tuple[str, str, str, Where | None] | None = None  # given what, what made it, what it met in, where
+        # what the forward was given, the function that made the tensor, the one that combined it, and where
+        self.found: tuple[str, str, str, Where | None] | None = None
         self.given = ""
-        self.aware = False  # whether it makes a tensor on a device that it names, or moves one to another's
-        self.kept: list[Tensor] = []  # so that no id is given twice
+        self.aware = False  # whether the model names a device for some tensor, or moves one to another's device
+        self.kept: list[Tensor] = []  # keeps them alive, so that no id is reused
         self.made: dict[int, str] = {}
         self.theirs = {id(tensor) for tensor in model_tensors}
 
     def during(self, given: str) -> Homeless:
-        """Itself, to be entered for a forward that is given so."""
+        """Returns itself, to be entered around a forward with the arguments that `given` describes."""
         self.given = given
         return self
 
@@ -70,7 +71,7 @@ class Homeless(TorchFunctionMode):
         return out
 
     def _look_for_care(self, name: str, args: Any, kwargs: Any, stray: bool) -> None:
-        """Sets `aware` where the model's own code names a device; what PyTorch's modules do inside is not its care."""
+        """Sets `aware` if the model's own code, rather than one of PyTorch's modules, handles devices."""
         if sys._getframe(2).f_code.co_filename.startswith(TORCH):
             return
         moved = name in MOVES and stray and any(isinstance(value, torch.device | Tensor) for value in args[1:])

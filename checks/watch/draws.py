@@ -1,4 +1,4 @@
-"""Random numbers: the global generators seeded and restored, their states compared, and what a forward draws."""
+"""Random numbers: seeding the global generators, comparing their states, and recording what a forward draws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .location import line_now
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The global generators of PyTorch, Python and NumPy seeded inside, and afterwards as they were."""
+    """Seeds the global generators of PyTorch, Python and NumPy inside, and restores them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -33,7 +33,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def uninitialized_memory_is_nan() -> Iterator[None]:
-    """Inside, what `torch.empty` gives is NaN, and not whatever lay there."""
+    """Inside, `torch.empty` returns NaN instead of whatever the memory held."""
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -43,20 +43,20 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
 
 
 def states() -> dict[str, bytes]:
-    """The state of every global generator, by the name of its library, to be compared."""
+    """The state of every global generator, by the name of its library, in a form that can be compared."""
     numpy: Any = np.random.get_state()
     found = {
         "PyTorch": torch.get_rng_state().numpy().tobytes(),
         "Python": repr(random.getstate()).encode(),
         "NumPy": numpy[1].tobytes() + str(numpy[2:]).encode(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["CUDA"] = torch.cuda.get_rng_state().cpu().numpy().tobytes()
     return found
 
 
 class Draws(TorchFunctionMode):
-    """Sees what is drawn inside: dropouts with their rate, and random tensors with their shape."""
+    """Records what is drawn inside: dropouts with their rate, and random tensors with their shape."""
 
     RANDOM = ("rand", "bernoulli", "normal", "uniform", "exponential", "multinomial")
 
@@ -80,14 +80,14 @@ class Draws(TorchFunctionMode):
         return result
 
     def shared(self, owner: nn.Module) -> bool:
-        """Whether masks were drawn by hand that are no masks of the owner's weights: one for all rows."""
+        """Whether masks were drawn without F.dropout, apart from masks of the owner's weights, which all rows share."""
         weights = {parameter.shape for parameter in owner.parameters()}
-        masks = [shape for shape in self.shapes if len(shape) > 1]  # a single number skips a whole layer
+        masks = [shape for shape in self.shapes if len(shape) > 1]  # a single number skips a layer
         return bool(masks) and not any(shape in weights for shape in masks)
 
 
-def _rate_in_force(name: str, args: tuple, kwargs: dict[str, Any]) -> float:
-    """The rate of a call of F.dropout or scaled_dot_product_attention; 0 for one that drops nothing."""
+def _rate_in_force(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The dropout rate of a call of F.dropout or scaled_dot_product_attention; 0 if it drops nothing."""
     if name == "scaled_dot_product_attention":
         return float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
     if name == "dropout":

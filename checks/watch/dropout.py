@@ -1,4 +1,7 @@
-"""Dropout that is declared and never happens: sites that leave the logits as they are, and what excuses some."""
+"""Dropout sites: modules that declare a dropout rate. Some never drop anything, and some of those are excused.
+
+A site is tried by itself: its module in training mode, all other modules in evaluation mode.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ NOT_A_SITE = re.compile(r"layer_?drop|drop_?(path|layer|token)|stochastic|head_?
 
 @dataclass(frozen=True)
 class Site:
-    """A module that declares a dropout rate, under the name of the attribute that holds it."""
+    """A module that declares a dropout rate, and the name of the attribute that holds the rate."""
 
     name: str
     module: nn.Module
@@ -35,12 +38,12 @@ class Site:
 
     @property
     def functional(self) -> bool:
-        """Whether the module holds a rate for a dropout that it applies itself, among other things."""
+        """Whether the module is no dropout module but applies dropout itself, among other things."""
         return not is_dropout(self.module)
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """Dropout modules with a rate above 0, and modules that hold such a rate and contain none that does."""
+    """Dropout modules with a rate between 0 and 1, and modules with such a rate of their own but no dropout module."""
     found = [
         Site(name, module, _rates(module)[0])
         for name, module in model.named_modules()
@@ -50,13 +53,13 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 def is_dropout(module: nn.Module) -> bool:
-    """PyTorch's dropouts, and people's own: a module without children whose class says so."""
+    """Whether it is one of PyTorch's dropout modules, or a custom one: a rate, no children, and a class named so."""
     own = "dropout" in type(module).__name__.lower() and not any(module.children())
     return isinstance(module, _DropoutNd) or (own and bool(_rates(module)))
 
 
 def holds_rate(module: nn.Module) -> bool:
-    """Whether the module itself, not a part of it, has a dropout rate among its attributes."""
+    """Whether the module itself, rather than a module inside it, has a dropout rate as an attribute."""
     return bool(_rates(module))
 
 
@@ -71,7 +74,7 @@ def _rates(module: nn.Module) -> list[str]:
 
 
 def set_rates(model: nn.Module, rate: float) -> None:
-    """Gives every declared site, also one of rate 0, this rate."""
+    """Sets the rate of every site, also of those with rate 0."""
     for module in model.modules():
         for attribute in _rates(module):
             setattr(module, attribute, rate)
@@ -79,7 +82,7 @@ def set_rates(model: nn.Module, rate: float) -> None:
 
 @contextmanager
 def training_alone(model: nn.Module, *modules: nn.Module) -> Iterator[None]:
-    """Only these modules, not even their children, in training mode."""
+    """Puts only these modules in training mode; their children, too, are in evaluation mode."""
     before = [(module, module.training) for module in model.modules()]
     for module, _ in before:
         module.training = False
@@ -93,7 +96,7 @@ def training_alone(model: nn.Module, *modules: nn.Module) -> Iterator[None]:
 
 
 def reads_mode(module: nn.Module) -> bool:
-    """Whether the mode can matter to a module: code of its class reads `training`, and no rate of 0 silences it."""
+    """Whether a module can depend on the mode: its class reads `training`, and it is no dropout module of rate 0."""
     if isinstance(module, _DropoutNd) and module.p == 0:
         return False
     classes = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
@@ -103,7 +106,7 @@ def reads_mode(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Trial:
-    """A model, and `run(tokens, seed)`, which gives its logits in whatever mode its parts are."""
+    """A model, and `run(tokens, seed)`, which returns its logits and leaves the mode of each module alone."""
 
     model: nn.Module
     run: Callable[[Tensor, int], Tensor]
@@ -115,14 +118,14 @@ class Trial:
             return any(farthest(self.run(t, 1), self.run(t, 2)) > 0 for t in batches or self.batches)
 
     def changed_by(self, *modules: nn.Module) -> bool:
-        """Whether the logits are others with only these modules in training mode."""
+        """Whether the logits differ from evaluation mode with only these modules in training mode."""
         calm = [self.run(tokens, 1) for tokens in self.batches]
         with training_alone(self.model, *modules):
             return any(farthest(self.run(t, 1), c) > 0 for t, c in zip(self.batches, calm, strict=True))
 
 
 def silent_sites(trial: Trial) -> list[Site]:
-    """Sites in whose training nothing is dropped, although the forward reaches them and no other drops for them."""
+    """Sites that the forward uses and that drop nothing in training mode, and for which no other module drops."""
     silent = [site for site in sites(trial.model) if not _lives(trial, site)]
     if not silent:
         return []
@@ -139,9 +142,9 @@ def silent_sites(trial: Trial) -> list[Site]:
 def _lives(trial: Trial, site: Site) -> bool:
     if trial.random((site.module,)):
         return True
-    above = _ancestors(trial.model, site.name)  # some decide for what they contain: a fast path, a mode handed down
+    above = _ancestors(trial.model, site.name)  # they may decide for this one: a fast path, a mode passed down
     if trial.random(above, trial.batches[:1]):
-        return site.functional  # they are random by themselves: nothing can be said of this one
+        return site.functional  # those above are random by themselves: this site cannot be judged
     return trial.random((site.module, *above))
 
 
@@ -151,10 +154,13 @@ def _ancestors(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
 
 
 def _of_another_task(model: nn.Module, site: Site, called: set[str], codes: set[CodeType]) -> bool:
-    """Whether the site belongs to what a forward for logits leaves aside: a part with weights that is not called, or
-    a method of the model's own that is not (one of an attention may be a second path that drops)."""
+    """Whether a forward that computes logits does not use the site at all.
+
+    It may belong to a module with weights that is not called, or to a method that is not. Methods count only for sites
+    of the model itself: an uncalled method of an attention module may be a second path that should drop.
+    """
     name = site.name if site.functional else _above(site)
-    while name and type(model.get_submodule(name)).forward is nn.Module.forward:  # a mere list or dict of modules
+    while name and type(model.get_submodule(name)).forward is nn.Module.forward:  # a ModuleList or ModuleDict
         name = name.rpartition(".")[0]
     if name:
         return name not in called and len(list(model.get_submodule(name).parameters())) > 0
@@ -177,7 +183,7 @@ def _methods(kind: type) -> Iterator[tuple[str, CodeType]]:
 
 @contextmanager
 def _executed() -> Iterator[set[CodeType]]:
-    """The code that runs inside."""
+    """Collects the code objects that run inside."""
     found: set[CodeType] = set()
 
     def note(frame: Any, event: str, argument: Any) -> None:
@@ -193,8 +199,11 @@ def _executed() -> Iterator[set[CodeType]]:
 
 
 def _done_by_its_owner(trial: Trial, site: Site, silent: list[Site]) -> bool:
-    """A dropout module that only lends its rate: its owner, or a part of that, drops in its place (inside
-    scaled_dot_product_attention, say). One functional dropout stands for one module, the nearest above it."""
+    """Whether the site is a dropout module that only holds the rate, while a module around it does the dropping.
+
+    The rate may be passed to scaled_dot_product_attention, for example. One such functional dropout excuses one
+    dropout module, the nearest one.
+    """
     if site.functional or not site.name:
         return False
     model, above = trial.model, _above(site)
@@ -210,7 +219,7 @@ def _is_inside(name: str, above: str) -> bool:
 
 
 def _parts_that_may(model: nn.Module, above: str) -> list[nn.Module]:
-    """Parts of a module whose code may drop for a site in it: no sites, nor far off with a rate of their own."""
+    """Modules inside this one that may do a site's dropping: no sites themselves, and without a rate of their own."""
     with_their_own = {id(site.module) for site in sites(model)}
     return [
         module

@@ -1,4 +1,4 @@
-"""Where in the subject's code something is: the line of a module's forward, and the line that is running now."""
+"""Places in the subject's code: the file and line of a module's forward, and the line that is running now."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ OURS = str(Path(__file__).parent.parent)
 def locate(model: nn.Module, name: str) -> Where:
     """A module's class, and the file and line of its forward.
 
-    For one of PyTorch's own: the line in the forward of the module that owns it, since nobody mends torch.
+    For one of PyTorch's modules it is the line that uses it, in the forward of the subject's module around it.
     """
     module, owner, attribute = _walk(model, name)
     file, line = _line(owner, attribute)
     return Where(name, type(module).__name__, file, line)
 
 
+def owner_of(model: nn.Module, parameter: str) -> Where:
+    """The module that holds the parameter of this name."""
+    return locate(model, parameter.rpartition(".")[0] or type(model).__name__)
+
+
 def _walk(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, str]:
-    """The module, the nearest module from its root that is not torch's own, and what that one calls the way to it."""
+    """The module, the innermost module around it that is not PyTorch's, and the attribute leading from there to it."""
     module, owner, attribute = model, model, ""
     parts = [] if name == type(model).__name__ else name.split(".")
     for part in parts:
@@ -59,9 +64,9 @@ def _line(owner: nn.Module, attribute: str) -> tuple[str, int]:
 
 
 def line_now(names: Mapping[int, str] = MappingProxyType({})) -> Where | None:
-    """The line of the subject's own code that is running: the innermost frame outside torch and the checks.
+    """The line of the subject's own code that is running: the innermost frame outside PyTorch and the checks.
 
-    `names` tells modules by their ids: the nearest one that is running is named, else the function.
+    `names` maps ids of modules to their names. The innermost running module in it is named, otherwise the function.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -75,7 +80,7 @@ def line_now(names: Mapping[int, str] = MappingProxyType({})) -> Where | None:
 
 
 def _running(frame: FrameType | None, names: Mapping[int, str]) -> Any:
-    """The innermost module with such a name whose method this frame is, or was called by."""
+    """The innermost module among `names` with a method in this frame or in one that called it."""
     while frame is not None and names:
         owner = frame.f_locals.get("self")
         if names.get(id(owner)):
@@ -85,10 +90,10 @@ def _running(frame: FrameType | None, names: Mapping[int, str]) -> Any:
 
 
 def called_by_checks() -> bool:
-    """Whether the caller of the calling function is a check, and not the subject."""
+    """Whether the function that calls this one was itself called by a check, rather than by the subject."""
     return _is_ours(sys._getframe(2).f_code.co_filename)
 
 
 def _is_ours(file: str) -> bool:
-    """The bugs are not: they play the subject."""
+    """Whether a file belongs to the checks. Known bugs do not count: they stand for the subject's code."""
     return file.startswith(OURS) and not file.startswith(os.path.join(OURS, "bugs"))

@@ -1,4 +1,4 @@
-"""What tensors hold while something runs: exactly, on any device, beyond what was there before."""
+"""Memory held by tensors while something runs, beyond what was held before: exact, and on any device."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ..expect import Where
 from .location import line_now
 
 
-class Held(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside that are still there: `now`, and at `peak`.
+class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors made inside that are still alive: `now`, and at the `peak`.
 
-    It sees what operations give, not what a kernel takes for itself meanwhile; the allocator of a GPU knows both.
+    It sees the results of operations, not the working memory of a kernel. A GPU's allocator counts both.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: dict[int, int] = {}  # of what is alive, by its address; 0 for what was there before
+        self.sizes: dict[int, int] = {}  # of live storages, by address; 0 for those made before
         self.now = self.peak = 0
-        self.largest: tuple[int, tuple[int, ...], Where | None] = (0, (), None)  # bytes, shape, and the line it is from
+        self.largest: tuple[int, tuple[int, ...], Where | None] = (0, (), None)  # bytes, shape, line that made it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
-            self._meet(tensor, made=False)
+            self._count(tensor, made=False)
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
-            self._meet(tensor, made=True)
+            self._count(tensor, made=True)
         return out
 
-    def _meet(self, tensor: Tensor, *, made: bool) -> None:
+    def _count(self, tensor: Tensor, *, made: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.sizes:
@@ -55,7 +55,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes held while it runs, beyond those held before: by the allocator's account on CUDA and XPU."""
+    """The most bytes held while it runs, beyond those held before. On CUDA and XPU the allocator counts them."""
     if device.type not in ("cuda", "xpu"):
         with Held() as held:
             run()

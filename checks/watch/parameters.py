@@ -1,8 +1,9 @@
-"""What one forward does with the parameters: which are looked up, which multiply activations, which are gains."""
+"""How one forward uses the parameters: as lookup tables, as factors of activations, as gains of norms."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ WEIGHT = 2  # a norm's arguments: input, shape or groups, weight
 
 
 class Operands(TorchFunctionMode):
-    """Sees the parameters, and views of them, among the arguments of what is called inside."""
+    """Records which of PyTorch's functions are called with which parameters, or with views of them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -43,22 +44,22 @@ class Operands(TorchFunctionMode):
 
     @property
     def looked_up(self) -> set[str]:
-        """Tables of which rows are taken."""
+        """Parameters whose rows are looked up."""
         return {name for name, uses in self._uses.items() if not uses.isdisjoint(LOOKUP)}
 
     @property
     def multipliers(self) -> set[str]:
-        """What activations are multiplied by, and the biases beside it; a tied head is a table first."""
+        """Parameters that multiply activations, and their biases. A tied head counts as a table."""
         return {name for name, uses in self._uses.items() if not uses.isdisjoint(MATRIX)} - self.looked_up
 
     @property
     def gains(self) -> set[str]:
-        """What PyTorch's own norms multiply by."""
+        """Parameters that PyTorch's own norms multiply by."""
         return self._gains
 
 
 def first_inputs(calls: list[Call]) -> dict[str, Tensor]:
-    """The tensor that each module read in its first call, of those that read one only."""
+    """The input of each module in its first call, for modules with a single input tensor."""
     found: dict[str, Tensor] = {}
     for call in calls:
         if len(call.inputs) == 1:
@@ -67,8 +68,8 @@ def first_inputs(calls: list[Call]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def gains_of(model: nn.Module, run: Any) -> set[str]:
-    """Vectors that each feature of a module's output is multiplied by: at zero, nothing of the input comes through."""
+def gains_of(model: nn.Module, run: Callable[[], Any]) -> set[str]:
+    """Vectors that multiply every feature of a module's output: set to zero, they make the output constant."""
     with Operands(model) as operands, recorded(model) as calls:
         run()
     found, inputs = set(operands.gains), first_inputs(calls)
@@ -84,7 +85,7 @@ def _silences(module: nn.Module, vector: Tensor, x: Tensor) -> bool:
     try:
         vector.zero_()
         out = module(x)
-    except Exception:  # no function of this tensor alone
+    except Exception:  # not a function of this tensor alone
         return False
     finally:
         vector.copy_(kept)
@@ -94,9 +95,38 @@ def _silences(module: nn.Module, vector: Tensor, x: Tensor) -> bool:
     return bool((rows == rows[:1]).all())
 
 
+def amplifications(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, float]:
+    """By matrix: the size of the output that its module gives for noise of unit size. `run` returns the logits.
+
+    Only modules whose one matrix is this one. A matrix without a gradient is left out, since its output has no effect
+    yet: the first matrix of a low-rank adaptation may be large, because the second starts at zero.
+    """
+    with Operands(model) as operands, recorded(model) as calls:
+        logits = run()
+    inputs, multipliers = first_inputs(calls), operands.multipliers
+    found: dict[str, float] = {}
+    for name, gradient in _gradients(model, logits).items():
+        owner = name.rpartition(".")[0]
+        module = model.get_submodule(owner)
+        alone = [id(p) for p in module.parameters() if p.dim() > 1] == [id(model.get_parameter(name))]
+        if name in multipliers and alone and owner in inputs and bool(gradient.any()):
+            size = _amplification(module, inputs[owner])
+            if size is not None:
+                found[name] = size
+    return found
+
+
+def _gradients(model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not logits.requires_grad:
+        return {}
+    found = torch.autograd.grad(logits.double().square().sum(), list(parameters.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+
+
 @torch.no_grad()
-def amplification(module: nn.Module, like: Tensor) -> float | None:
-    """The size of what a module of one tensor makes of noise of unit size; None if it refuses."""
+def _amplification(module: nn.Module, like: Tensor) -> float | None:
+    """None if the module refuses a single tensor."""
     noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
     try:
         out = module(noise)

@@ -1,4 +1,4 @@
-"""Products seen from PyTorch's own functions: with weights, as in a feed-forward, and with attention's weights."""
+"""Matrix products as PyTorch's functions see them: with weight matrices, and with attention weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .location import line_now
 
 MIXING = {F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.cumsum, Tensor.cumsum}
 CONVOLUTIONS = {torch.conv1d, F.conv1d}
-EXACT = 1e-6  # relative: what a factor and a constant may leave unexplained, of what is computed in float32
+EXACT = 1e-6  # relative: the residual allowed after fitting a factor and a constant, for float32
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
@@ -25,9 +25,9 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Mapped:
-    """One product with a matrix of weights: rows [N, F] in, rows [N, G] out, and the line that asked for it.
+    """One product with a weight matrix: rows [N, F] in, rows [N, G] out, and the line that calls it.
 
-    Both are those of the graph; `matrix` tells the weights again in another call.
+    Both tensors are part of the autograd graph. `matrix` identifies the weights across calls.
     """
 
     rows: Tensor
@@ -37,13 +37,13 @@ class Mapped:
 
 
 class WeightProducts(TorchFunctionMode):
-    """Every product with a matrix of weights. The model goes on with copies: an activation may work in place."""
+    """Records every product with a weight matrix. The model gets copies, since it may change them in place."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names = names_of(model)
         self.found: list[Mapped] = []
-        self.mixed: list[int] = []  # how many were found when tokens were mixed
+        self.mixed: list[int] = []  # the length of `found` each time that tokens were mixed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if mixes(func, args):
@@ -56,13 +56,13 @@ class WeightProducts(TorchFunctionMode):
         moved = result.movedim(known[2], -1)
         gives = moved.reshape(-1, moved.shape[-1])
         if not gives.requires_grad and torch.is_grad_enabled():
-            gives = gives.detach().requires_grad_()  # a frozen matrix's
+            gives = gives.detach().requires_grad_()  # the matrix is frozen
         self.found.append(Mapped(rows, gives, line_now(self.names), known[1].data_ptr()))
         return gives.clone().view(moved.shape).movedim(-1, known[2])
 
 
-def mixes(func: Any, args: tuple) -> bool:
-    """Whether it is a part of attention, or of what does its work: products of activations, sums and convolutions."""
+def mixes(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the call may mix tokens: products of activations, cumulative sums, convolutions, attention."""
     given = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(a, Tensor)]
     if func in CONVOLUTIONS:
         return len(given) > 1 and given[1].shape[-1] > 1
@@ -74,8 +74,8 @@ def _flat(x: Tensor) -> Tensor | None:
     return x.reshape(-1, x.shape[-1]) if x.numel() and x.is_floating_point() else None
 
 
-def multiplied(func: Any, args: tuple) -> tuple[Tensor, Tensor, int] | None:
-    """What a product with a matrix of weights multiplies, the matrix, and the axis of the features."""
+def multiplied(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, int] | None:
+    """The input of a product with a weight matrix, the matrix, and the axis of the features; None for other calls."""
     given = [a for a in args if isinstance(a, Tensor)]
     if (func is F.linear and len(given) > 1) or (func in PRODUCTS and len(given) > 1 and given[1].dim() == 2):
         return given[0], given[1], -1
@@ -87,7 +87,7 @@ def multiplied(func: Any, args: tuple) -> tuple[Tensor, Tensor, int] | None:
 
 
 def multiple(of: Tensor, x: Tensor) -> tuple[float, float] | None:
-    """The factor and the constant that make x out of another tensor; None where no two numbers do."""
+    """The numbers a and b with x = a · of + b; None if there are no such numbers."""
     if not of.numel():
         return None
     a, b = of.double(), x.double()
@@ -103,29 +103,29 @@ def multiple(of: Tensor, x: Tensor) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Weighed:
-    """Attention weights as they meet the values: the axis that is summed over, and how a softmax made them."""
+    """Attention weights as they multiply the values: the axis of the keys, and the softmax that they come from."""
 
     weights: Tensor  # [..., T, S] or [..., S, T]
-    axis: int
-    along: int  # the axis of the softmax that gave them
-    factor: float  # by which they were multiplied since
+    axis: int  # of the keys
+    along: int  # the axis of the softmax
+    factor: float  # by which they were multiplied after the softmax
     where: Where | None
 
     @property
     def off(self) -> float:
-        """How far the weights of one query are from summing to one, at most."""
+        """The largest distance from one among the sums over each query's keys."""
         return float((self.weights.double().sum(self.axis) - 1).abs().max())
 
 
 class Attended(TorchFunctionMode):
-    """Attention's weights where they meet the values, and the keys and values of every head, layer by layer."""
+    """Records attention weights as they multiply the values, and the keys and values of every head, layer by layer."""
 
     def __init__(self, model: nn.Module, T: int) -> None:
         super().__init__()
         self.names, self.T = names_of(model), T
         self.softmaxes: list[tuple[int, Tensor]] = []
         self.weighed: list[Weighed] = []
-        self.keys: list[Tensor] = []  # [..., H, S, D], where no softmax had been met since the last values
+        self.keys: list[Tensor] = []  # [..., H, S, D], since the last product with values
         self.pairs: list[tuple[Tensor, Tensor, Where | None]] = []  # keys and values of one attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -157,13 +157,15 @@ class Attended(TorchFunctionMode):
             return
 
     def square(self, x: Tensor, axis: int) -> bool:
-        """[..., T, S] with S ≥ T, the keys along the axis summed over."""
+        """Whether x is [..., T, S] with S ≥ T, or its transpose, with the keys along `axis`."""
         queries = x.shape[-2 if axis == -1 else -1]
         return queries == self.T <= x.shape[axis]
 
     def came_from(self, x: Tensor, axis: int) -> tuple[int, float] | None:
-        """The axis of the softmax whose result, times one factor, this is, and the factor;
-        of one along another axis, what a mask has left of it."""
+        """The axis of the softmax whose result times a factor is x, and the factor.
+
+        The result of a softmax over another axis may have been masked since: then its nonzero entries are compared.
+        """
         for along, result in reversed(self.softmaxes):
             if result.shape != x.shape:
                 continue
@@ -175,6 +177,6 @@ class Attended(TorchFunctionMode):
 
 
 def sharing(x: Tensor) -> list[int]:
-    """For every head of [..., H, S, D] the first one that holds the same numbers."""
+    """For every head of [..., H, S, D], the first head that holds the same numbers."""
     heads = x.transpose(0, -3).flatten(1)
     return [next((i for i in range(h) if torch.equal(heads[i], heads[h])), h) for h in range(len(heads))]

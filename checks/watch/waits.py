@@ -1,6 +1,6 @@
-"""Where a program waits for its device: each place that needs a number of a tensor, or a shape that its data decides.
+"""Places where a program waits for its device: it reads a value of a tensor, or needs a shape that depends on values.
 
-On a CPU nothing waits, but the places are the same.
+On a CPU there is no waiting, but the places are the same.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ READS = {
 
 
 def _picks_by_a_mask(func: Any, args: Any) -> bool:
-    """x[x > 0]: how many there are is read."""
+    """Whether it indexes by a mask, as in x[x > 0]: the size of the result has to be read."""
     indices = args[1] if func is aten.index.Tensor else ()
     return any(index is not None and index.dtype == torch.bool for index in indices)
 
 
 class Waits(TorchDispatchMode):
-    """Counts waits by the subject's own line; on CUDA what PyTorch itself says of them is not shown meanwhile."""
+    """Counts waits by line of the subject's code. On CUDA it also counts, and hides, PyTorch's own warnings of them."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
         self.by_line: Counter[Where] = Counter()
-        self.said = 0  # by CUDA's own watch, whatever the operation
+        self.said = 0  # PyTorch's own warnings on CUDA, whatever the operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (func in READS or _picks_by_a_mask(func, args)) and (line := line_now()) is not None:
