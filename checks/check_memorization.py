@@ -1,6 +1,6 @@
-"""Learning by heart what cannot be guessed: random strings, and two strings that only their beginnings tell apart.
+"""Memorizing what cannot be guessed: a random string, and two strings that differ only before and after their middle.
 
-Beside the homework's sentence (check_sanity.py): these are drawn from the run's seed, so no luck of letters helps.
+Unlike the sentence of check_sanity.py, they are drawn from the run's seed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CONTRACT = (
     "check_loss.check_loss_takes_what_the_model_gives",
 )
 BEGIN = 0
-PART = 4  # tokens of a beginning, of the middle and of an end
+PART = 4  # tokens in a beginning, in the middle and in an end
 SMALL = dict(n_layer=1, n_head=4, n_embd=64, dropout=0.0)
-PATIENCE = 200  # steps after which a loss that lies at the floor of a short context is there to stay
+PATIENCE = 200  # steps after which a loss at the floor of a short context will not fall any more
 
 Strings = list[list[int]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Strings of ids to learn by heart, each behind a begin token; the first `skip` targets carry no loss."""
+    """Strings of ids to memorize, each after a begin token; the first `skip` targets are masked."""
 
     strings: Strings
     skip: int = 0
@@ -55,47 +55,50 @@ class Task:
 
 @needs(*CONTRACT, *READ_ALONE)
 def check_memorizes_a_random_string(subject: Subject) -> None:
-    """A random string of distinct tokens is learned by heart and said again from its beginning."""
+    """The model must memorize a random string of distinct tokens and generate it from the begin token."""
     tokens = draw(subject, 3 * PART)
-    recite(subject, Task([tokens]))
+    expect_memorized(subject, Task([tokens]))
 
 
 @needs(*CONTRACT, CAUSAL, REACHES, "check_memorization.check_memorizes_a_random_string")
 def check_memorizes_two_strings_with_the_same_middle(subject: Subject) -> None:
-    """Two strings that share their middle are both said to their ends: what follows it depends on what came before."""
+    """The model must complete both of two strings that share their middle: the right end depends on the beginning."""
     part = PART if room(subject, "vocab_size", 5 * PART + 1) and room(subject, "block_size", 3 * PART) else PART - 1
     tokens = draw(subject, 5 * part)
     first, end, middle, second, other = (tokens[i * part : (i + 1) * part] for i in range(5))
     strings = [first + middle + end, second + middle + other]
     note(context_needed=context_needed(strings), middle=part)
     judge_the_sentence(subject)
-    recite(subject, Task(strings, skip=1))
+    expect_memorized(subject, Task(strings, skip=1))
 
 
 def draw(subject: Subject, n: int) -> list[int]:
-    """Distinct ids other than the begin token's."""
+    """n distinct ids, none of them the begin token."""
     V = max(n + 1, subject.sizes.vocab_size) if subject.can_vary("vocab_size") else subject.sizes.vocab_size
     if n + 1 > V:
-        raise NotApplicable(f"a vocabulary of {V} has no {n} distinct tokens beside the begin token", vocab_size=V)
+        raise NotApplicable(
+            f"a vocabulary of {V} is too small for {n} distinct tokens besides the begin token", vocab_size=V
+        )
     order = torch.randperm(min(V, 1000) - 1, generator=torch.Generator().manual_seed(subject.seed + 7))
-    return (order[:n] + 1).tolist()
+    ids: list[int] = (order[:n] + 1).tolist()
+    return ids
 
 
 def room(subject: Subject, name: str, size: int) -> bool:
-    return subject.can_vary(name) or getattr(subject.sizes, name) >= size
+    return subject.can_vary(name) or int(getattr(subject.sizes, name)) >= size
 
 
 def context_needed(strings: Strings) -> int | None:
-    """The least k for which the latest k tokens, the begin token included, always tell the next; None if none does.
+    """The smallest k for which the latest k tokens (begin token included) determine the next one; None if none does.
 
-    The first token of a string is its prompt, and nothing has to tell it.
+    With several strings, the first token of each is its prompt and need not be determined.
     """
     longest = max(map(len, strings))
     return next((k for k in range(1, longest + 1) if all(len(n) == 1 for n in followers(strings, k).values())), None)
 
 
 def followers(strings: Strings, k: int) -> dict[tuple[int, ...], Counter[int]]:
-    """How often each token follows each sight of the latest k tokens."""
+    """By context (the latest k tokens): how often each token follows it."""
     found: dict[tuple[int, ...], Counter[int]] = {}
     for string in strings:
         text = [BEGIN, *string]
@@ -105,14 +108,14 @@ def followers(strings: Strings, k: int) -> dict[tuple[int, ...], Counter[int]]:
 
 
 def floor(strings: Strings, k: int) -> float:
-    """The least mean loss, in nats a target, of whoever sees only the latest k tokens."""
+    """The lowest mean loss (nats per target) that is possible from the latest k tokens alone."""
     counts = followers(strings, k).values()
     total = sum(n * math.log(follows.total() / n) for follows in counts for n in follows.values())
     return total / sum(follows.total() for follows in counts)
 
 
 def judge_the_sentence(subject: Subject) -> None:
-    """Says so where the subject's tokenizer cuts the homework's sentence into tokens that each tell the next."""
+    """Advice if the subject's tokenizer splits the sentence of the sanity checks so that each token gives the next."""
     encode = getattr(subject.part("tokenizer"), "encode", None)
     sentence = SentenceTask().sentence
     try:
@@ -123,46 +126,46 @@ def judge_the_sentence(subject: Subject) -> None:
     note(sentence_context_needed=needed, sentence_tokens=len(ids))
     if needed == 1:
         advise(
-            f"your tokenizer cuts {sentence!r} into {len(ids)} tokens of which each tells the next: a bigram model "
-            "learns it by heart, so that its sanity check says nothing about attention; this one does"
+            f"your tokenizer splits {sentence!r} into {len(ids)} tokens, each of which determines the next: a bigram "
+            "model can memorize it, so the sanity checks do not test attention here; this check does"
         )
 
 
-def recite(subject: Subject, task: Task) -> None:
-    """Trains until the loss is at most 1e-5, then has every string said from its prompt."""
+def expect_memorized(subject: Subject, task: Task) -> None:
+    """Trains to a loss of 1e-5, then completes every string greedily from its prompt."""
     model = train(subject, task).eval()
     for string in task.strings:
         start = torch.tensor([[BEGIN, *string[: task.skip]]], device=subject.device)
         n = len(string) - task.skip
-        said = generate(lambda read: subject.logits(model, read), start, n, use_cache=False)[
-            0, start.shape[1] :
-        ].tolist()
-        if said != string[task.skip :]:
-            judge_recital(task, string, said)
+        text = generate(lambda read: subject.logits(model, read), start, n, use_cache=False)
+        completion = text[0, start.shape[1] :].tolist()
+        if completion != string[task.skip :]:
+            refuse_completion(task, string, completion)
 
 
-def judge_recital(task: Task, string: list[int], said: list[int]) -> None:
-    right = string[task.skip :]
-    at = next(i for i, (a, b) in enumerate(zip(said, right, strict=True)) if a != b)
-    other = [s for s in task.strings if s is not string and s[task.skip + at] == said[at]]
+def refuse_completion(task: Task, string: list[int], got: list[int]) -> None:
+    want = string[task.skip :]
+    at = next(i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b)
+    other = [s for s in task.strings if s is not string and s[task.skip + at] == got[at]]
     fail(
-        f"the loss is at most {LEARNED:g}, and yet after {string[: task.skip + at]} the model says {said[at]}, not "
-        f"{right[at]}{': it goes on as the other string does' if other else ''}",
+        f"after {string[: task.skip + at]} greedy decoding gives {got[at]}, expected {want[at]}"
+        f"{' (it continues with the other string)' if other else ''}, although the loss is at most {LEARNED:g}",
         likely=("no-causal-mask",),
-        advice="a loss this low with wrong text means that training saw what decoding cannot: look at the causal mask",
+        advice="Look at the causal mask: with a loss this low, wrong text means that training saw later tokens, which "
+        "decoding does not have.",
         position=task.skip + at,
-        said=said,
-        right=right,
+        said=got,
+        right=want,
     )
 
 
 def train(subject: Subject, task: Task) -> nn.Module:
-    """By the quick recipe, and where that does not learn, by the published one."""
+    """Trains with the quick recipe and, if that fails, with the published one."""
     longest = max(map(len, task.strings))
     wanted = {"vocab_size": max(map(max, task.strings)) + 1, "block_size": longest, **SMALL}
     sizes = {name: value for name, value in wanted.items() if subject.can_vary(name)}
     if not room(subject, "block_size", longest):
-        raise NotApplicable(f"{longest} tokens do not fit the model's block size of {subject.sizes.block_size}")
+        raise NotApplicable(f"{longest} tokens do not fit in the model's block size of {subject.sizes.block_size}")
     tried = []
     for name, recipe in RECIPES.items():
         model = subject.build(seed=subject.seed, **sizes)
@@ -174,18 +177,19 @@ def train(subject: Subject, task: Task) -> nn.Module:
             note(steps=trainer.steps_done, recipe=name)
             return trainer.model
         tried.append(f"{name} recipe: loss {loss:.2g} after {trainer.steps_done} steps")
-        refuse_short_sight(task, loss, tried)
+        refuse_short_context(task, loss, tried)
     refuse_chance(subject, trainer.model.train())
+    what = "a random string" if len(task.strings) == 1 else f"{len(task.strings)} random strings"
     fail(
-        f"{len(task.strings)} random string{'s' * (len(task.strings) > 1)} of {longest} tokens cannot be learned by "
-        f"heart: {'; '.join(tried)}; wanted {LEARNED:g}",
-        advice="look at the gradient checks: what does not learn has usually lost a gradient or its inputs",
+        f"the model cannot memorize {what} of {longest} tokens: {'; '.join(tried)}; expected a loss of at most "
+        f"{LEARNED:g}",
+        advice="Look at the gradient checks: a model that does not learn has usually lost a gradient or its inputs.",
         tried=tried,
     )
 
 
 def run(trainer: Trainer, task: Task) -> float:
-    """Steps until it is learned, the recipe's steps are done, or the loss stays where a short context must leave it."""
+    """Trains until the strings are learned, the recipe ends, or the loss stays at the floor of a short context."""
     loss = math.inf
     while trainer.steps_done < trainer.config.steps and not loss <= LEARNED:
         loss = float(trainer.step())
@@ -193,33 +197,34 @@ def run(trainer: Trainer, task: Task) -> float:
             fail(
                 f"the loss is {loss} at step {trainer.steps_done}",
                 likely=("vocabulary-masked-too-far",),
-                advice="a target whose logit is -∞ has an infinite loss; else look for a log of 0 or a division by it",
+                advice="Look for a target whose logit is -∞ (its loss is infinite), the log of 0, or a division by 0.",
                 step=trainer.steps_done,
             )
         waited = trainer.steps_done % PATIENCE == 0
-        if waited or loss <= LEARNED:  # of a batch, which may hold one of the strings alone
+        if waited or loss <= LEARNED:  # that was the loss of one batch, which may hold only one of the strings
             loss = trainer.evaluate(task.strings)
-        if waited and sight(task, loss):
+        if waited and context_used(task, loss):
             return loss
     return loss
 
 
-def sight(task: Task, loss: float) -> int | None:
-    """The context whose floor this loss is, to 1 %; None if of none."""
+def context_used(task: Task, loss: float) -> int | None:
+    """The context length whose floor this loss equals, to 1 %; None if there is none."""
     needed = context_needed(task.strings) or 1
     return next((k for k in range(1, needed) if abs(loss / floor(task.strings, k) - 1) < 0.01), None)
 
 
-def refuse_short_sight(task: Task, loss: float, tried: list[str]) -> None:
-    k = sight(task, loss)
+def refuse_short_context(task: Task, loss: float, tried: list[str]) -> None:
+    k = context_used(task, loss)
     if k is not None:
         needed = context_needed(task.strings)
         fail(
-            f"what follows the {needed - 1 if needed else 0} tokens that both strings share is not learned: the loss "
-            f"stays at {loss:.4f}, the least that is possible without looking further back than the shared tokens "
+            f"the model does not learn what follows the {needed - 1 if needed else 0} tokens that both strings share: "
+            f"the loss stays at {loss:.4f}, the lowest that is possible from the shared tokens alone "
             f"({'; '.join(tried)})",
             likely=("attention-sees-itself-only", "attention-forgets-the-past"),
-            advice="the model does not use what came earlier: look at its past influence, mask and attention weights",
+            advice="Look at the checks of past influence, at the mask and at the attention weights: the model does not "
+            "use earlier tokens.",
             loss=loss,
             floor=floor(task.strings, k),
             context_needed=needed,

@@ -1,7 +1,7 @@
-"""Tokens are drawn from softmax(logits / T), cut to what top-k and top-p keep.
+"""Sampling: tokens are drawn from softmax(logits / temperature), cut to what top-k and top-p keep.
 
-The model says the same known probabilities after every text. The weights that reach torch.multinomial are read, so
-that supports and frequencies are exact; a sampler that is not seen there is counted, and judged by χ².
+The model returns the same known logits after every text. The weights passed to torch.multinomial are recorded, so the
+comparison is exact; a sampler that does not call it is judged by a χ² test of its tokens.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ import torch
 from torch import Tensor
 
 from .expect import APPENDS, GREEDY, NotApplicable, advise, fail, needs, note
-from .generation.draws import DISTINCT, LEVEL, Sampler, scores, unlikely
+from .generation.draws import DISTINCT, LEVEL, Sampler, apart, nucleus, renormalized, scores, unlikely
 from .generation.met_generate import Rows
 from .generation.scripted import Stage, dealt, stage
 from .subject import Subject
 from .watch.draws import seeded
 
 TEMPERATURE = "check_sampling.check_temperature_divides_the_logits"
-EXACT = 1e-4  # float32 gives probabilities to 1e-6; one token more or less moves them by 1e-2
+EXACT = 1e-4  # probabilities in float32 are exact to 1e-6; one token more or less changes them by 1e-2
+ADVICE = "Use probabilities = (logits / temperature).softmax(-1), then torch.multinomial(probabilities, 1)."
 
 
 def sampler(subject: Subject, *roles: str) -> Sampler:
-    """As many rows as the vocabulary has tokens, or 3, or 1: a threshold of shape [B] may fit a row of V by chance.
+    """Known logits for as many rows as the vocabulary has tokens, if possible: B = V shows a threshold of shape [B].
 
-    Raises NotApplicable for a generate without the parameters, and for one that never draws.
+    Raises NotApplicable for a generate without the parameters, and for one that never samples.
     """
     on = stage(subject)
     on.decoder.wants(*roles)
     rows = 1 if not on.decoder.batched else on.vocab_size if on.vocab_size <= 32 else 3
     made = Sampler(on, scores(on.vocab_size, rows, seed=subject.seed))
     if not {"temperature", "sample", "greedy", "top_k", "top_p"} & on.decoder.takes.keys() and draws_nothing(made):
-        raise NotApplicable(f"{on.decoder.name} takes the likeliest token, and nothing asks it for a draw")
+        raise NotApplicable(f"{on.decoder.name} always takes the likeliest token and has no option to sample")
     return made
 
 
@@ -43,7 +44,7 @@ def draws_nothing(made: Sampler) -> bool:
 
 @needs(APPENDS, GREEDY)
 def check_temperature_divides_the_logits(subject: Subject) -> None:
-    """A token is drawn with probability softmax(logits / T), at T = 1 and where it can be set at 0.5 and 2."""
+    """Tokens must be drawn with probability softmax(logits / T): at T = 1, and at 0.5 and 2 if T can be set."""
     made = sampler(subject)
     asked = (1.0, 0.5, 2.0) if "temperature" in made.on.decoder.takes else (1.0,)
     for temperature in asked:
@@ -51,17 +52,17 @@ def check_temperature_divides_the_logits(subject: Subject) -> None:
         kept = made.kept(options)
         if kept is None:
             judge_counts(made, options, made.likeliest().shape[1], temperature)
-        elif farthest(kept, made.likeliest(temperature)) > EXACT:
+        elif distance(kept, made.likeliest(temperature)) > EXACT:
             judge_temperature(made, kept, temperature)
     note(temperatures=list(asked), seen="weights" if kept is not None else "counts")
 
 
-def farthest(got: Tensor, want: Tensor) -> float:
+def distance(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().nan_to_num(nan=torch.inf).max())
 
 
 def judge_temperature(made: Sampler, kept: Tensor, temperature: float) -> None:
-    """Names the power of the probabilities that was applied: 1 / T when right."""
+    """Fails with the factor that the logits were multiplied by, which should be 1 / T."""
     whole = made.likeliest()
     inside = (kept[0] > 0) & (whole[0] > 1e-4)
     x, y = whole[0, inside].log(), kept[0, inside].log()
@@ -70,30 +71,30 @@ def judge_temperature(made: Sampler, kept: Tensor, temperature: float) -> None:
     other = other_weights(made, kept)
     if other and temperature == 1:
         fail(
-            f"tokens are drawn in proportion to {other}: the likeliest with probability {float(kept[0, 0]):.4f}, "
-            f"should be {float(whole[0, 0]):.4f}",
+            f"tokens are drawn in proportion to {other}: the likeliest token has probability {float(kept[0, 0]):.4f}, "
+            f"should have {float(whole[0, 0]):.4f}",
             likely=("multinomial-of-other-weights",),
-            advice="probabilities = (logits / temperature).softmax(-1), then torch.multinomial(probabilities, 1)",
+            advice=ADVICE,
             drawn_by=other,
         )
     if abs(power * temperature - 1) < 0.02:
         off = (kept[0] - made.likeliest(temperature)[0]).abs()
         place = int(off.argmax())
         fail(
-            f"at temperature {temperature:g} the token of rank {place + 1} is drawn with probability "
-            f"{float(kept[0, place]):.5f}, should be {float(made.likeliest(temperature)[0, place]):.5f}: the "
+            f"at temperature {temperature:g} the token of rank {place + 1} has probability "
+            f"{float(kept[0, place]):.5f}, should have {float(made.likeliest(temperature)[0, place]):.5f}: the "
             "probabilities are changed after the softmax",
-            advice="probabilities = (logits / temperature).softmax(-1), and nothing added or cut behind it",
+            advice="Use probabilities = (logits / temperature).softmax(-1), and change nothing after it.",
             temperature=temperature,
         )
     fewer = f", and only {drawn} of {V} tokens can be drawn" if drawn < V else ""
     known = {temperature: "temperature-multiplied", 1.0: "temperature-ignored"}
     fail(
         f"at temperature {temperature:g} the logits are multiplied by {power:.3g}, not by {1 / temperature:g}{fewer}: "
-        f"the likeliest token is drawn with probability {float(kept[0, 0]):.4f}, "
-        f"should be {float(made.likeliest(temperature)[0, 0]):.4f}",
+        f"the likeliest token has probability {float(kept[0, 0]):.4f}, should have "
+        f"{float(made.likeliest(temperature)[0, 0]):.4f}",
         likely=[bug for value, bug in known.items() if abs(power - value) < 0.05 and temperature != 1],
-        advice="probabilities = (logits / temperature).softmax(-1)",
+        advice=ADVICE,
         temperature=temperature,
         multiplied_by=round(power, 4),
         right=1 / temperature,
@@ -101,54 +102,54 @@ def judge_temperature(made: Sampler, kept: Tensor, temperature: float) -> None:
 
 
 def other_weights(made: Sampler, kept: Tensor) -> str:
-    """What of the logits the tokens are drawn by, if not by their softmax."""
+    """The known function of the logits that the tokens are drawn by, if not their softmax; else empty."""
     x = made.given
     known = {
-        "the logits themselves, no softmax": x - x.amin(-1, keepdim=True),
+        "the logits themselves, without a softmax": x - x.amin(-1, keepdim=True),
         "the sigmoid of the logits": x.sigmoid(),
         "a softmax over rows": x.softmax(0),
         "the softmax of the softmax": x.softmax(-1).softmax(-1),
-        "1 for every token, the logits apart": torch.ones_like(x),
+        "equal weights, whatever the logits": torch.ones_like(x),
     }
-    for says, weights in known.items():
+    for name, weights in known.items():
         mine = (weights / weights.sum(-1, keepdim=True)).sort(-1, descending=True).values
-        if len(kept) == len(mine) and farthest(kept, mine) < EXACT:
-            return says
+        if len(kept) == len(mine) and distance(kept, mine) < EXACT:
+            return name
     return ""
 
 
 def judge_counts(made: Sampler, options: dict[str, Any], kept: int, temperature: float = 1.0) -> None:
-    """The tokens that came out against the probabilities of the `kept` likeliest; a hit is drawn anew."""
-    right, told = made.first_row(kept, temperature), []
+    """Fails if the tokens that came out do not have the probabilities of the `kept` likeliest, in two χ² tests."""
+    right, p_values = made.first_row(kept, temperature), []
     for draw in range(2):
         counts = made.counts(options, draw=draw)
-        told.append(unlikely(counts, right))
-        if told[-1] > LEVEL:
-            note(p_value=told[-1])
+        p_values.append(unlikely(counts, right))
+        if p_values[-1] > LEVEL:
+            note(p_value=p_values[-1])
             return
     if int((counts > 0).sum()) == 1 and float(right.max()) < 0.9:
         fail(
-            f"asked to sample, {made.on.decoder.name} says the same token in {int(counts.sum())} draws"
+            f"asked to sample, {made.on.decoder.name} gives the same token in {int(counts.sum())} draws"
             + (", the likeliest: it is greedy" if int(counts.argmax()) == int(right.argmax()) else ""),
             likely=("sampling-is-greedy",),
-            advice="where sampling is asked for, draw: torch.multinomial(probabilities, 1)",
+            advice="Draw where sampling is asked for: torch.multinomial(probabilities, 1).",
         )
     outside = int(((right == 0) & (counts > 0)).sum())
     asked = ", ".join(f"{name}={value}" for name, value in options.items() if name != "sample")
     fail(
-        f"with {asked} {int(counts.sum())} draws have {int((counts > 0).sum())} different tokens, "
-        + (f"{outside} of them not among the {kept} likeliest" if outside else "not as often as they should")
-        + f": χ² gives {told[0]:.1e} and, drawn anew, {told[1]:.1e}",
-        advice="probabilities = (logits / temperature).softmax(-1), cut to what the filters keep and renormalized",
+        f"with {asked}, {int(counts.sum())} draws give {int((counts > 0).sum())} different tokens, "
+        + (f"{outside} of them not among the {kept} likeliest" if outside else "with the wrong frequencies")
+        + f" (two χ² tests: p = {p_values[0]:.1e} and {p_values[1]:.1e})",
+        advice="Use probabilities = (logits / temperature).softmax(-1), cut to what the filters keep and renormalized.",
         different=int((counts > 0).sum()),
         outside=outside,
-        p_values=told,
+        p_values=p_values,
     )
 
 
 @needs(APPENDS, GREEDY, TEMPERATURE)
 def check_top_k_keeps_k(subject: Subject) -> None:
-    """Top-k leaves exactly the k likeliest tokens of each row, for k = 1 to V, in their proportions."""
+    """Top-k must keep exactly the k likeliest tokens of each row, in the right proportions, for k = 1 to V."""
     made = sampler(subject, "top_k")
     V = min(made.on.vocab_size, DISTINCT)
     for k in (3, *(k for k in range(1, V + 1) if k != 3)):
@@ -159,7 +160,7 @@ def check_top_k_keeps_k(subject: Subject) -> None:
                 judge_counts(made, options, k)
             continue
         want = renormalized(whole, torch.full((len(whole),), k))
-        if farthest(kept, want) > EXACT:
+        if distance(kept, want) > EXACT:
             judge_kept(made, kept, torch.full((len(whole),), k), f"top_k={k}", top_k_bugs(kept, k))
     beyond_the_vocabulary(made)
 
@@ -177,11 +178,11 @@ def beyond_the_vocabulary(made: Sampler) -> None:
     try:
         made.kept({"sample": True, "top_k": made.on.vocab_size + 1})
     except Exception as error:
-        advise(f"top_k above the vocabulary size raises {type(error).__name__}: take min(top_k, logits.size(-1))")
+        advise(f"a top_k above the vocabulary size raises {type(error).__name__}: use min(top_k, logits.size(-1))")
 
 
 def drawn_from(made: Sampler, options: dict[str, Any]) -> Tensor | None:
-    """As `Sampler.kept`; a filter that dies in a batch and not alone takes one prompt at a time, and that is said."""
+    """As `Sampler.kept`; a filter that fails only for a batch is used one prompt at a time, with advice."""
     try:
         return made.kept(options)
     except Exception as error:
@@ -190,41 +191,34 @@ def drawn_from(made: Sampler, options: dict[str, Any]) -> Tensor | None:
         made.given, made.prompts = made.given[:1], made.prompts[:1]
         kept = made.kept(options)
         asked = ", ".join(f"{name}={value}" for name, value in options.items() if name != "sample")
-        advise(f"with {asked} {made.on.decoder.name} takes one prompt only: {type(error).__name__}: {error}")
+        advise(f"with {asked}, {made.on.decoder.name} works for one prompt only: {type(error).__name__}: {error}")
         return kept
-
-
-def renormalized(whole: Tensor, size: Tensor) -> Tensor:
-    """The first `size` [B] of each row of sorted probabilities [B, V], made to sum to 1."""
-    cut = torch.where(torch.arange(whole.shape[1]) < size[:, None], whole, 0.0)
-    return cut / cut.sum(dim=-1, keepdim=True)
 
 
 def judge_kept(
     made: Sampler, kept: Tensor, size: Tensor, asked: str, likely: tuple[str, ...], temperature: float = 1.0
 ) -> None:
-    """Fails with the first row that is drawn from other tokens than its `size` likeliest."""
+    """Fails with the first row that is not drawn from exactly its `size` likeliest tokens."""
     want = renormalized(made.likeliest(temperature), size)
     row = int(((kept - want).abs().nan_to_num(nan=torch.inf).amax(dim=-1) > EXACT).int().argmax())
     got, right = int((kept[row] > 0).sum()), int(size[row])
     if got == right and even(kept[row]):
-        what = f"keeps the right {got} tokens, but in other proportions: the first has probability "
+        what = f"keeps the right {got} tokens, but in the wrong proportions: the first has probability "
         what += f"{float(kept[row, 0]):.4f}, should have {float(want[row, 0]):.4f}"
-    elif farthest(kept[row], made.likeliest(temperature)[row]) < EXACT:
-        what = f"keeps all {got} tokens, should keep {right}: it is not applied to the first new token at all"
+    elif distance(kept[row], made.likeliest(temperature)[row]) < EXACT:
+        what = f"keeps all {got} tokens, should keep {right}: it is not applied to the first new token"
     elif got == kept.shape[1] > right:
-        what = f"keeps all {got} tokens, should keep {right}: what is cut can still be drawn (set it to -∞, not to 0)"
+        what = f"keeps all {got} tokens, should keep {right}: tokens that are cut can still be drawn (set their logits "
+        what += "to -∞, not to 0)"
     elif got == right:
-        what = (
-            f"keeps {got} tokens, but not the likeliest: the first of them has probability {float(kept[row, 0]):.4f} "
-        )
-        what += f"after the cut, should be {float(want[row, 0]):.4f}"
+        what = f"keeps {got} tokens, but not the likeliest: after the cut the first has probability "
+        what += f"{float(kept[row, 0]):.4f}, should have {float(want[row, 0]):.4f}"
     else:
         what = f"keeps {got} tokens, should keep {right}"
     fail(
         f"{asked} {what} (row {row} of {len(kept)}, {kept.shape[1]} tokens)",
         likely=likely,
-        advice="Print the probabilities of one row, sorted, before and after the cut: the likeliest ones stay.",
+        advice="Print the sorted probabilities of one row before and after the cut: the likeliest must remain.",
         row=row,
         kept=got,
         should_keep=right,
@@ -233,14 +227,14 @@ def judge_kept(
 
 
 def even(kept: Tensor) -> bool:
-    """Whether all that is kept is as likely, which a cut of a distribution without ties is not."""
+    """Whether all tokens kept are equally likely, which they never are in a distribution without ties."""
     inside = kept[kept > 0]
     return len(inside) > 1 and bool(inside.max() - inside.min() < EXACT)
 
 
 @needs(APPENDS, GREEDY, TEMPERATURE)
 def check_top_p_keeps_the_nucleus(subject: Subject) -> None:
-    """Top-p leaves exactly the smallest set of likeliest tokens that together reach p, from tiny p to 0.999 and 1."""
+    """Top-p must keep exactly the smallest set of likeliest tokens whose probabilities reach p, from tiny p to 1."""
     made = sampler(subject, "top_p")
     for p in (0.7, 1e-6, 0.1, 0.3, 0.5, 0.9, 0.999, 1.0):
         whole = made.likeliest()
@@ -251,20 +245,8 @@ def check_top_p_keeps_the_nucleus(subject: Subject) -> None:
         whole, size = whole[: len(made.given)], size[: len(made.given)]
         if kept is None:
             judge_counts(made, options, int(size[0]))
-        elif farthest(kept, renormalized(whole, size)) > EXACT:
+        elif distance(kept, renormalized(whole, size)) > EXACT:
             judge_kept(made, kept, size, f"top_p={p:g}", top_p_bugs(whole, kept, size, p))
-
-
-def nucleus(whole: Tensor, p: float) -> Tensor:
-    """How many of the likeliest tokens [B] are needed to reach p."""
-    return ((whole.cumsum(dim=-1) < p - 1e-9).sum(dim=-1) + 1).clamp(max=whole.shape[1])
-
-
-def apart(whole: Tensor, p: float) -> float:
-    """The p near the one given that is farthest from every sum of likeliest probabilities: no rounding decides."""
-    sums = torch.cat((torch.zeros(len(whole), 1, dtype=whole.dtype), whole.cumsum(dim=-1)), dim=-1).flatten()
-    near = torch.linspace(p - 0.05, p + 0.05, 101, dtype=whole.dtype)
-    return round(float(near[(near[:, None] - sums).abs().amin(dim=-1).argmax()]), 4)
 
 
 def top_p_bugs(whole: Tensor, kept: Tensor, size: Tensor, p: float) -> tuple[str, ...]:
@@ -282,7 +264,7 @@ def top_p_bugs(whole: Tensor, kept: Tensor, size: Tensor, p: float) -> tuple[str
     APPENDS, GREEDY, TEMPERATURE, "check_sampling.check_top_k_keeps_k", "check_sampling.check_top_p_keeps_the_nucleus"
 )
 def check_filters_work_together(subject: Subject) -> None:
-    """Top-k, top-p and a temperature given together all count, and the token drawn is the token said."""
+    """Top-k, top-p and temperature must all apply when given together, and the token drawn must be the one returned."""
     made = sampler(subject)
     takes = made.on.decoder.takes.keys()
     if {"top_k", "top_p"} <= takes:
@@ -292,19 +274,19 @@ def check_filters_work_together(subject: Subject) -> None:
         expect_cut_and_divided(made, 4, 0.5)
     asked = [{}, *({role: value} for role, value in (("top_k", 5), ("top_p", 0.6)) if role in takes)]
     for options in asked:
-        expect_said_as_drawn(made, {"sample": True, **options})
+        expect_drawn_is_returned(made, {"sample": True, **options})
 
 
 def expect_both(made: Sampler, k: int, p: float) -> None:
-    """The nucleus of the k likeliest, or what the nucleus of all and the k likeliest share: either is in use."""
+    """Either order is in use: the nucleus of the k likeliest, or the tokens in both the nucleus and the k likeliest."""
     whole = made.likeliest()
     among = nucleus(renormalized(whole, torch.full((len(whole),), k)), p)
     shared = nucleus(whole, p).clamp(max=k)
     kept = drawn_from(made, {"sample": True, "top_k": k, "top_p": p})
     whole, among, shared = (x[: len(made.given)] for x in (whole, among, shared))
     if kept is None:
-        raise NotApplicable("the sampler is not seen at torch.multinomial")
-    if min(farthest(kept, renormalized(whole, size)) for size in (among, shared)) <= EXACT:
+        raise NotApplicable("the sampler does not call torch.multinomial")
+    if min(distance(kept, renormalized(whole, size)) for size in (among, shared)) <= EXACT:
         return
     found = (kept > 0).sum(dim=-1)
     ignored = "top_p" if bool((found == k).all()) else "top_k" if bool((found == nucleus(whole, p)).all()) else ""
@@ -313,7 +295,7 @@ def expect_both(made: Sampler, k: int, p: float) -> None:
         + (f" (or {int(shared[0])}, if top_p comes first)" if int(shared[0]) != int(among[0]) else "")
         + (f": {ignored} is ignored when both are given" if ignored else ""),
         likely=("topk-skips-topp",) if ignored == "top_p" else (),
-        advice="apply one filter after the other to the logits, and draw once",
+        advice="Apply one filter after the other to the logits, and draw once.",
         kept=int(found[0]),
         ignored=ignored,
     )
@@ -324,74 +306,74 @@ def expect_cut_and_divided(made: Sampler, k: int, temperature: float) -> None:
     if kept is None:
         return judge_counts(made, {"sample": True, "top_k": k, "temperature": temperature}, k, temperature)
     want = renormalized(made.likeliest(temperature), torch.full((len(kept),), k))
-    if farthest(kept, want) > EXACT:
+    if distance(kept, want) > EXACT:
         if len(set((kept > 0).sum(dim=-1).tolist())) > 1:
             asked = f"top_k={k} at temperature {temperature:g}"
             judge_kept(made, kept, torch.full((len(kept),), k), asked, top_k_bugs(kept, k), temperature)
         fail(
-            f"top_k={k} at temperature {temperature:g} draws the likeliest token with probability "
-            f"{float(kept[0, 0]):.4f}, should be {float(want[0, 0]):.4f}: one of the two is lost",
-            advice="Divide the logits by the temperature first, then cut to the top k, and take one softmax of both.",
+            f"top_k={k} at temperature {temperature:g}: the likeliest token has probability "
+            f"{float(kept[0, 0]):.4f}, should have {float(want[0, 0]):.4f}, so one of the two is ignored",
+            advice="Divide the logits by the temperature, cut them to the top k, and apply one softmax.",
             kept=int((kept[0] > 0).sum()),
         )
 
 
-def expect_said_as_drawn(made: Sampler, options: dict[str, Any]) -> None:
-    """Whatever place of the weights is drawn, the token of that probability is said."""
+def expect_drawn_is_returned(made: Sampler, options: dict[str, Any]) -> None:
+    """Whatever index multinomial draws, the token of that probability must be returned."""
     order = made.given.argsort(dim=-1, descending=True)
     for place in range(min(made.on.vocab_size, DISTINCT)):
-        weights, said = made.catch(place, **options)
-        if len(weights) != len(said):
+        weights, returned = made.catch(place, **options)
+        if len(weights) != len(returned):
             return
         if place >= weights.shape[1]:
             break
         rank = (weights > weights[:, place : place + 1]).sum(dim=-1)
         want = order.gather(-1, rank[:, None])[:, 0]
-        wrong = (weights[:, place] > 0) & (said != want)
+        wrong = (weights[:, place] > 0) & (returned != want)
         if bool(wrong.any()):
             row = int(wrong.int().argmax())
             fail(
                 f"row {row} drew the token of probability {float(weights[row, place] / weights[row].sum()):.4f}, "
-                f"which is {int(want[row])}, and says {int(said[row])}",
-                likely=("topk-answers-a-place",) if int(said[row]) == place else ("same-token-for-whole-batch",),
-                advice="after a sort, map the drawn index back: order.gather(-1, drawn)",
+                f"which is {int(want[row])}, but returns {int(returned[row])}",
+                likely=("topk-answers-a-place",) if int(returned[row]) == place else ("same-token-for-whole-batch",),
+                advice="Map the drawn index back after a sort: order.gather(-1, drawn).",
                 row=row,
                 drawn=int(want[row]),
-                said=int(said[row]),
+                said=int(returned[row]),
             )
 
 
 @needs(APPENDS, GREEDY)
 def check_temperature_zero_is_greedy(subject: Subject) -> None:
-    """Temperature 0 takes the likeliest token, or is refused."""
+    """Temperature 0 must take the likeliest token, or raise an error."""
     on = stage(subject)
     on.decoder.wants("temperature")
     rows = 1 if not on.decoder.batched else 5
-    for shift in (0.0, 4.0):  # a division by zero sorts by sign: all below zero, and some above
+    for shift in (0.0, 4.0):  # dividing by zero leaves only signs: all logits negative, then some positive
         given = scores(on.vocab_size, rows, seed=subject.seed + 2) + shift
         on.script = dealt(given)
         try:
-            said = on.generate(subject.tokens(rows, 2, seed=subject.seed), 3, temperature=0.0)
+            got = on.generate(subject.tokens(rows, 2, seed=subject.seed), 3, temperature=0.0)
         except Exception as error:
             advise(f"temperature 0 raises {type(error).__name__}: {error}. It could mean greedy: logits.argmax(-1)")
             return
         want = given.argmax(dim=-1).tolist()
-        wrong = [row for row in range(rows) if said[row] != [want[row]] * 3]
+        wrong = [row for row in range(rows) if got[row] != [want[row]] * 3]
         if wrong:
             fail(
-                f"at temperature 0 row {wrong[0]} says {said[wrong[0]]}, where the likeliest token is always "
-                f"{want[wrong[0]]}: the logits are divided by zero and what is left is drawn from",
+                f"at temperature 0 row {wrong[0]} gives {got[wrong[0]]}, but the likeliest token is always "
+                f"{want[wrong[0]]}: the logits are divided by zero",
                 likely=("temperature-zero-division",),
-                advice="if temperature == 0: take logits.argmax(-1); divide only otherwise",
+                advice="Take logits.argmax(-1) if temperature == 0, and divide only otherwise.",
                 row=wrong[0],
-                said=said[wrong[0]],
+                said=got[wrong[0]],
                 likeliest=want[wrong[0]],
             )
 
 
 @needs(APPENDS, TEMPERATURE)
 def check_samples_differ_unless_seeded(subject: Subject) -> None:
-    """Two samples without a seed differ, and the same seed gives the same sample."""
+    """Two samples without a seed must differ, and the same seed must give the same sample."""
     made = sampler(subject)
     on, n = made.on, max(1, min(6, subject.sizes.block_size - 2))
     on.script = dealt(scores(on.vocab_size, 1, seed=subject.seed))
@@ -403,17 +385,19 @@ def check_samples_differ_unless_seeded(subject: Subject) -> None:
     expect_repeatable(on, prompts, n)
 
 
-def judge_unseeded(on: Stage, said: Rows) -> None:
+def judge_unseeded(on: Stage, sample: Rows) -> None:
     seed = on.decoder.defaults.get("seed")
     if seed is not None:
-        advise(f"{on.decoder.name} has seed={seed} by default: every call says the same unless a seed is given")
+        advise(
+            f"{on.decoder.name} has the default seed={seed}: every call gives the same sample unless a seed is passed"
+        )
         return
     fail(
-        f"two samples without a seed are the same {len(said)} × {len(said[0])} tokens, {said[0]} and so on: "
-        "the generator is seeded inside, on every call",
+        f"two samples without a seed are the same {len(sample)} × {len(sample[0])} tokens ({sample[0]}, …): the "
+        "generator is seeded inside, on every call",
         likely=("seed-fixed-inside-generate", "generate-reseeds-global-state"),
-        advice="take a torch.Generator or a seed as an argument, and seed nothing without one",
-        said=said[0],
+        advice="Accept a torch.Generator or a seed as an argument, and do not seed without one.",
+        said=sample[0],
     )
 
 
@@ -422,19 +406,19 @@ def expect_repeatable(on: Stage, prompts: Tensor, n: int) -> None:
         if role not in on.decoder.takes:
             continue
         with seeded(on.subject.seed):
-            said = [on.generate(prompts, n, sample=True, **{role: make(seed)}) for seed in (5, 5, 6)]
-        if said[0] != said[1]:
+            samples = [on.generate(prompts, n, sample=True, **{role: make(seed)}) for seed in (5, 5, 6)]
+        if samples[0] != samples[1]:
             fail(
-                f"the same {role} gives {said[0][0]} and then {said[1][0]}: it is not what tokens are drawn with",
+                f"the same {role} gives {samples[0][0]} and then {samples[1][0]}: tokens are not drawn with it",
                 likely=("generator-ignored",),
-                advice="torch.multinomial(probabilities, 1, generator=generator)",
-                said=[said[0][0], said[1][0]],
+                advice="Pass it on: torch.multinomial(probabilities, 1, generator=generator).",
+                said=[samples[0][0], samples[1][0]],
             )
-        if said[0] == said[2]:
+        if samples[0] == samples[2]:
             fail(
-                f"seeds 5 and 6 of {role} give the same sample {said[0][0]}",
+                f"seeds 5 and 6 of {role} give the same sample {samples[0][0]}",
                 likely=("seed-fixed-inside-generate",),
-                advice="Look for a manual_seed, or a generator made anew, inside the call.",
+                advice="Look for a manual_seed, or a new generator, inside the call.",
             )
         return
     with seeded(7):
@@ -443,5 +427,6 @@ def expect_repeatable(on: Stage, prompts: Tensor, n: int) -> None:
         two = on.generate(prompts, n, sample=True)
     if one != two:
         advise(
-            f"a sample of {on.decoder.name} cannot be repeated: it has no generator, no seed and is not manual_seed's"
+            f"a sample of {on.decoder.name} cannot be repeated: it takes no generator or seed, and ignores "
+            "torch.manual_seed"
         )

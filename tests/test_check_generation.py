@@ -1,4 +1,4 @@
-"""What the laws of decoding and sampling say about each mistake, and how foreign generates are met."""
+"""The checks of decoding and sampling: what they report for each bug, and how foreign generates are called."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ def with_generate(function, **declared) -> Subject:
     return Subject("own generate", parts, **declared)
 
 
-# -- what is said of each mistake
+# -- what is reported for each bug
 
 
 @pytest.mark.parametrize(
     ("bug", "check", "facts"),
     [
-        ("generate-first-position-logits", GREEDY, ["position 0 of the 3 read, not at 2"]),
-        ("generate-reads-earlier-position", GREEDY, ["position 1 of the 3 read, not at 2"]),
-        ("same-token-for-whole-batch", GREEDY, ["Every row is given the token of row 0"]),
-        ("cache-refeeds-full-context", GREEDY, ["step 2 all 4 tokens were read, 3 of which the cache held"]),
+        ("generate-first-position-logits", GREEDY, ["position 0 of 3, not at the last, 2"]),
+        ("generate-reads-earlier-position", GREEDY, ["position 1 of 3, not at the last, 2"]),
+        ("same-token-for-whole-batch", GREEDY, ["Every row gets the token of row 0"]),
+        ("cache-refeeds-full-context", GREEDY, ["step 2 all 4 tokens were read", "already held 3 of them"]),
         ("generate-crop-off-by-one", FITS, ["after 13 tokens only the last 12", "block size of 13"]),
         ("generate-no-context-crop", FITS, ["after 14 tokens, 1 past", "the first 13 tokens"]),
         ("generate-right-pad-last-logits", PADDED, ["position 4, which is padding", "padded on the left to 5"]),
-        ("generate-forgets-padding", PADDED, ["the model was handed no mask"]),
+        ("generate-forgets-padding", PADDED, ["called without a mask"]),
         ("generate-length-off-by-one", "check_generate_appends_tokens", ["asked for 1 new tokens", "has 2"]),
-        ("continues-after-eos", "check_end_token_ends_its_row", ["produced the end token", "goes on with"]),
+        ("continues-after-eos", "check_end_token_ends_its_row", ["produced the end token", "continues with"]),
         ("stops-when-any-row-eos", "check_end_token_ends_its_row", ["row 1 stops after 2 of 6 tokens"]),
         ("temperature-multiplied", "check_temperature_divides_the_logits", ["multiplied by 0.5, not by 2"]),
         ("temperature-ignored", "check_temperature_divides_the_logits", ["multiplied by 1, not by 2"]),
@@ -80,12 +80,12 @@ def with_generate(function, **declared) -> Subject:
         ("topp-drops-crossing-token", "check_top_p_keeps_the_nucleus", ["keeps 7 tokens, should keep 8"]),
         ("topp-mask-not-unsorted", "check_top_p_keeps_the_nucleus", ["keeps 8 tokens, but not the likeliest"]),
         ("topp-threshold-inverted", "check_top_p_keeps_the_nucleus", ["keeps 4 tokens, should keep 8"]),
-        ("generate-keeps-its-cache", GREEDY, ["prompts of 4 tokens goes wrong", "of the first call is"]),
-        ("argmax-over-another-axis", GREEDY, ["model answers rightly", "not its likeliest token"]),
+        ("generate-keeps-its-cache", GREEDY, ["prompts of 4 tokens goes wrong", "from the first call"]),
+        ("argmax-over-another-axis", GREEDY, ["model's logits are right", "not the likeliest"]),
         ("multinomial-of-other-weights", "check_temperature_divides_the_logits", ["the sigmoid of the logits"]),
         ("sampling-is-greedy", "check_temperature_divides_the_logits", ["the same token in", "it is greedy"]),
         ("topk-skips-topp", "check_filters_work_together", ["top_p is ignored when both are given"]),
-        ("topk-answers-a-place", "check_filters_work_together", ["drew the token of probability", "says 0"]),
+        ("topk-answers-a-place", "check_filters_work_together", ["drew the token of probability", "returns 0"]),
         ("generate-leaves-eval-mode", "check_generate_restores_the_mode", ["in train mode", "are in eval mode after"]),
         ("generate-without-eval", "check_generate_restores_the_mode", ["decodes in train mode"]),
         ("generate-keeps-graph", "check_generate_keeps_no_graph", ["at step 6", "graphs of 6 steps are alive"]),
@@ -102,17 +102,17 @@ def test_a_message_has_the_facts_and_the_bug_is_the_likeliest(bug, check, facts)
     assert found.likely[0] == bug
 
 
-def test_a_wrong_token_comes_with_its_row_its_step_and_the_right_one():
+def test_a_wrong_token_is_reported_with_its_row_its_step_and_the_right_token():
     found = verdict("generate-first-position-logits", GREEDY)
     row, step = found.evidence["row"], found.evidence["step"]
     assert found.evidence["said"][step] != found.evidence["naive"][step] and step == 0
-    assert f"row {row} says {found.evidence['said']}" in found.says
+    assert f"row {row} gives {found.evidence['said']}" in found.says
 
 
-def test_a_lost_token_is_named_by_what_was_read():
+def test_a_dropped_token_is_shown_by_the_tokens_that_were_read():
     found = verdict("generate-drops-latest-token", GREEDY)
     read, text = (
-        eval(part) for part in re.search(r"it read (\[.*?\]), where the text is (\[.*?\])", found.says).groups()
+        eval(part) for part in re.search(r"it read (\[.*?\]), but the text is (\[.*?\])", found.says).groups()
     )
     assert text[:-1] == read
 
@@ -126,22 +126,22 @@ OURS = [bug for bug in all_bugs().values() if bug.component in ("decoding", "sam
 
 
 @pytest.mark.parametrize("bug", OURS, ids=lambda bug: bug.id)
-def test_one_mistake_gives_one_finding(bug):
+def test_one_bug_gives_one_finding(bug):
     assert len(findings(bug.subject(seed=SEED))) == 1
 
 
 @pytest.mark.parametrize("config", [{}, dict(positions="rotary", tied=False, norm="rms")], ids=str)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_reference_is_left_alone(config, seed):
+def test_the_reference_passes(config, seed):
     found = verdicts(Subject("transformer", reference_parts(**config), seed=seed))
     assert {name: (v.outcome, v.says) for name, v in found.items() if v.outcome != "passed"} == {}
 
 
-# -- the ways of foreign generates
+# -- the forms of foreign generates
 
 
 def nanogpt(model, idx, max_new_tokens, temperature=1.0, top_k=None):
-    """Crops, divides, filters, draws; written after the loop that most tutorials share."""
+    """Crops, divides, filters, draws: the loop of most tutorials."""
     for _ in range(max_new_tokens):
         logits = model(idx[:, -model.config.block_size :])[:, -1, :] / temperature
         if top_k is not None:
@@ -199,10 +199,10 @@ def greedy_only(model, idx, max_new_tokens, context_size):
         (greedy_only, "rows", True, True),
     ],
 )
-def test_a_foreign_generate_is_met_and_left_alone(function, form, batched, with_prompt):
+def test_a_foreign_generate_is_understood_and_passes(function, form, batched, with_prompt):
     subject = with_generate(function, seed=1)
-    met = stage(subject).decoder
-    assert (met.form, met.batched, met.with_prompt) == (form, batched, with_prompt)
+    decoder = stage(subject).decoder
+    assert (decoder.form, decoder.batched, decoder.with_prompt) == (form, batched, with_prompt)
     assert findings(subject) == {}
 
 
@@ -224,10 +224,10 @@ def changed(line: str, by: str):
          "check_generate_appends_tokens", ["does not begin with the prompt"]),
         (changed("logits = model(idx[:, -model.config.block_size :])[:, -1, :]",
                  "logits = model(idx[:, -model.config.block_size :])[:, -1, :].flip(0)"),
-         GREEDY, ["The rows are in another order", "row 0 is given the token of row 16"]),
+         GREEDY, ["The rows are in another order", "row 0 gets the token of row 16"]),
         (changed("logits = model(idx[:, -model.config.block_size :])[:, -1, :]",
                  "logits = model(idx[:, -model.config.block_size :])[-1:, -1, :].repeat(len(idx), 1)"),
-         GREEDY, ["Every row is given the token of row 16"]),
+         GREEDY, ["Every row gets the token of row 16"]),
         (changed('-float("inf")', "0.0"), "check_top_k_keeps_k",
          ["keeps all 17 tokens", "to -∞, not to 0"]),
         (changed("if top_k is not None", "if top_k is not None and idx.shape[1] > 2"), "check_top_k_keeps_k",
@@ -241,7 +241,7 @@ def changed(line: str, by: str):
          ["is", "should be nothing"]),
     ],
 )  # fmt: skip
-def test_a_mistake_in_a_foreign_loop_is_named(function, check, facts):
+def test_a_bug_in_a_foreign_loop_is_named(function, check, facts):
     found = judge(CHECKS[check], with_generate(function, seed=SEED), {})
     assert found.outcome == "failed", f"{found.outcome}: {found.says}"
     for fact in facts:
@@ -250,15 +250,15 @@ def test_a_mistake_in_a_foreign_loop_is_named(function, check, facts):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", LOOPS)
-def test_right_loops_are_not_accused(name, seed):
-    """Top-k, nucleus, a cache, left padding, streams, buffers, a banned token: as tutorials and users write them."""
+def test_correct_loops_pass(name, seed):
+    """Top-k, nucleus, a cache, left padding, generators, buffers, a banned token: as tutorials and users write them."""
     assert findings(loop_subject(name, seed=seed)) == {}
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries' own
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_the_loops_of_libraries_are_not_accused(name):
-    """Their own caches too: given back as past_key_values, trimmed past the block size."""
+def test_the_loops_of_libraries_pass(name):
+    """With their own caches: returned as past_key_values, cropped past the block size."""
     subject = LIBRARIES[name](seed=1)
     earlier: dict[str, Verdict] = {}
     for theme in ("cache", "generation", "sampling"):
@@ -269,29 +269,29 @@ def test_the_loops_of_libraries_are_not_accused(name):
     assert cached == ("not_applicable" if name.startswith("x-") else "passed")
 
 
-def test_a_token_that_is_never_said_is_told_and_a_prompt_with_an_end_that_is_not_continued():
+def test_a_banned_token_and_a_prompt_with_an_end_token_get_advice():
     def stops_at_once(model, prompt, max_new_tokens, eos_id=None):
         if eos_id is not None and bool((prompt == eos_id).any()):
             return torch.cat((prompt, prompt.new_full((len(prompt), max_new_tokens), eos_id)), 1)
         return LOOPS["with_context_size"](model, prompt, max_new_tokens, 13)
 
     banned = verdicts(loop_subject("bans_a_token"))["check_generate_appends_tokens"]
-    assert banned.outcome == "passed" and "never says token id 0" in banned.remarks[0]
+    assert banned.outcome == "passed" and "never generates token id 0" in banned.remarks[0]
     on = stage(with_generate(stops_at_once))
     assert on.banned == ()
-    from transformer_checks.checks.check_generation import look_at_prompts_with_an_end
+    from transformer_checks.checks.check_generation import advise_of_prompts_with_an_end
     from transformer_checks.checks.expect import remarks
 
     with remarks() as said:
-        look_at_prompts_with_an_end(on, 3)
-    assert "has the end token in it is not continued" in said.advice[0]
+        advise_of_prompts_with_an_end(on)
+    assert "does not continue a prompt that contains the end token" in said.advice[0]
 
 
-def test_a_text_that_ends_early_leaves_the_mode_as_it_was():
-    """A return amid the loop skips what stands behind it."""
+def test_a_call_that_ends_early_must_restore_the_mode_too():
+    """A return inside the loop skips the lines after it."""
 
     @torch.no_grad()
-    def returns_amid(model, prompt, max_new_tokens, eos_id=None):
+    def returns_early(model, prompt, max_new_tokens, eos_id=None):
         mode = model.training
         model.eval()
         for _ in range(max_new_tokens):
@@ -302,11 +302,11 @@ def test_a_text_that_ends_early_leaves_the_mode_as_it_was():
         model.train(mode)
         return prompt
 
-    found = judge(CHECKS["check_generate_restores_the_mode"], with_generate(returns_amid), {})
-    assert found.outcome == "failed" and "whose text ended early" in found.says
+    found = judge(CHECKS["check_generate_restores_the_mode"], with_generate(returns_early), {})
+    assert found.outcome == "failed" and "stopped early" in found.says
 
 
-def test_a_generate_that_only_takes_the_likeliest_is_not_asked_for_draws():
+def test_a_greedy_generate_is_not_judged_as_a_sampler():
     found = verdicts(with_generate(greedy_only))
     assert found[GREEDY].outcome == "passed"
     assert found["check_temperature_divides_the_logits"].outcome == "not_applicable"
@@ -314,7 +314,7 @@ def test_a_generate_that_only_takes_the_likeliest_is_not_asked_for_draws():
 
 
 def of_the_likeliest(least: int):
-    """A sampler that keeps a number of tokens of its own, or one more than there are."""
+    """A sampler that keeps a fixed number of tokens, or one more than exist."""
 
     def generate(model, idx, max_new_tokens):
         for _ in range(max_new_tokens):
@@ -326,28 +326,28 @@ def of_the_likeliest(least: int):
     return generate
 
 
-def test_a_sampler_that_keeps_fifty_tokens_is_met_with_a_larger_vocabulary_than_ours():
+def test_a_sampler_that_keeps_fifty_tokens_gets_a_larger_vocabulary():
     subject = with_generate(of_the_likeliest(50))
     assert not findings(subject) and stage(subject).vocab_size > 50
     assert verdicts(subject)[GREEDY].outcome == "passed"
     assert "error" in findings(with_generate(of_the_likeliest(0)))["check_generate_appends_tokens"]
 
 
-def test_no_generate_is_not_applicable_and_an_unknown_signature_says_what_settles_it():
-    for function, words in ((None, "brings no generate"), (lambda a, b, c, d, e: a, "max_new_tokens")):
+def test_without_a_generate_or_with_an_unknown_signature_it_is_not_applicable():
+    for function, words in ((None, "no generate"), (lambda a, b, c, d, e: a, "max_new_tokens")):
         found = judge(CHECKS["check_generate_appends_tokens"], with_generate(function), {})
         assert found.outcome == "not_applicable" and words in found.says
 
 
-def test_a_tokenizer_that_only_stands_in_is_no_fault_of_the_model():
-    """Its constructor takes a tokenizer, of which nothing but sizes is known; its generate asks that one for ids."""
+def test_a_placeholder_tokenizer_is_not_the_models_fault():
+    """The constructor takes a tokenizer, of which we know only sizes; generate asks that tokenizer for ids."""
     subject = subject_of(str(Path(__file__).parent / "conventions" / "tokenizer_argument.py"), seed=SEED)
     found = judge(CHECKS["check_generate_appends_tokens"], subject, {})
     assert found.outcome == "not_applicable", found.says
-    assert "tokenizer of the subject's own" in found.says and "'encode'" in found.says
+    assert "own tokenizer" in found.says and "'encode'" in found.says
 
 
-def test_a_generate_that_crashes_is_an_error_told_once():
+def test_a_generate_that_crashes_is_one_error():
     def broken(model, prompt, max_new_tokens):
         raise RuntimeError("boom")
 
@@ -362,7 +362,7 @@ def test_eval_mode_left_to_the_caller_and_temperature_zero_refused_are_advice():
 
 
 def gumbel(model, prompt, max_new_tokens, temperature=1.0, top_k=None, wrong=False):
-    """A sampler that torch.multinomial never sees: argmax of logits and Gumbel noise."""
+    """A sampler that does not call torch.multinomial: argmax of logits plus Gumbel noise."""
     for _ in range(max_new_tokens):
         logits = model(prompt[:, -model.config.block_size :])[:, -1] * (temperature if wrong else 1 / temperature)
         if top_k is not None:
@@ -373,7 +373,7 @@ def gumbel(model, prompt, max_new_tokens, temperature=1.0, top_k=None, wrong=Fal
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_sampler_that_is_not_seen_is_counted(seed):
+def test_a_sampler_without_multinomial_is_judged_by_its_counts(seed):
     assert findings(with_generate(torch.no_grad()(gumbel), seed=seed)) == {}
 
     def wrong(model, prompt, max_new_tokens, temperature=1.0, top_k=None):
@@ -388,12 +388,12 @@ def test_a_sampler_that_is_not_seen_is_counted(seed):
 # -- the parts
 
 
-def test_parameters_are_known_by_name_and_by_place():
+def test_parameters_are_recognized_by_name_and_by_position():
     takes, defaults = understand("f", lambda a, b, c, topk=5: None)
     assert takes == {"model": "a", "prompt": "b", "count": "c", "top_k": "topk"} and defaults == {"top_k": 5}
 
 
-def test_answers_are_read_whatever_holds_them():
+def test_output_is_read_in_every_form():
     ids = [[1, 2], [3, 4]]
     assert read_answer(torch.tensor(ids)) == ids == read_answer(ids) == read_answer({"sequences": torch.tensor(ids)})
     assert read_answer((torch.tensor(ids), "more")) == ids
@@ -409,14 +409,14 @@ def test_the_script_never_repeats_a_token_and_keeps_the_order_of_the_others():
     assert float(ranked(logits, tokens).exp().max()) > 1 - 1e-12
 
 
-def test_dealt_probabilities_are_the_rows_own():
+def test_every_row_gets_its_own_probabilities():
     given = scores(17, 3, seed=0)
     assert torch.allclose(given.exp().sum(-1), torch.ones(3, dtype=torch.float64))
-    said = dealt(given)(torch.zeros(3, 5, 17, dtype=torch.float64), None)
-    assert torch.equal(said[:, 4], given) and len({float(row.max()) for row in given}) == 3
+    logits = dealt(given)(torch.zeros(3, 5, 17, dtype=torch.float64), None)
+    assert torch.equal(logits[:, 4], given) and len({float(row.max()) for row in given}) == 3
 
 
-def test_chi_square_accepts_right_draws_at_its_level_and_nothing_impossible():
+def test_chi_square_accepts_correct_draws_and_rejects_impossible_ones():
     p = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
     rare = sum(
         unlikely(torch.multinomial(p, 768, True, generator=torch.Generator().manual_seed(i)).bincount(minlength=4), p)
@@ -428,6 +428,6 @@ def test_chi_square_accepts_right_draws_at_its_level_and_nothing_impossible():
     assert unlikely(torch.tensor([500, 200, 300, 0]), p) < 1e-6
 
 
-def test_the_reference_generate_is_what_the_reference_brings():
+def test_the_reference_has_its_own_generate():
     assert reference_parts().generate is generate
     assert isinstance(stage(Subject("transformer", reference_parts())).decoder, Decoder)

@@ -1,4 +1,4 @@
-"""Learning by heart: the data needs the context it says it needs, and what cannot be learned is named."""
+"""The memorization checks: how much context their strings need, and what the messages tell."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ def test_the_strings_need_more_context_than_a_bigram_or_trigram_has():
     assert found.evidence["context_needed"] >= 4 and found.evidence["sentence_context_needed"] == 3
 
 
-def test_a_model_without_the_past_is_named_by_the_floor_at_which_it_stays():
+def test_a_model_that_ignores_the_past_is_recognized_by_its_loss():
     found = judge(BOTH[1], all_bugs()["attention-forgets-the-past"].subject(), {})
     assert found.outcome == "failed" and "the 4 tokens that both strings share" in found.says
     assert found.evidence["loss"] == pytest.approx(2 * math.log(2) / 22, rel=0.01)
 
 
-def test_an_infinite_loss_is_told_at_its_step():
+def test_an_infinite_loss_fails_with_its_step():
     found = judge(BOTH[0], all_bugs()["vocabulary-masked-too-far"].subject(), {})
     assert found.outcome == "failed" and "inf at step 1" in found.says
 
 
-def test_a_tokenizer_that_makes_the_sentence_a_bigram_is_told():
+def test_a_tokenizer_that_makes_the_sentence_a_bigram_task_gets_advice():
     class Words:
         def encode(self, text):
             return [1 + text.split().index(word) for word in text.split()]
@@ -71,10 +71,10 @@ def test_a_tokenizer_that_makes_the_sentence_a_bigram_is_told():
     parts = reference_parts()
     parts.tokenizer = Words()
     found = judge(BOTH[1], Subject("transformer", parts), {})
-    assert found.outcome == "passed" and "a bigram model learns it by heart" in " ".join(found.remarks)
+    assert found.outcome == "passed" and "a bigram model can memorize it" in " ".join(found.remarks)
 
 
-def test_a_vocabulary_that_is_too_small_is_not_judged():
+def test_a_vocabulary_that_is_too_small_is_not_applicable():
     class Fixed(Subject):
         def can_vary(self, name):
             return False
@@ -85,8 +85,8 @@ def test_a_vocabulary_that_is_too_small_is_not_judged():
     assert found.outcome == "not_applicable" and "vocabulary of 9" in found.says
 
 
-def test_a_batch_that_holds_one_string_alone_ends_no_training():
-    """Its loss is low while the other string is not learned."""
+def test_a_batch_that_holds_only_one_string_does_not_end_training():
+    """Its loss may be low while the other string is not learned."""
 
     class Half:
         config, steps_done = SimpleNamespace(steps=50), 0

@@ -1,1 +1,1 @@
-"""What a decoding loop is held to: the forms it comes in, a model whose right answer is known, and its odds."""
+"""The right answer of a decoding loop: how to call one, a model whose right answer is known, and χ² tests."""

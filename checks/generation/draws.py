@@ -1,4 +1,4 @@
-"""How a generate draws its tokens: the weights that reach torch.multinomial, or counts where that is not seen."""
+"""How a generate samples: the weights that reach torch.multinomial (or counts of tokens), and what they should be."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch.overrides import TorchFunctionMode
 from ..watch.draws import seeded
 from .scripted import Stage, dealt
 
-LEVEL = 1e-4  # of a χ² test; a hit is drawn anew, so that a right sampler fails once in 1e8
-DISTINCT = 16  # tokens of a probability that matters
-RATIOS = (0.9, 0.8)  # of the probabilities of a token and the next likelier, from the first row to the last
+LEVEL = 1e-4  # of a χ² test; a rejection is tested a second time, so a correct sampler fails once in 1e8
+DISTINCT = 16  # tokens that share nearly all of the probability
+RATIOS = (0.9, 0.8)  # of a token's probability to that of the next likelier one, from the first row to the last
 DRAWS = 768
 
 
 def scores(V: int, B: int, *, seed: int) -> Tensor:
-    """Log-probabilities [B, V]: each row its own order of the tokens and its own slope, no two of a row alike.
+    """Log-probabilities [B, V]: rows differ in the order and in the slope, and no two values of a row are equal.
 
-    Up to 16 tokens share nearly all. The likeliest has about 0.16 of it, and each next 0.8 to 0.9 of that before.
+    Up to 16 tokens share nearly all of the probability: the likeliest has about 0.16, each next one 0.8 to 0.9 times
+    the one before.
     """
     rank = torch.arange(V, dtype=torch.float64)
     ratio = torch.linspace(*RATIOS, B, dtype=torch.float64) if B > 1 else torch.tensor([sum(RATIOS) / 2])
@@ -33,7 +34,7 @@ def scores(V: int, B: int, *, seed: int) -> Tensor:
 
 
 class Caught(TorchFunctionMode):
-    """Sees the weights handed to torch.multinomial, and may say itself which of a row is drawn."""
+    """Records the weights passed to torch.multinomial, and can force which index of a row is drawn."""
 
     def __init__(self, forced: int | None = None) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Caught(TorchFunctionMode):
 
 @dataclass
 class Sampler:
-    """A stage whose model always says `given` [B, V], and what its generate makes of that."""
+    """A stage whose model always returns the logits `given` [B, V], and how its generate samples from them."""
 
     on: Stage
     given: Tensor
@@ -63,11 +64,11 @@ class Sampler:
         self.prompts = self.on.subject.tokens(len(self.given), 2, seed=self.on.subject.seed)
 
     def likeliest(self, temperature: float = 1.0) -> Tensor:
-        """The right probabilities [B, V] at a temperature, the largest first."""
+        """The right probabilities [B, V] at a temperature, sorted from the largest."""
         return (self.given / temperature).softmax(dim=-1).sort(dim=-1, descending=True).values
 
     def kept(self, options: dict[str, Any]) -> Tensor | None:
-        """The probabilities [B, V] from which each row's token is drawn, sorted; None if the sampler is not seen."""
+        """The sorted probabilities [B, V] from which each row's token is drawn; None if multinomial is not called."""
         caught = self.catch(None, **options)[0]
         if len(caught) != len(self.given):
             return None
@@ -76,37 +77,55 @@ class Sampler:
         return (padded / padded.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True).values
 
     def catch(self, forced: int | None, **options: Any) -> tuple[Tensor, Tensor]:
-        """The weights [B, K] of a draw a row, as they were handed over, and the tokens [B] that came out."""
+        """The weights [B, K] that multinomial was given for one draw per row, and the tokens [B] that came out."""
         self.on.script = dealt(self.given)
         with seeded(self.on.subject.seed), Caught(forced) as caught:
-            said = self.on.generate(self.prompts, 1, **options)
+            tokens = self.on.generate(self.prompts, 1, **options)
         same = {weights.shape[-1] for weights in caught.weights}
         weights = torch.cat(caught.weights) if len(same) == 1 else torch.empty(0, 0)
-        return weights, torch.tensor([row[0] for row in said])
+        return weights, torch.tensor([row[0] for row in tokens])
 
     def counts(self, options: dict[str, Any], *, draw: int = 0) -> Tensor:
-        """How often each token [V] came out of some 768 draws from the first row's probabilities."""
+        """How often each token [V] came out in about 768 draws from the first row's probabilities."""
         self.on.script = dealt(self.given[:1])
         rows, n = 64 if self.on.decoder.batched else 8, max(1, min(self.on.block_size, 24) - 2)
         prompts, V = self.on.subject.tokens(rows, 2), self.given.shape[1]
         counts = torch.zeros(V, dtype=torch.long)
         for call in range(-(-DRAWS // (rows * n))):
             with seeded(self.on.subject.seed + 1000 * draw + call):
-                said = self.on.generate(prompts, n, **options)
-            counts += torch.tensor(said).flatten().clamp(0, V - 1).bincount(minlength=V)
+                tokens = self.on.generate(prompts, n, **options)
+            counts += torch.tensor(tokens).flatten().clamp(0, V - 1).bincount(minlength=V)
         return counts
 
     def first_row(self, kept: int, temperature: float = 1.0) -> Tensor:
-        """The right probabilities [V] of the first row when its `kept` likeliest tokens are."""
+        """The right probabilities [V] of the first row if its `kept` likeliest tokens are kept."""
         p = (self.given[0] / temperature).softmax(0)
         order = p.argsort(descending=True)
         return torch.zeros_like(p).index_copy(0, order[:kept], p[order[:kept]] / p[order[:kept]].sum())
 
 
-def unlikely(counts: Tensor, probabilities: Tensor) -> float:
-    """How often right draws would lie at least as far from these probabilities, by Pearson's χ²; 0 if impossible.
+def renormalized(whole: Tensor, size: Tensor) -> Tensor:
+    """The first `size` [B] of each row of sorted probabilities [B, V], scaled to sum to 1."""
+    cut = torch.where(torch.arange(whole.shape[1]) < size[:, None], whole, 0.0)
+    return cut / cut.sum(dim=-1, keepdim=True)
 
-    Cells with fewer than 5 expected draws count as one.
+
+def nucleus(whole: Tensor, p: float) -> Tensor:
+    """How many of the likeliest tokens [B] are needed to reach p."""
+    return ((whole.cumsum(dim=-1) < p - 1e-9).sum(dim=-1) + 1).clamp(max=whole.shape[1])
+
+
+def apart(whole: Tensor, p: float) -> float:
+    """The value near p that is farthest from every cumulative probability, so that rounding decides nothing."""
+    sums = torch.cat((torch.zeros(len(whole), 1, dtype=whole.dtype), whole.cumsum(dim=-1)), dim=-1).flatten()
+    near = torch.linspace(p - 0.05, p + 0.05, 101, dtype=whole.dtype)
+    return round(float(near[(near[:, None] - sums).abs().amin(dim=-1).argmax()]), 4)
+
+
+def unlikely(counts: Tensor, probabilities: Tensor) -> float:
+    """The p-value of Pearson's χ² test of the counts against the probabilities; 0 for an impossible token.
+
+    Cells with fewer than 5 expected draws are merged into one.
     """
     possible = probabilities > 0
     if bool(counts[~possible].any()):

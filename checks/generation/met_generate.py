@@ -1,6 +1,6 @@
-"""How a foreign generate is met: its parameters by their names, its prompt by trying, its answer by its shape.
+"""How to call a foreign generate: its parameters by name, the form of its prompt by trying, its output by shape.
 
-A `Decoder` is a subject's generate, function or method, called with our words. Nothing here judges.
+A `Decoder` is a subject's generate, function or method, behind one interface. Nothing here judges.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..expect import NotApplicable
 from ..meet.arguments import Unset
 from ..subject import Subject
 
-# What a parameter is for, by the names it has in public code; case does not matter.
+# Role of a parameter → the names it has in public code, in any case.
 NAMES: dict[str, tuple[str, ...]] = {
     "model": ("model", "net", "lm", "gpt", "llm", "transformer", "decoder", "m", "network"),
     "prompt": (
@@ -59,59 +59,59 @@ NAMES: dict[str, tuple[str, ...]] = {
     "quiet": ("verbose", "stream", "print_output", "streaming", "debug", "progress"),
 }  # fmt: skip
 ROLES = {name: role for role, names in NAMES.items() for name in names}
-IN_ORDER = ("model", "prompt", "count")  # what unnamed first parameters are taken for
+IN_ORDER = ("model", "prompt", "count")  # roles of the first parameters if their names are unknown
 
-OF_TRANSFORMERS = {  # what the transformers library takes beside its named parameters
+OF_TRANSFORMERS = {  # what the transformers library accepts besides its named parameters
     "count": "max_new_tokens", "sample": "do_sample", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
     "end": "eos_token_id", "pad": "pad_token_id", "mask": "attention_mask", "use_cache": "use_cache",
 }  # fmt: skip
 
 FORMS = ("rows", "row", "list", "lists", "text")  # of a prompt: [B, T], [T], ids, lists of ids, a string
-FIRST_CHARACTER = 0x4E00  # of the alphabet by which a generate that wants text is given token ids
+FIRST_CHARACTER = 0x4E00  # stands for id 0, where a generate expects text
 
 Rows = list[list[int]]
 
 
 class Unreadable(ValueError):
-    """An answer of a form that is not known here."""
+    """Output of an unknown form."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A subject's generate and how it is called: which parameter is which, the form of a prompt and of the answer."""
+    """A subject's generate and how to call it: the role of each parameter, the form of its prompt and of its output."""
 
     name: str
-    find: Callable[[nn.Module], Callable]  # the function, or a model's bound method
+    find: Callable[[nn.Module], Callable[..., Any]]  # the function, or a model's bound method
     takes: Mapping[str, str]  # role → parameter
     defaults: Mapping[str, Any]  # role → default, of the parameters that have one
     vocab_size: int
     block_size: int
     form: str = "rows"
     batched: bool = True  # whether it takes several rows at once
-    with_prompt: bool = True  # whether the answer begins with the prompt
-    counts_prompt: bool = False  # whether the number asked for is that of all tokens, the prompt's included
+    with_prompt: bool = True  # whether the output begins with the prompt
+    counts_prompt: bool = False  # whether its number of tokens includes the prompt
 
     def __call__(self, model: nn.Module, prompts: Tensor | Rows, n: int, **options: Any) -> Rows:
-        """The new tokens of each row. `options` are roles of NAMES; what is not given is neutral: T = 1, no filter."""
+        """The new tokens of each row. `options` are roles of NAMES; by default temperature 1 and no filter."""
         answers = self.answers(model, prompts, n, **options)
         return [row[len(prompt) :] if self.with_prompt else row for row, prompt in answers]
 
     def answers(
         self, model: nn.Module, prompts: Tensor | Rows, n: int, **options: Any
     ) -> list[tuple[list[int], list[int]]]:
-        """Each row as it came back, and its prompt. Rows go one at a time where the function takes no batch."""
+        """The output of each row, and its prompt. Rows go one at a time if the function takes no batch."""
         rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
         found = []
         for group in [rows] if self.batched else [[row] for row in rows]:
             count = n + len(group[0]) if self.counts_prompt else n
-            said = read_answer(self.raw(model, self.given(group, device(model)), len(group), count, **options))
-            if len(said) != len(group):
-                raise Unreadable(f"{self.name} answered {len(said)} rows to {len(group)}")
-            found += list(zip(said, group, strict=True))
+            outputs = read_answer(self.raw(model, self.given(group, device(model)), len(group), count, **options))
+            if len(outputs) != len(group):
+                raise Unreadable(f"{self.name} returned {len(outputs)} rows for {len(group)} prompts")
+            found += list(zip(outputs, group, strict=True))
         return found
 
     def raw(self, model: nn.Module, prompt: Any, B: int, n: int, **options: Any) -> Any:
-        """The function's own answer to a prompt in its own form; what it yields is collected."""
+        """The function's own output for a prompt in its own form; a generator's items in a list."""
         if "sample" in options:
             options["greedy"] = not options["sample"]
         roles = {**self.neutral(prompt, B, device(model)), **options, "model": model, "prompt": prompt, "count": n}
@@ -121,7 +121,7 @@ class Decoder:
         return list(answer) if isinstance(answer, Iterator) else answer
 
     def given(self, rows: Rows, where: torch.device) -> Any:
-        """Rows of ids in the form that the function takes."""
+        """Rows of ids in the form that the function expects."""
         match self.form:
             case "rows":
                 return torch.tensor(rows, device=where)
@@ -135,7 +135,7 @@ class Decoder:
                 return Alphabet().decode(rows[0])
 
     def neutral(self, prompt: Any, B: int, where: torch.device) -> dict[str, Any]:
-        """Arguments that ask for nothing: no filter, no end, temperature 1, one answer a row."""
+        """Arguments with no effect: no filter, no end token, temperature 1, one output per row."""
         alphabet = Alphabet()
         asked = {
             "temperature": 1.0, "sample": True, "greedy": False, "threshold": 0.0, "penalty": 1.0, "copies": 1,
@@ -147,19 +147,19 @@ class Decoder:
         if self.defaults.get("top_p", ...) not in (None, 1.0):
             asked["top_p"] = 1.0
         end = self.defaults.get("end", ...)
-        if end not in (None, (), []):  # some make a tensor of a number, which None is not
+        if end not in (None, (), []):  # some make a tensor of it, which fails for None
             asked["end"] = () if isinstance(end, tuple | list) else -1 if isinstance(end, int) else None
         if "end" not in self.defaults:
-            asked["end"] = -1  # has to be given, and is never said
+            asked["end"] = -1  # required; an id that never occurs
         asked |= {role: value for role, value in (("pad", 0), ("use_cache", False)) if role not in self.defaults}
         if "mask" not in self.defaults and isinstance(prompt, Tensor):
             asked["mask"] = torch.ones_like(prompt)
-        if self.of_transformers:  # which otherwise reads a mask out of the ids that equal the pad
+        if self.of_transformers:  # which otherwise infers a mask from the ids that equal the pad
             asked |= {"mask": torch.ones_like(prompt), "top_k": 0, "end": None, "pad": self.vocab_size}
         return asked
 
     def end_value(self, end: int) -> int | tuple[int]:
-        """The end token as the function wants it: alone, or as one of several."""
+        """The end token as the function expects it: an id, or a tuple of ids."""
         return (end,) if isinstance(self.defaults.get("end"), tuple | list) else end
 
     @property
@@ -171,12 +171,12 @@ class Decoder:
         missing = [role for role in roles if role not in self.takes]
         if missing:
             raise NotApplicable(
-                f"{self.name} has no parameter for {' and '.join(missing)}", parameters=sorted(self.takes.values())
+                f"{self.name} has no parameter for {' or '.join(missing)}", parameters=sorted(self.takes.values())
             )
 
 
 class Alphabet:
-    """A tokenizer for a generate that wants text: one character an id, whatever the vocabulary."""
+    """A tokenizer for a generate that expects text: one character per id, for any vocabulary."""
 
     eos_token_id = None
 
@@ -191,9 +191,9 @@ class Alphabet:
 
 
 def decoder(subject: Subject, model: nn.Module, vocab_size: int) -> Decoder:
-    """The subject's own generate, and how to call it, learned from a few short calls.
+    """The subject's own generate and how to call it, found out by a few short calls.
 
-    Raises NotApplicable if there is none or its parameters are not understood; what it raises itself passes through.
+    Raises NotApplicable if there is none or its parameters are not understood; its own errors are passed on.
     """
     name, find = locate_generate(subject, model)
     takes, defaults = understand(name, find(model))
@@ -201,17 +201,17 @@ def decoder(subject: Subject, model: nn.Module, vocab_size: int) -> Decoder:
     return learn_forms(known, model)
 
 
-def locate_generate(subject: Subject, model: nn.Module) -> tuple[str, Callable[[nn.Module], Callable]]:
+def locate_generate(subject: Subject, model: nn.Module) -> tuple[str, Callable[[nn.Module], Callable[..., Any]]]:
     if subject.brings("generate"):
         function = subject.parts.generate
         return getattr(function, "__name__", "generate"), lambda _: function
     if callable(getattr(model, "generate", None)):
         return f"{type(model).__name__}.generate", lambda model: model.generate
-    raise NotApplicable("the subject brings no generate: neither a function nor a method of its model")
+    raise NotApplicable("your file defines no generate, neither as a function nor as a method of the model")
 
 
-def understand(name: str, function: Callable) -> tuple[dict[str, str], dict[str, Any]]:
-    """Role → parameter, role → default. A required parameter of no known name is taken by its place."""
+def understand(name: str, function: Callable[..., Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Role → parameter, role → default. A required parameter of unknown name gets its role by its position."""
     parameters = [p for p in signature(function).parameters.values() if p.kind not in VARIADIC]
     takes: dict[str, str] = {}
     for parameter in parameters:
@@ -231,21 +231,27 @@ def understand(name: str, function: Callable) -> tuple[dict[str, str], dict[str,
     return takes, defaults
 
 
-def refuse_signature(name: str, function: Callable, unknown: Sequence[str]) -> None:
-    what = f"does not know what {', '.join(unknown)} is" if unknown else "finds no prompt or no number of new tokens"
+def refuse_signature(name: str, function: Callable[..., Any], unknown: Sequence[str]) -> None:
+    what = f"unknown parameter {', '.join(unknown)}" if unknown else "no parameter for the prompt or the token count"
     raise NotApplicable(
-        f"{name}{signature(function)} {what}. A wrapper settles it:\n"
-        "def generate(model, prompt, max_new_tokens):  # prompt [B, T] of ids\n"
-        f"    return {name}(...)  # [B, T + max_new_tokens]",
+        f"{name}{signature(function)} cannot be called: {what}. {wrapper(name)}",
         signature=str(signature(function)),
+    )
+
+
+def wrapper(name: str) -> str:
+    return (
+        "To fix this, add a wrapper:\n"
+        "def generate(model, prompt, max_new_tokens):  # prompt: token ids [B, T]\n"
+        f"    return {name}(...)  # token ids [B, T + max_new_tokens]"
     )
 
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def signature(function: Callable) -> inspect.Signature:
-    """Of the function itself where a decorator hides it behind *args and **kwargs."""
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of the function itself, even if a decorator hides it behind *args and **kwargs."""
     found = inspect.signature(function)
     if any(p.kind not in VARIADIC for p in found.parameters.values()):
         return found
@@ -258,14 +264,14 @@ def signature(function: Callable) -> inspect.Signature:
     return found
 
 
-def positional(call: Callable, named: dict[str, Any]) -> list[Any]:
-    """Takes out of `named` what can only be passed by place."""
+def positional(call: Callable[..., Any], named: dict[str, Any]) -> list[Any]:
+    """Removes from `named` the arguments that can only be passed by position, and returns them."""
     only = [p.name for p in signature(call).parameters.values() if p.kind is p.POSITIONAL_ONLY]
     return [named.pop(name) for name in only if name in named]
 
 
 def learn_forms(known: Decoder, model: nn.Module) -> Decoder:
-    """Tries the forms of a prompt, the likeliest first, several rows before one, until an answer can be read."""
+    """Tries the forms of a prompt, the likeliest first, several rows before one, until the output can be read."""
     T, n = max(1, min(5, known.block_size - 2)), 2
     rows = [[(7 * i + 3 * b + 1) % known.vocab_size for i in range(T)] for b in range(2)]
     first: Exception | None = None
@@ -274,22 +280,20 @@ def learn_forms(known: Decoder, model: nn.Module) -> Decoder:
             attempt = replace(known, form=form, batched=batched)
             try:
                 return learn_lengths(attempt, model, rows, n)
-            except Exception as error:  # the wrong form, or a mistake inside: the first of these is told if none fits
+            except Exception as error:  # the wrong form, or a bug: if no form works, the first of these is raised
                 first = first or error
     assert first is not None
-    if isinstance(first, Unset):  # a stand-in of ours: nothing that the model says
+    if isinstance(first, Unset):  # raised by our placeholder for an argument, not by the model
         raise NotApplicable(
-            f"{known.name} asks a tokenizer of the subject's own that is not here: {first}. A wrapper settles it:\n"
-            "def generate(model, prompt, max_new_tokens):  # prompt [B, T] of ids\n"
-            f"    return {known.name}(...)  # [B, T + max_new_tokens]"
+            f"{known.name} needs the model's own tokenizer, which is not available here: {first}. {wrapper(known.name)}"
         )
     raise first
 
 
 def learn_lengths(attempt: Decoder, model: nn.Module, rows: Rows, n: int) -> Decoder:
-    """Whether the answer has the prompt in it, and whether the number asked for counts it."""
-    said, prompt = attempt.answers(model, rows, n)[0]
-    attempt = replace(attempt, with_prompt=len(said) >= len(prompt))
+    """Finds out whether the output includes the prompt, and whether the number of tokens does."""
+    output, prompt = attempt.answers(model, rows, n)[0]
+    attempt = replace(attempt, with_prompt=len(output) >= len(prompt))
     if len(attempt(model, rows, n)[0]) == n:
         return attempt
     total = replace(attempt, counts_prompt=True)
@@ -306,7 +310,7 @@ def likely_forms(known: Decoder, model: nn.Module) -> list[str]:
 
 
 def read_answer(answer: Any) -> Rows:
-    """Rows of ids out of a tensor, an array, lists, text, or an object that holds one of these."""
+    """Rows of ids from a tensor, an array, lists, text, or an object that holds one of these."""
     if isinstance(answer, str):
         return [Alphabet().encode(answer)]
     if isinstance(answer, Tensor) or hasattr(answer, "__array__"):
@@ -320,7 +324,7 @@ def read_answer(answer: Any) -> Rows:
     for key in HOLDS:
         if hasattr(answer, key):
             return read_answer(getattr(answer, key))
-    raise Unreadable(f"an answer of type {type(answer).__name__} is not understood")
+    raise Unreadable(f"output of type {type(answer).__name__} is not understood")
 
 
 HOLDS = ("sequences", "generated_ids", "output_ids", "tokens", "ids", "token_ids", "text")
@@ -328,12 +332,13 @@ HOLDS = ("sequences", "generated_ids", "output_ids", "tokens", "ids", "token_ids
 
 def read_ids(ids: Tensor) -> Rows:
     if ids.is_floating_point() or ids.dim() not in (1, 2):
-        raise Unreadable(f"an answer of shape {list(ids.shape)} and {ids.dtype} is not understood")
-    return ids.tolist() if ids.dim() == 2 else [ids.tolist()]
+        raise Unreadable(f"output of shape {list(ids.shape)} and {ids.dtype} is not understood")
+    rows: Rows = ids.tolist() if ids.dim() == 2 else [ids.tolist()]
+    return rows
 
 
-def read_list(items: list) -> Rows:
-    """A row of ids; rows of ids; or what a stream yielded: a token a step, or all so far at each step."""
+def read_list(items: list[Any]) -> Rows:
+    """A row of ids; rows of ids; or what a generator yielded: one token per step, or all tokens so far."""
     if not items:
         return [[]]
     if all(isinstance(item, Tensor) for item in items):

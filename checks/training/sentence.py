@@ -1,4 +1,4 @@
-"""The homework's sentence learned by heart: the sizes, the recipes, the training, and what came of it."""
+"""Training on the sentence of the sanity checks: model sizes, training recipes, the training loop and its result."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from ...transformer.data import Batch, SentenceTask
 from ...transformer.loss import next_token_loss
 from ...transformer.trainer import PUBLISHED, TrainConfig, Trainer
 from ..expect import NotApplicable, advise, fail, keep, note
-from ..loss.given import cross_entropy_line, gives
 from ..loss.met_loss import met_loss
+from ..loss.returned import cross_entropy_line, gives
 from ..probes.influence import needs_one_token
 from ..subject import Subject
 
 HOMEWORK = dict(n_layer=1, n_head=4, n_embd=128, dropout=0.0)
-LEARNED = 1e-5  # nats a target
-OVERSHOOTING = 20  # steps with a loss this low, after none of which it is, before training is given up
+LEARNED = 1e-5  # nats per target
+OVERSHOOTING = 20  # steps that start at a loss this low and end above it, before training is given up
 QUICK = TrainConfig()
 RECIPES = {"quick": QUICK, "published": PUBLISHED}
 
-# Rows to continue, by how many tokens, at which temperature.
-Speak = Callable[[Tensor, int, float], list[list[int]]]
+# Prompts [B, T], number of new tokens, temperature → the new tokens of each row.
+Generate = Callable[[Tensor, int, float], list[list[int]]]
 
 
 @dataclass
 class Learned:
-    """A training of the sentence and what came of it."""
+    """A training on the sentence and its result."""
 
     task: SentenceTask
     sizes: dict[str, int]
     recipe: str
     trainer: Trainer
-    curve: list[dict[str, float]] = field(default_factory=list)  # a record a step
-    before: dict[str, float] = field(default_factory=dict)  # split → loss over the targets that carry loss
+    curve: list[dict[str, float]] = field(default_factory=list)  # one record per step
+    before: dict[str, float] = field(default_factory=dict)  # split → mean loss of the unmasked targets
     after: dict[str, float] = field(default_factory=dict)
-    masked: float = math.nan  # mean cross entropy of the targets that carry none, after training
-    samples: list[tuple[str, str, str]] = field(default_factory=list)  # how, prompt, continuation
-    tried: list[str] = field(default_factory=list)  # what each recipe came to
-    speak: Speak | None = None  # how it is made to generate
+    masked: float = math.nan  # mean cross entropy of the masked targets, after training
+    samples: list[tuple[str, str, str]] = field(default_factory=list)  # how it was decoded, prompt, completion
+    tried: list[str] = field(default_factory=list)  # the result of each recipe
+    generate: Generate | None = None
 
     @property
     def loss(self) -> float:
@@ -55,7 +55,7 @@ class Learned:
 
 
 def learn(subject: Subject, task: SentenceTask) -> Learned:
-    """Trains by the quick recipe, and where that fails by the published one; keeps the better of the two."""
+    """Trains with the quick recipe and, if that fails, with the published one; keeps the better result."""
     sizes = sentence_sizes(subject, task)
     tried: list[str] = []
     best: Learned | None = None
@@ -64,7 +64,7 @@ def learn(subject: Subject, task: SentenceTask) -> Learned:
         tried.append(f"{recipe} recipe: loss {learned.loss:.2g} after {learned.trainer.steps_done} steps")
         if best is None or learned.loss < best.loss:
             best = learned
-        if best.loss <= LEARNED or gives(subject) == "probabilities":  # which no recipe makes learn
+        if best.loss <= LEARNED or gives(subject) == "probabilities":  # no recipe trains those
             break
     assert best is not None
     best.tried = tried
@@ -74,14 +74,14 @@ def learn(subject: Subject, task: SentenceTask) -> Learned:
 
 
 def sentence_sizes(subject: Subject, task: SentenceTask) -> dict[str, Any]:
-    """The homework's sizes where the subject takes them, else its own, if the sentence fits."""
+    """The sizes of the sanity checks where the subject accepts them, otherwise its own if the sentence fits."""
     wanted = dict(vocab_size=task.tokenizer.vocab_size, block_size=task.block_size, **HOMEWORK)
     sizes = {name: value for name, value in wanted.items() if subject.can_vary(name)}
     for name, most in (("vocab_size", subject.sizes.vocab_size), ("block_size", subject.longest)):
         if name not in sizes and most is not None and most < wanted[name]:
             raise NotApplicable(
-                f"the sentence needs {name} {wanted[name]}, and the model's is fixed at {most}: let its constructor, "
-                "or a function build_model(vocab_size, block_size), take it",
+                f"the sentence needs {name} {wanted[name]}, but your model's is fixed at {most}: accept it as an "
+                "argument of the constructor, or define a function build_model(vocab_size, block_size)",
                 **{name: most},
             )
     return sizes
@@ -95,13 +95,13 @@ def train(subject: Subject, task: SentenceTask, sizes: dict[str, Any], recipe: s
     learned = Learned(task, sizes, recipe, trainer)
     learned.before = losses(subject, learned)
     every = 1 if recipe == "quick" else 25
-    low = 0  # steps whose loss was low enough; it is the loss before them, and some overshoot
+    low = 0  # steps with a low enough loss; a step reports its loss before the update, which may overshoot
     while trainer.steps_done < config.steps and low < OVERSHOOTING:
         loss = float(trainer.step())
         if not math.isfinite(loss):
             fail(
                 f"the loss is {loss} at step {trainer.steps_done} of the {recipe} recipe",
-                advice="look for a division by zero, a log of 0, or a softmax over nothing",
+                advice="Look for a division by zero, the log of 0, or a softmax over a row that is masked completely.",
                 step=trainer.steps_done,
             )
         record = {"step": trainer.steps_done, "loss": loss}
@@ -118,7 +118,7 @@ def train(subject: Subject, task: SentenceTask, sizes: dict[str, Any], recipe: s
 
 
 def objective(subject: Subject) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
-    """The subject's own loss where it brings one, else ours; as the sum that the trainer wants."""
+    """The subject's own loss if it has one, otherwise ours; as the sum that the trainer expects."""
     loss = loss_of(subject)
 
     def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def objective(subject: Subject) -> Callable[[nn.Module, Batch], tuple[Tensor, Te
 
 
 def logits_of(subject: Subject, model: nn.Module, tokens: Tensor) -> Tensor:
-    """[B, T, V]; of a model that means to give probabilities (nothing in its file takes them for logits) their log."""
+    """Logits [B, T, V]; for a model that returns probabilities on purpose (no cross_entropy in its file), their log."""
     given: Tensor = subject.logits(model, tokens)
     if subject.returns == "probabilities" and cross_entropy_line(subject) is None:
         return given.clamp_min(torch.finfo(given.dtype).tiny).log()
@@ -138,18 +138,18 @@ def logits_of(subject: Subject, model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def loss_of(subject: Subject) -> Callable[..., Tensor]:
-    """loss(logits, targets, mask): the subject's own where it brings one that can leave targets out, else ours."""
+    """loss(logits, targets, mask): the subject's own if it has one, ours where it cannot mask targets."""
     if not subject.brings("loss"):
         return next_token_loss
     try:
         own = met_loss(subject)
     except NotApplicable as reason:
-        advise(f"trained with a loss of ours, since of its own {reason.reason}")
+        advise(f"your loss was not used for this training: {reason.reason}")
         return next_token_loss
-    return own if own.masks else _ours_where_masked(own)
+    return own if own.masks else ours_where_masked(own)
 
 
-def _ours_where_masked(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def ours_where_masked(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         return own(logits, targets) if mask is None else next_token_loss(logits, targets, mask)
 
@@ -157,7 +157,7 @@ def _ours_where_masked(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def losses(subject: Subject, learned: Learned) -> dict[str, float]:
-    """Mean cross entropy of each split over the targets that carry loss, by our own loss."""
+    """Mean cross entropy of the unmasked targets of each split, always computed with our loss."""
     return {
         split: split_losses(subject, learned, getattr(learned.task, split))["unmasked"]
         for split in ("train", "validation", "test")
@@ -170,7 +170,7 @@ def validation(subject: Subject, learned: Learned) -> dict[str, float]:
 
 
 def split_losses(subject: Subject, learned: Learned, texts: list[str]) -> dict[str, float]:
-    """Mean cross entropy over the unmasked, the masked and all targets; identical texts are computed once."""
+    """Mean cross entropy of the unmasked, the masked and all targets; identical texts are computed once."""
     batch = learned.task.batch(list(dict.fromkeys(texts))).to(subject.device)
     model = learned.trainer.model
     with learned.trainer.eval_mode(), torch.no_grad():

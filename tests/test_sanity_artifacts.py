@@ -1,4 +1,4 @@
-"""What the sanity checks leave behind is whole, readable and made from the results."""
+"""The files of the sanity checks are complete, readable and show the measured results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def out(tmp_path, verdicts):
     return tmp_path
 
 
-def test_every_promised_file_is_there(out):
+def test_every_file_is_written(out):
     for check in ("sanity_check_1", "sanity_check_2"):
         for name in ("checkpoint.pt", "config.json", "metrics.jsonl", "samples.txt", "loss.png"):
             assert (out / check / name).stat().st_size > 0
@@ -38,21 +38,21 @@ def test_every_promised_file_is_there(out):
 
 
 @pytest.mark.parametrize("picture", ["sanity_check_1/loss.png", "sanity_check_2/loss.png", "comparison.png"])
-def test_a_picture_is_a_picture_with_something_on_it(out, picture):
+def test_a_figure_is_an_image_that_is_not_empty(out, picture):
     image = Image.open(out / picture).convert("RGB")
     assert min(image.size) > 300
     assert len(image.getcolors(maxcolors=10**6)) > 10
 
 
-def test_the_checkpoint_says_the_sentence(out):
+def test_the_saved_model_generates_the_sentence(out):
     import torch
 
     model, tokenizer = load_model(out / "sanity_check_1" / "checkpoint.pt")
-    said = generate(model, torch.tensor([[tokenizer.begin, *tokenizer.encode("I l")]]), 20)
-    assert tokenizer.decode(said[0]) == "I love machine learning"
+    text = generate(model, torch.tensor([[tokenizer.begin, *tokenizer.encode("I l")]]), 20)
+    assert tokenizer.decode(text[0]) == "I love machine learning"
 
 
-def test_metrics_are_the_curve(out, verdicts):
+def test_the_metrics_file_holds_the_learning_curve(out, verdicts):
     records = [json.loads(line) for line in (out / "sanity_check_2" / "metrics.jsonl").read_text().splitlines()]
     learned = verdicts[1].kept["learned"]
     assert [r["step"] for r in records] == list(range(1, learned.trainer.steps_done + 1))
@@ -68,7 +68,7 @@ def test_the_report_has_the_measured_numbers(out, verdicts):
         assert f"{learned.after['test']:.3g}" in report
         assert f"{learned.trainer.steps_done} steps" in report
     assert report.count(": passed") == 2
-    assert "ove machine learning" in report
+    assert "'I l' → 'ove machine learning'" in report and "nats" in report
     for picture in ("sanity_check_1/loss.png", "sanity_check_2/loss.png", "comparison.png"):
         assert picture in report
 

@@ -1,4 +1,4 @@
-"""The two sanity checks: who passes, who fails, and what is said to those who fail."""
+"""The two sanity checks: which models pass, which fail, and what the messages tell."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def with_parts(config=None, **parts) -> Subject:
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """The published recipe ends early: what does not learn need not be waited for."""
+    """Recipes that end early: no test has to wait for a model that does not learn."""
     from dataclasses import replace
 
     short = {name: replace(recipe, steps=60) for name, recipe in sentence.RECIPES.items()}
@@ -48,16 +48,16 @@ def test_both_families_pass_by_the_quick_recipe(check, family, seed):
     assert verdict.evidence["steps"] < 100
 
 
-def test_everything_promised_was_said():
+def test_every_prefix_is_completed_greedily_and_ten_samples_are_drawn():
     verdict = judge(check_memorizes_the_sentence, reference(seed=1), {})
     samples = verdict.kept["learned"].samples
-    greedy = [(prompt, said) for how, prompt, said in samples if how == "greedy"]
-    assert [prompt + said for prompt, said in greedy] == ["I love machine learning"] * 23
+    greedy = [(prompt, completion) for how, prompt, completion in samples if how == "greedy"]
+    assert [prompt + completion for prompt, completion in greedy] == ["I love machine learning"] * 23
     assert sorted(len(prompt) for prompt, _ in greedy) == list(range(23))
-    assert [said for how, _, said in samples if "0.1" in how] == ["I love machine learning"] * 10
+    assert [completion for how, _, completion in samples if "0.1" in how] == ["I love machine learning"] * 10
 
 
-def test_untaught_prompts_are_shown_and_not_judged():
+def test_completions_of_masked_targets_are_shown_and_not_judged():
     verdict = judge(check_learns_only_unmasked_targets, reference(seed=1), {})
     assert verdict.outcome == "passed"
     shown = {prompt: how for how, prompt, _ in verdict.kept["learned"].samples}
@@ -66,7 +66,7 @@ def test_untaught_prompts_are_shown_and_not_judged():
     assert "not judged" in shown["I"]
 
 
-def test_a_loss_that_ignores_the_mask_has_learned_what_it_should_not():
+def test_a_loss_that_ignores_the_mask_does_not_pass():
     subject = with_parts(loss=lambda logits, targets, mask=None: F.cross_entropy(logits.transpose(1, 2), targets))
     assert judge(check_memorizes_the_sentence, subject, {}).outcome == "passed"
     verdict = judge(check_learns_only_unmasked_targets, subject, {})
@@ -78,19 +78,19 @@ def masked_mean(logits, targets, mask):
     return (losses * mask).sum() / mask.sum()
 
 
-def test_a_mask_that_slipped_by_one_is_named():
-    def slipped(logits, targets, mask=None):
+def test_a_mask_shifted_by_one_is_named():
+    def shifted(logits, targets, mask=None):
         mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
         return masked_mean(logits, targets, torch.cat((mask[:, 1:], mask[:, -1:]), dim=1))
 
-    verdict = judge(check_learns_only_unmasked_targets, with_parts(loss=slipped), {})
+    verdict = judge(check_learns_only_unmasked_targets, with_parts(loss=shifted), {})
     assert verdict.outcome == "failed"
     assert "loss-mask-shifted-by-one" in verdict.likely
 
 
-def test_a_model_that_cannot_learn_is_told_so(impatient):
+def test_a_model_that_cannot_learn_fails(impatient):
     class Deaf(nn.Module):
-        """Logits that do not depend on what was read."""
+        """Logits that do not depend on the tokens."""
 
         def __init__(self, vocab_size):
             super().__init__()
@@ -102,17 +102,17 @@ def test_a_model_that_cannot_learn_is_told_so(impatient):
     parts = SimpleNamespace(build_model=lambda vocab_size, **_: Deaf(vocab_size))
     verdict = judge(check_memorizes_the_sentence, Subject("deaf", parts), {})
     assert verdict.outcome == "failed"
-    assert "does not learn" in verdict.says
+    assert "does not learn the sentence" in verdict.says
     assert verdict.evidence["loss_after"] > 0.3
     assert len(verdict.evidence["tried"]) == 2
 
 
-def test_learning_too_slowly_is_told_apart(impatient, monkeypatch):
+def test_learning_too_slowly_has_a_message_of_its_own(impatient, monkeypatch):
     for module in (check_sanity, sentence):
         monkeypatch.setattr(module, "LEARNED", 1e-12)
     verdict = judge(check_memorizes_the_sentence, reference(), {})
     assert verdict.outcome == "failed"
-    assert "learns, but too slowly" in verdict.says
+    assert "but too slowly" in verdict.says
     assert "quick recipe" in verdict.says
     assert "published recipe" in verdict.says
 
@@ -143,7 +143,7 @@ def test_a_model_too_short_for_the_sentence_is_not_applicable():
     assert "23" in verdict.says
 
 
-def test_wrong_words_at_a_low_loss_show_both_texts():
+def test_wrong_text_at_a_low_loss_is_shown_beside_the_right_one():
     def first_position(model, prompt, max_new_tokens, temperature=1.0):
         for _ in range(max_new_tokens):
             prompt = torch.cat((prompt, model(prompt)[:, :1].argmax(-1)), dim=1)
@@ -174,12 +174,13 @@ def reads_its_last_token(model, prompt, max_new_tokens, temperature=1.0):
 @pytest.mark.parametrize("temperature", [0.0, 0.1])
 @pytest.mark.parametrize("generate", [raises, adds_nothing, reads_its_last_token])
 def test_a_generate_that_breaks_is_replaced_by_a_loop_over_the_logits(generate, temperature):
-    """What is wrong with it is for the checks of generation to say: the sentence is read from the logits."""
+    """The generation checks judge a broken generate; here the sentence is decoded from the logits."""
     parts = reference_parts()
     parts.generate = generate
     subject, task = Subject("breaks", parts, seed=3), SentenceTask()
     model = subject.build(vocab_size=task.tokenizer.vocab_size, block_size=task.block_size)
     learned = SimpleNamespace(trainer=SimpleNamespace(model=model), task=task)
     longest = len(task.sentence)
-    said = check_sanity.speaker(subject, learned)(torch.full((1, 1), task.tokenizer.begin), longest, temperature)
-    assert len(said) == 1 and len(said[0]) == longest
+    decode = check_sanity.generate_of(subject, learned)
+    rows = decode(torch.full((1, 1), task.tokenizer.begin), longest, temperature)
+    assert len(rows) == 1 and len(rows[0]) == longest
