@@ -1,12 +1,10 @@
-"""What every language model promises whatever it computes: shapes, lengths, ids, state, and no part without effect."""
+"""What every language model must fulfil: shapes, lengths, ids, no hidden state, and no part without effect."""
 
 from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from .expect import (
     SHAPE,
     NotApplicable,
-    Where,
     advise,
     expect_close,
     expect_same,
@@ -26,22 +23,35 @@ from .expect import (
     note,
     place,
 )
-from .probes.ablation import exchanged, passed_by, replaced, siblings, silenced, with_input, with_output
+from .probes.ablation import (
+    SMALLEST,
+    Wrap,
+    best_moves,
+    head_trials,
+    output_trials,
+    passed_by,
+    siblings,
+)
+from .probes.between_calls import first_difference, interludes
 from .probes.extra_arguments import POSITIONS, beside_tokens
-from .probes.influence import TRAIN, call, every_id, length
-from .probes.module_state import Held, buffers_kept, held_outside
+from .probes.influence import call, every_id, length
+from .probes.module_state import (
+    expect_declared_tie,
+    expect_no_twins,
+    held_outside,
+    left_behind,
+    tie_trials,
+    ties,
+)
 from .probes.padding import SIDES, ragged
-from .probes.precision import precise, precision, spread
-from .probes.ties import expect_declared_tie, expect_no_twins, ties
-from .subject import EXISTENCE, Subject
-from .watch.calls import Call, first_bad, recorded
+from .probes.precision import precise, precision
+from .subject import Subject
+from .watch.calls import first_bad, recorded
 from .watch.location import locate
-
-SMALLEST = 1e-6  # standard deviations of the logits: what a part that matters moves at least (clean models: 0.1)
 
 
 def check_logits_have_shape(subject: Subject) -> None:
-    """Token ids [B, T] give floating-point logits [B, T, V], whatever B and T."""
+    """Token ids [B, T] must give floating-point logits [B, T, V], for any B and T."""
     model, V, longest = subject.build(seed=subject.seed), subject.sizes.vocab_size, length(subject)
     for B, T in ((3, longest), (1, longest), (longest, 2), (2, longest - 1), (1, 2)):
         tokens = subject.tokens(B, max(T, 1), seed=subject.seed)
@@ -49,7 +59,9 @@ def check_logits_have_shape(subject: Subject) -> None:
             logits = call(subject, model, tokens)
         except Exception as error:
             if T == subject.sizes.block_size > 1:
-                call(subject, model, tokens[:, 1:].contiguous())  # raises what is no matter of the length
+                call(
+                    subject, model, tokens[:, 1:].contiguous()
+                )  # raises an error that has nothing to do with the length
                 fail_unread(T, T, error)
             raise
         if tuple(logits.shape) != (B, max(T, 1), V):
@@ -57,22 +69,22 @@ def check_logits_have_shape(subject: Subject) -> None:
                 f"{B} rows of {T} tokens gave logits of shape {list(logits.shape)}, expected {[B, T, V]}: "
                 f"rows, positions, one number for each of the {V} symbols",
                 likely=("logits-time-first", "logits-last-position-only"),
-                advice="Print the shape after each step of the forward; the head is applied to [B, T, width].",
+                advice="Print the shape after each step of the forward; the head must be applied to [B, T, width].",
                 got=list(logits.shape),
                 expected=[B, T, V],
             )
         if not logits.is_floating_point():
             fail(
-                f"the logits are {logits.dtype}: expected floating-point numbers",
+                f"the logits are {logits.dtype}, expected floating-point numbers",
                 likely=("logits-rounded",),
-                advice="Return the head's output itself: no argmax, no .long(), no .int().",
+                advice="Return the head's output itself, without argmax, .long() or .int().",
             )
     note(dtype=str(logits.dtype).removeprefix("torch."))
 
 
 @needs(SHAPE)
 def check_every_length_is_read(subject: Subject) -> None:
-    """Every sequence from one token up to the block size is read, to logits at every position."""
+    """The model must read every length from one token to the block size and return logits at every position."""
     model, V = subject.build(seed=subject.seed), subject.sizes.vocab_size
     block = subject.sizes.block_size
     for T in [*range(1, length(subject) + 1), *([block - 1, block] if block > length(subject) else [])]:
@@ -80,14 +92,14 @@ def check_every_length_is_read(subject: Subject) -> None:
             shape = tuple(call(subject, model, subject.tokens(2, T, seed=subject.seed)).shape)
         except Exception as error:
             if T == 1 and isinstance(error, ValueError | AssertionError):
-                advise(f"a sequence of one token is refused: {error}")
+                advise(f"the model refuses a sequence of one token: {error}")
                 continue
             fail_unread(T, block, error)
         if shape != (2, T, V):
             fail(
                 f"2 rows of {T} tokens gave logits of shape {list(shape)}, expected {[2, T, V]}",
                 likely=("length-one-squeezed",),
-                advice="Look for squeeze() without an axis, and for sizes written as numbers.",
+                advice="Look for squeeze() without an axis, and for hard-coded sizes.",
                 length=T,
             )
 
@@ -95,16 +107,16 @@ def check_every_length_is_read(subject: Subject) -> None:
 def fail_unread(T: int, block: int, error: Exception) -> NoReturn:
     likely = ("block-size-off-by-one", "length-one-squeezed")
     fail(
-        f"a sequence of {T} tokens cannot be read, although the block size is {block}: {type(error).__name__}: {error}",
+        f"a sequence of {T} tokens fails, although the block size is {block}: {type(error).__name__}: {error}",
         likely=likely if T > 1 else likely[::-1],
-        advice="Masks and position tables need block_size rows, of which the first T are taken.",
+        advice="Make masks and position tables with block_size rows, and take the first T of them.",
         length=T,
     )
 
 
 @needs(SHAPE)
 def check_logits_are_finite(subject: Subject) -> None:
-    """Every symbol at every place, the first included, alone or all over, gives finite logits."""
+    """Every symbol must give finite logits at every position, in mixed rows and in rows of that symbol only."""
     T, V = length(subject), subject.sizes.vocab_size
     everywhere = every_id(subject, T, seed=subject.seed)
     alone = torch.arange(min(V, 64), device=subject.device)[:, None]
@@ -119,14 +131,14 @@ def expect_finite(subject: Subject, model: nn.Module, tokens: Tensor, which: str
     bad = (~logits.isfinite()).nonzero()
     if len(bad):
         row, t, symbol = (int(i) for i in bad[0])
-        every_first = not bool(bad[:, 1].any()) and len(bad[:, 0].unique()) == len(tokens)
+        every_first = not bool(bad[:, 1].any()) and torch.unique(bad[:, 0]).numel() == len(tokens)
         likely = ("mask-positive-inf", "first-token-masked-out", "causal-excludes-self")
         fail(
             f"the logit of symbol {symbol} at position {t} is {float(logits[row, t, symbol])} {which}, after "
             f"the tokens {tokens[row, : t + 1].tolist()}; {len(bad)} of {logits.numel()} logits are not finite",
             where=first_bad(model, lambda: call(subject, model, tokens), lambda x: bool(x.isnan().any())),
             likely=likely[::-1] if every_first else likely,
-            advice="Print the scores before the softmax: each row needs at least one that is not -inf, and none +inf.",
+            advice="Print the scores before the softmax: each row must have one above -inf, and none at +inf.",
             first={"t": t, "symbol": symbol},
             tokens=tokens[row].tolist(),
         )
@@ -134,7 +146,7 @@ def expect_finite(subject: Subject, model: nn.Module, tokens: Tensor, which: str
 
 @needs(SHAPE)
 def check_earlier_calls_leave_no_trace(subject: Subject) -> None:
-    """A call gives what it gave before to the bit, whatever was read in between: shorter, masked, in training."""
+    """A call must give the same logits bit for bit, whatever the model read before: shorter, masked, in training."""
     T = length(subject)
     tokens = subject.tokens(3, T, seed=subject.seed)
     first = call(subject, precise(subject), tokens)
@@ -148,10 +160,10 @@ def check_earlier_calls_leave_no_trace(subject: Subject) -> None:
         expect_same(
             call(subject, after(), tokens),
             first,
-            says=f"a fresh model and the same model after {between} give other logits: it remembers what it read",
+            says=f"after {between} the model gives other logits than a fresh model: it keeps state between calls",
             where=lambda after=after: first_difference(subject, precise(subject), after(), tokens),
             likely=likely_memories(between),
-            advice="Look for attributes written in forward: a cache, a mask or a position counter kept on self.",
+            advice="Look for attributes that forward writes: a cache, a mask or a position counter kept on self.",
             between=between,
         )
 
@@ -164,44 +176,9 @@ def likely_memories(between: str) -> tuple[str, ...]:
     return (*first, "state-leaks-between-calls", "eval-updates-running-statistics")
 
 
-def interludes(subject: Subject, T: int) -> Iterator[tuple[str, Callable[[nn.Module], Any]]]:
-    """What may happen between two equal calls."""
-    others = subject.tokens(3, T, seed=subject.seed + 1)
-    yield "the same call", lambda model: call(subject, model, subject.tokens(3, T, seed=subject.seed))
-    yield "other tokens", lambda model: call(subject, model, others)
-    yield "a shorter sequence", lambda model: call(subject, model, others[:, : max(T // 2, 2)].contiguous())
-    yield "more rows", lambda model: call(subject, model, subject.tokens(5, T, seed=2))
-    yield "a single token", partial(read_one, subject)
-    yield "a call in train mode", partial(call, subject, tokens=others, way=TRAIN)
-    yield "a backward pass in train mode", partial(learn, subject, others)
-    yield "a call under autocast", partial(read_in_half, subject, others)
-    for side in SIDES if subject.takes_mask else ():
-        mask = ragged(3, T, side, seed=subject.seed).to(subject.device)
-        yield f"a call with a mask (padding: {side})", partial(call, subject, tokens=others, mask=mask)
-
-
-def read_one(subject: Subject, model: nn.Module) -> None:
-    with suppress(ValueError, AssertionError):  # some refuse it, and say so
-        call(subject, model, subject.tokens(1, 1, seed=subject.seed))
-
-
-def read_in_half(subject: Subject, tokens: Tensor, model: nn.Module) -> None:
-    """Some models, and some operations, cannot be autocast: nothing is said of them here."""
-    with suppress(Exception), torch.autocast(subject.device.type, dtype=torch.bfloat16):
-        call(subject, model, tokens)
-
-
-def learn(subject: Subject, tokens: Tensor, model: nn.Module) -> None:
-    """A backward pass, and no step."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), buffers_kept(model):
-        subject.logits(model.train(), tokens).square().mean().backward()
-    model.zero_grad(set_to_none=True)
-    model.eval()
-
-
 @needs(SHAPE)
 def check_inputs_are_left_alone(subject: Subject) -> None:
-    """Reading, in eval and in train mode with its backward, leaves all that was handed over bit for bit as it was."""
+    """A forward must not change the tensors that are passed to it, in eval mode or in a training step."""
     T = length(subject)
     tokens = every_id(subject, T, seed=subject.seed)
     expect_left_alone(subject, tokens)
@@ -212,16 +189,17 @@ def check_inputs_are_left_alone(subject: Subject) -> None:
 
 
 def expect_left_alone(subject: Subject, tokens: Tensor, name: str = "", value: Tensor | None = None) -> None:
-    """The tokens, and what is handed over beside them under this name."""
-    beside = {} if value is None else {name: value.to(tokens.device)}
+    """The tokens, and the argument of this name passed with them."""
+    beside: dict[str, Tensor] = {} if value is None else {name: value.to(tokens.device)}
     for training in (False, True):
-        given, more = tokens.clone(), {name: value.clone() for name, value in beside.items()}
-        model = subject.build(seed=subject.seed).train(training)  # anew: a cache inside holds on to an earlier graph
+        given = tokens.clone()
+        more: dict[str, Any] = {name: value.clone() for name, value in beside.items()}
+        model = subject.build(seed=subject.seed).train(training)  # a new one: a cache inside may keep an earlier graph
         try:
-            subject.logits(model, given, **more).sum().backward()
+            torch.autograd.backward(subject.logits(model, given, **more).sum())
         except Exception:
             if name in ("", "mask"):
-                raise  # else another shape of it may be wanted, or a loss have come back
+                raise  # otherwise the model may expect another shape, or have returned a loss
         finally:
             model.eval()
         for what, before, after in (("tokens", tokens, given), *((n, beside[n], more[n]) for n in beside)):
@@ -238,16 +216,16 @@ def expect_unchanged(name: str, before: Tensor, after: Tensor) -> None:
         f"a forward changes the caller's own {name}: {place(index, axes)} was {before[index].item()} and is now "
         f"{after[index].item()}",
         likely=("position-ids-mutated-in-place" if POSITIONS.fullmatch(name) else likely,),
-        advice="Look for operations in place (a trailing underscore, +=, x[i] = …) on an argument.",
+        advice="Look for in-place operations on an argument (a trailing underscore, +=, x[i] = …).",
         first=dict(zip(axes, index, strict=True)),
     )
 
 
 @needs(SHAPE, "check_contract.check_every_length_is_read")
 def check_too_long_a_sequence_is_no_silent_error(subject: Subject) -> None:
-    """Beyond the block size there is an error, or the same logits as before for the tokens that fit."""
+    """A sequence beyond the block size must raise an error, or leave the logits of the tokens that fit unchanged."""
     if subject.longest is None:
-        raise NotApplicable("the model has no limit of length that is known")
+        raise NotApplicable("no limit on the sequence length is known")
     model, block = precise(subject), subject.sizes.block_size
     tokens = subject.tokens(2, block + 2, seed=subject.seed)
     fits = call(subject, model, tokens[:, :block].contiguous())
@@ -257,16 +235,17 @@ def check_too_long_a_sequence_is_no_silent_error(subject: Subject) -> None:
     except Exception as error:
         if not isinstance(error, ValueError | AssertionError):
             advise(
-                f"a sequence beyond the block size raises {type(error).__name__}: {error}. A ValueError would say it"
+                f"a sequence beyond the block size raises {type(error).__name__}: {error}. A ValueError naming the "
+                f"limit ({block}) would be clearer"
             )
         return
     bound = precision(subject).bound(fits)
     if got.shape == last.shape and farthest(got, last) <= bound.size:
-        advise(f"of a sequence beyond the block size only the last {block} tokens are read")
+        advise(f"only the last {block} tokens of a sequence beyond the block size are read")
         return
     if got.shape[:2] != tokens.shape:
         fail(
-            f"{block + 2} tokens, two beyond the block size, gave logits of shape {list(got.shape)} without an error",
+            f"{block + 2} tokens, two more than the block size, give logits of shape {list(got.shape)} and no error",
             likely=("too-long-cut-silently",),
             advice="Raise a ValueError that names the length and the block size.",
             got=list(got.shape),
@@ -275,8 +254,8 @@ def check_too_long_a_sequence_is_no_silent_error(subject: Subject) -> None:
         got[:, :block],
         fits,
         bound=bound,
-        says=f"{block + 2} tokens, two beyond the block size, are read without an error, and the logits of the first "
-        f"{block} are not what they are without the two",
+        says=f"{block + 2} tokens, two more than the block size, raise no error, but the first {block} have other "
+        "logits than without the last two",
         likely=("too-long-read-wrong", "causal-hardcoded-length"),
         advice="Raise a ValueError that names the length and the block size.",
     )
@@ -284,22 +263,22 @@ def check_too_long_a_sequence_is_no_silent_error(subject: Subject) -> None:
 
 @needs(SHAPE)
 def check_unknown_token_ids_are_refused(subject: Subject) -> None:
-    """A token id of the vocabulary size or more raises an error."""
+    """A token id equal to the vocabulary size or larger must raise an error."""
     if subject.device.type != "cpu":
         raise NotApplicable("on an accelerator an index out of range kills the process", device=str(subject.device))
     model, V = subject.build(seed=subject.seed), subject.sizes.vocab_size
     accepted = [over for over in (V, V + 1, 2 * V, 64 * V) if reads_id(subject, model, over)]
     if accepted and max(accepted) < 64 * V:
-        advise(f"token ids up to {max(accepted)} are read although the vocabulary size is {V}: the table is padded")
+        advise(f"token ids up to {max(accepted)} are accepted although the vocabulary size is {V}: the table is padded")
     elif accepted:
         fail(
-            f"token id {V} is read without an error, and {max(accepted)} too, although the {V} ids are 0 to {V - 1}",
+            f"token id {V} is accepted without an error, and so is {max(accepted)}; valid ids are 0 to {V - 1}",
             likely=("token-ids-wrapped", "token-ids-clamped"),
-            advice="Look up tokens in nn.Embedding as they are; a clamp or a modulo hides a tokenizer's mistake.",
+            advice="Pass token ids to nn.Embedding unchanged: a clamp or a modulo hides mistakes of the tokenizer.",
             accepted=accepted,
         )
     if reads_id(subject, model, -1):
-        advise("token id -1 is read as if it were the last symbol")
+        advise("token id -1 is accepted and read as the last symbol")
 
 
 def reads_id(subject: Subject, model: nn.Module, token: int) -> bool:
@@ -314,53 +293,39 @@ def reads_id(subject: Subject, model: nn.Module, token: int) -> bool:
 
 @needs(SHAPE)
 def check_every_tensor_is_registered(subject: Subject) -> None:
-    """Every weight is a parameter of the model, and what else it holds follows it to another device."""
+    """Every weight must be a parameter of the model, and its other tensors must move with it to another device."""
     model = subject.build(seed=subject.seed)
     outside = held_outside(model)
     for held in outside:
         if held.trainable:
             fail(
-                f"{held.name} holds weights that are no parameters of the model: no optimizer sees them, no state_dict "
-                "saves them, .to() leaves them behind",
+                f"{held.name} holds weights that are not parameters of the model: no optimizer sees them, no "
+                "state_dict saves them, and .to() leaves them behind",
                 likely=("parameter-outside-module",),
                 advice="Keep modules in nn.ModuleList or nn.ModuleDict, tensors in nn.Parameter or register_buffer.",
                 name=held.name,
             )
     constants = [held for held in outside if isinstance(held.value, Tensor)]
-    if constants and left_behind(subject, model, constants):
+
+    def read() -> Tensor:
+        return subject.logits(model, subject.tokens(2, length(subject)).to("meta"))
+
+    if constants and left_behind(model, constants, read):
         fail(
             f"{constants[0].name} is a plain tensor that the forward reads: .to(device) leaves it behind, and the "
-            "forward fails on the other device",
+            "forward then fails on the other device",
             likely=("buffer-not-registered",),
-            advice="self.register_buffer(name, tensor, persistent=False) makes it follow the model.",
+            advice="Register it: self.register_buffer(name, tensor, persistent=False) makes it move with the model.",
             names=[held.name for held in constants],
         )
     if constants:
         names = ", ".join(held.name for held in constants)
-        advise(f"tensors outside parameters and buffers: {names}. A buffer would follow .to() and .double()")
-
-
-def left_behind(subject: Subject, model: nn.Module, constants: list[Held]) -> bool:
-    """Whether a forward on another device fails just because of these: the meta device, where nothing is computed."""
-
-    def runs() -> bool:
-        try:
-            subject.logits(model, subject.tokens(2, length(subject)).to("meta"))
-        except Exception:
-            return False
-        return True
-
-    model.to("meta")
-    if runs():
-        return False
-    for held in constants:
-        held.set(held.value.to("meta"))
-    return runs()
+        advise(f"neither parameters nor buffers: {names}. As buffers, these tensors would follow .to() and .double()")
 
 
 @needs(SHAPE)
 def check_state_dict_restores_the_model(subject: Subject) -> None:
-    """Saved, and loaded into a model from another seed, the weights give the same logits to the bit."""
+    """Saved weights loaded into a model built from another seed must give the same logits bit for bit."""
     model, tokens = precise(subject), subject.tokens(3, length(subject), seed=subject.seed)
     other = precise(subject, None, seed=subject.seed + 1)
     want = call(subject, model, tokens)
@@ -377,11 +342,12 @@ def check_state_dict_restores_the_model(subject: Subject) -> None:
         fail(
             f"the model's own state_dict cannot be loaded into another instance: {type(error).__name__}: {error}",
             likely=("state-dict-does-not-load",),
-            advice="Names and shapes in the state_dict may depend on the constructor's arguments alone.",
+            advice="Names and shapes in the state_dict must depend only on the constructor's arguments.",
         )
     if buffers:
         advise(
-            f"no new instance has {', '.join(sorted(buffers)[:4])}, made by the first call: it loads after one alone"
+            f"{', '.join(sorted(buffers)[:4])}: made by the first call, so a new instance loads this state_dict only "
+            "after a call"
         )
     expect_same(
         call(subject, other, tokens),
@@ -389,29 +355,13 @@ def check_state_dict_restores_the_model(subject: Subject) -> None:
         says="saved and loaded into another instance, the model gives other logits: something is not in its state_dict",
         where=lambda: first_difference(subject, model, other, tokens),
         likely=("init-reruns-after-load", "tied-weights-broken", "parameter-outside-module", "buffer-not-registered"),
-        advice="Every tensor that decides the output must be a parameter or a persistent buffer.",
+        advice="Make every tensor that affects the output a parameter or a persistent buffer.",
     )
-
-
-def first_difference(subject: Subject, model: nn.Module, other: nn.Module, tokens: Tensor) -> Where | None:
-    """The first module of two models of one architecture whose output differs although its inputs do not."""
-    with recorded(model) as one:
-        call(subject, model, tokens)
-    with recorded(other) as two:
-        call(subject, other, tokens)
-    for a, b in zip(one, two, strict=False):
-        if a.module == b.module and differ(a.outputs, b.outputs) and not differ(a.inputs, b.inputs):
-            return locate(model, a.module)
-    return None
-
-
-def differ(some: list[Tensor], others: list[Tensor]) -> bool:
-    return any(not torch.equal(x, y) for x, y in zip(some, others, strict=False))
 
 
 @needs(SHAPE, "check_contract.check_state_dict_restores_the_model")
 def check_copies_are_independent(subject: Subject) -> None:
-    """A deep copy given other weights equals a model with those weights, and the original stays as it was."""
+    """A deep copy with other weights must compute as a model with those weights and leave the original unchanged."""
     model, other = precise(subject), precise(subject, seed=subject.seed + 1)
     tokens = subject.tokens(3, length(subject), seed=subject.seed)
     before, want = call(subject, model, tokens), call(subject, other, tokens)
@@ -422,56 +372,39 @@ def check_copies_are_independent(subject: Subject) -> None:
     copied.load_state_dict(other.state_dict())
     finding: dict[str, Any] = dict(
         likely=("copy-calls-the-original",),
-        advice="Keep no bound methods, closures or modules in plain attributes: a copy still calls the original's.",
+        advice="Keep no bound methods or closures in attributes: in a copy they still call the original.",
     )
-    says = "a deep copy that was given the weights of another model does not compute as that one"
+    says = "a deep copy with the weights of another model gives other logits than that model"
     expect_same(call(subject, copied, tokens), want, says=says, **finding)
-    says = "giving a deep copy other weights changed what the original computes"
+    says = "loading other weights into a deep copy changes the logits of the original"
     expect_same(call(subject, model, tokens), before, says=says, **finding)
 
 
 @needs(SHAPE)
 def check_ties_survive(subject: Subject) -> None:
-    """Shared weights are one parameter, and still one after loading, copying, converting and training steps."""
+    """Tied weights must be one parameter, and still be one after loading, copying, converting and training steps."""
     model = subject.build(seed=subject.seed)
     expect_declared_tie(subject, model)
     expect_no_twins(model)
     tied = ties(model)
     note(tied=tied)
-    for what, after in tie_trials(subject, model):
+    for what, after in tie_trials(subject, model, length(subject)):
         lost = [names for names in tied if names not in ties(after)]
         if lost:
             fail(
-                f"{' and '.join(lost[0])} are one parameter, but {what} they are two: from there on they drift apart",
+                f"{' and '.join(lost[0])} are one parameter, but {what} they are two, which training moves apart",
                 likely=("tied-weights-broken", "tie-lost-by-wrapping"),
-                advice="Tie by one parameter, head.weight = embedding.weight, in the constructor; never by a copy.",
+                advice="Tie in the constructor by sharing a parameter, head.weight = embedding.weight, not by a copy.",
                 names=lost[0],
             )
 
 
-def tie_trials(subject: Subject, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model after whatever may part what is tied."""
-    model.load_state_dict(subject.build(seed=subject.seed + 1).state_dict())
-    yield "after load_state_dict", model
-    try:
-        yield "after copy.deepcopy", copy.deepcopy(model)
-    except Exception as error:
-        advise(f"the model cannot be copied: {type(error).__name__}: {error}")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for _ in range(2):
-        optimizer.zero_grad()
-        subject.logits(model.train(), subject.tokens(2, length(subject))).square().mean().backward()
-        optimizer.step()
-    yield "after two training steps", model.eval()
-    yield "after .double()", model.double()
-
-
 @needs(SHAPE, "check_contract.check_logits_are_finite")
 def check_every_block_matters(subject: Subject) -> None:
-    """Passing by any block, or silencing any of several heads kept in a list, changes the logits."""
+    """Bypassing any block, or any head or expert kept in a list, must change the logits."""
     names = called_siblings(subject, subject.build(seed=subject.seed))
     if not names:
-        raise NotApplicable("no two modules of one class stand in a list: nothing to leave out")
+        raise NotApplicable("no list of several blocks, heads or experts was found")
     moves = best_moves(subject, {name: (name, passed_by) for name in names})
     note(moves=moves, bound=SMALLEST)
     for name, move in moves.items():
@@ -479,16 +412,16 @@ def check_every_block_matters(subject: Subject) -> None:
             model = subject.build(seed=subject.seed)
             fail(
                 f"leaving out {name} moves the logits by {move:.3g} standard deviations, expected more than "
-                f"{SMALLEST:.0e}: what it computes is thrown away",
+                f"{SMALLEST:.0e}: its output is not used",
                 where=locate(model, name),
                 likely=("block-output-discarded", "block-never-runs"),
-                advice="Follow its output in the forward: it must be used, x = block(x), not block(x) alone.",
+                advice="Follow its output in the forward: write x = block(x), not block(x) alone.",
                 module=name,
             )
 
 
 def called_siblings(subject: Subject, model: nn.Module) -> list[str]:
-    """The modules that repeat; fails for a block that never runs although its siblings do."""
+    """The repeated modules that run; fails for a block that never runs although its siblings do."""
     with recorded(model) as calls:
         call(subject, model, subject.tokens(2, length(subject), seed=subject.seed))
     ran = {done.module for done in calls}
@@ -500,7 +433,7 @@ def called_siblings(subject: Subject, model: nn.Module) -> list[str]:
                 f"{idle[0]} never runs, although {names[0] if names[0] not in idle else names[-1]} does",
                 where=locate(model, idle[0]),
                 likely=("block-never-runs",),
-                advice="Look at the loop over the blocks: its range, an early return, and whether x is passed on.",
+                advice="Check the loop over the blocks: its range, an early return, and whether x is passed on.",
                 module=idle[0],
             )
     return [name for names in groups for name in names if name in ran]
@@ -508,68 +441,25 @@ def called_siblings(subject: Subject, model: nn.Module) -> list[str]:
 
 @needs(SHAPE, "check_contract.check_every_block_matters")
 def check_every_head_matters(subject: Subject) -> None:
-    """Every head's share of what goes into a projection reaches the logits, and no two heads can be exchanged."""
+    """Silencing any head, or swapping two, at the input of a projection must change the logits."""
     H = subject.sizes.n_head
-    projections = head_projections(subject, subject.build(seed=subject.seed), H)
-    if not projections:
-        raise NotApplicable(f"no projection takes {H} heads side by side", n_head=H)
-    trials = {}
-    for name in projections:
-        for h in range(H):
-            what = f"with head {h} of {H} silenced on its way into {name}"
-            trials[what] = name, with_input(partial(silenced, H=H, h=h))
-        for h in range(H - 1):
-            what = f"with heads {h} and {h + 1} of {H} exchanged on their way into {name}"
-            trials[what] = name, with_input(partial(exchanged, H=H, h=h))
+    trials = head_trials(subject, H)
+    if not trials:
+        raise NotApplicable(f"no projection was found whose input is {H} heads side by side", n_head=H)
     expect_moves(subject, trials, likely=("last-head-dropped", "heads-all-alike", "gqa-heads-collapse-to-one"))
-
-
-def head_projections(subject: Subject, model: nn.Module, H: int) -> list[str]:
-    """Leaf modules with a matrix that take as many vectors as there are tokens, of the heads' common width."""
-    B, T = 2, length(subject)
-    with recorded(model) as calls:
-        call(subject, model, subject.tokens(B, T, seed=subject.seed))
-    C = subject.sizes.n_embd
-
-    def takes_heads(done: Call) -> bool:
-        module = model if done.module == type(model).__name__ else model.get_submodule(done.module)
-        matrix = any(p.dim() >= 2 for p in module.parameters(recurse=False))
-        return matrix and any(x.shape[-1:] == (C,) and x.numel() == B * T * C for x in done.inputs[:1])
-
-    return list(dict.fromkeys(done.module for done in calls if C % H == 0 and takes_heads(done)))
 
 
 @needs(SHAPE, "check_contract.check_every_head_matters")
 def check_nothing_projected_is_thrown_away(subject: Subject) -> None:
-    """Silencing any head's width of what a projection in a block gives changes the logits."""
+    """Silencing any head's share of a projection's output inside a block must change the logits."""
     H, C = subject.sizes.n_head, subject.sizes.n_embd
-    width = C // H
-    trials = {}
-    for name, size in block_projections(subject, subject.build(seed=subject.seed)):
-        for start in range(0, size - width + 1, width) if size % width == 0 else ():
-            what = f"with outputs {start} to {start + width - 1} of {size} of {name} silenced"
-            trials[what] = name, with_output(partial(silenced, H=size // width, h=start // width))
+    trials = output_trials(subject, C // H)
     if not trials:
-        raise NotApplicable("no projection in a block gives whole heads", n_head=H, n_embd=C)
+        raise NotApplicable("no projection inside a block has whole heads as its output", n_head=H, n_embd=C)
     expect_moves(subject, trials, likely=("gqa-heads-collapse-to-one", "last-head-dropped"))
 
 
-def block_projections(subject: Subject, model: nn.Module) -> list[tuple[str, int]]:
-    """Leaf modules with a matrix inside the blocks that give one vector for every token, and its width."""
-    B, T = 2, length(subject)
-    with recorded(model) as calls:
-        call(subject, model, subject.tokens(B, T, seed=subject.seed))
-    blocks = [f"{name}." for names in siblings(model)[:1] for name in names]
-    found = {}
-    for done in calls:
-        if done.module.startswith(tuple(blocks)) and isinstance(done.result, Tensor):
-            matrix = any(p.dim() >= 2 for p in model.get_submodule(done.module).parameters(recurse=False))
-            if matrix and done.result.numel() == B * T * done.result.shape[-1]:
-                found[done.module] = done.result.shape[-1]
-    return list(found.items())
-
-
-def expect_moves(subject: Subject, trials: dict[str, tuple[str, Callable]], likely: tuple[str, ...]) -> None:
+def expect_moves(subject: Subject, trials: dict[str, tuple[str, Wrap]], likely: tuple[str, ...]) -> None:
     moves = best_moves(subject, trials)
     note(least=min(moves.values()), bound=SMALLEST, tried=len(moves))
     for what, move in moves.items():
@@ -577,23 +467,9 @@ def expect_moves(subject: Subject, trials: dict[str, tuple[str, Callable]], like
             name = trials[what][0]
             fail(
                 f"{what}, the logits move by {move:.3g} standard deviations, expected more than {SMALLEST:.0e}: "
-                "what is computed there is thrown away",
+                "this part of the computation has no effect",
                 where=locate(subject.build(seed=subject.seed), name),
                 likely=likely,
-                advice="Follow what this part computes to the output: a slice, an index or a reshape leaves it out.",
+                advice="Follow this part to the output: look for a slice, an index or a reshape that leaves it out.",
                 module=name,
             )
-
-
-def best_moves(subject: Subject, trials: dict[str, tuple[str, Callable]]) -> dict[str, float]:
-    """How far each change of one module's forward moves the logits, in their deviations: the best of the schemes."""
-    best = dict.fromkeys(trials, 0.0)
-    tokens = subject.tokens(2, length(subject), seed=subject.seed)
-    for scheme in EXISTENCE:
-        model = precise(subject, scheme)
-        want = call(subject, model, tokens)
-        for what, (name, wrap) in trials.items():
-            if best[what] <= SMALLEST:
-                with replaced(model.get_submodule(name), wrap):
-                    best[what] = max(best[what], farthest(call(subject, model, tokens), want) / spread(want))
-    return best

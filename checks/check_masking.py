@@ -20,7 +20,7 @@ from .probes.precision import precise, precision, shared, spread
 from .probes.preconditions import expect_takes_mask
 from .subject import Subject
 from .watch.calls import first_bad, first_breaking
-from .probes.influence import EVAL, TRAIN, Way
+from .ways import EVAL, TRAIN, Way
 
 FLOAT_MASKS = ("float-mask-added", "bool-mask-added-as-float")
 CONTENT = "check_masking.check_pad_contents_change_nothing"

@@ -9,12 +9,8 @@ import torch
 
 from tests.messages import BUGS, Told, expect_told
 from transformer_checks.checks.bugs.designs import changed
-from transformer_checks.checks.check_contract import (
-    check_earlier_calls_leave_no_trace,
-    check_every_head_matters,
-    head_projections,
-)
-from transformer_checks.checks.probes.ablation import passed_by
+from transformer_checks.checks.check_contract import check_earlier_calls_leave_no_trace, check_every_head_matters
+from transformer_checks.checks.probes.ablation import head_projections, passed_by
 from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject

@@ -24,7 +24,7 @@ FOUND: dict[str, Told] = {
     "resid-dropout-in-eval": (
         "eval_repeats_itself",
         "blocks.1",
-        ("two calls with the same tokens", "(dropout with a rate of", "modes.py:"),
+        ("two calls with the same tokens", "(dropout with a rate of", "train_and_eval_mode.py:"),
         "resid-dropout-in-eval",
     ),
     "forward-reseeds": (
@@ -114,7 +114,7 @@ FOUND: dict[str, Told] = {
     "dropout-off-forever-after-eval": (
         "dropout_survives_evaluation",
         "dropout",
-        ("is 0, and was 0.3",),
+        ("is 0, expected 0.3",),
         "dropout-off-forever-after-eval",
     ),
     "dropout-mask-shared-by-rows": (

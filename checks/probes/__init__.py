@@ -1,1 +1,1 @@
-"""How a check looks at a model: perturb a token, ablate a part, change the precision, and measure what follows."""
+"""How a check probes a model: change a token, ablate a part, change the precision, and measure the effect."""

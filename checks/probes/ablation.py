@@ -1,25 +1,32 @@
-"""Models with a part switched off: a block passed by, a head silenced. What then does not change was never used."""
+"""Models with a part switched off: a block bypassed, a head silenced. If nothing changes, the part is not used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..expect import NotApplicable
-from ..subject import Subject
-from ..watch.calls import each, tensors
-from .precision import precise
+from ..expect import NotApplicable, farthest
+from ..subject import EXISTENCE, Subject
+from ..watch.calls import Call, each, recorded, tensors
+from .influence import call, length
+from .precision import precise, spread
+
+SMALLEST = 1e-6  # standard deviations of the logits: a part that matters moves them by more (clean models: 0.1)
+
+Forward = Callable[..., Any]
+Wrap = Callable[[Forward], Forward]
 
 
 def siblings(model: nn.Module) -> list[list[str]]:
     """Modules with parts of their own that stand in one list: blocks, heads, experts. Outermost first.
 
-    What stands in a Sequential or a ModuleDict belongs together only where it is of one class.
+    Those in a Sequential or a ModuleDict belong together only if they are of one class.
     """
     found = []
     for name, parent in model.named_modules():
@@ -34,13 +41,13 @@ def siblings(model: nn.Module) -> list[list[str]]:
 
 
 def blocks_of(model: nn.Module) -> list[str]:
-    """The names of the model's blocks: what stands in the outermost list; none where nothing does."""
+    """The names of the model's blocks: the members of its outermost list of modules; empty without such a list."""
     return next(iter(siblings(model)), [])
 
 
 @contextmanager
-def replaced(module: nn.Module, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """The module with its forward wrapped: some code calls it directly."""
+def replaced(module: nn.Module, wrap: Wrap) -> Iterator[None]:
+    """The module with its forward wrapped (not hooked: some code calls forward directly)."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = wrap(module.forward)
     try:
@@ -51,15 +58,15 @@ def replaced(module: nn.Module, wrap: Callable[[Callable], Callable]) -> Iterato
             module.__dict__["forward"] = before
 
 
-def passed_by(forward: Callable) -> Callable:
-    """The module's input instead of its first output that is new; zeros where their shapes differ."""
+def passed_by(forward: Forward) -> Forward:
+    """Returns the module's input in place of its first output that is new; zeros if their shapes differ."""
 
     def instead(*args: Any, **kwargs: Any) -> Any:
         given = tensors((args, kwargs))
         outputs = count()
 
         def first(out: Tensor) -> Tensor:
-            handed_on = any(torch.equal(out, x) for x in given)  # among the streams of several blocks, say
+            handed_on = any(torch.equal(out, x) for x in given)  # one of several residual streams, say
             if not out.is_floating_point() or handed_on or next(outputs) > 0:
                 return out
             return given[0] if given and given[0].shape == out.shape else out * 0
@@ -71,7 +78,7 @@ def passed_by(forward: Callable) -> Callable:
 
 @contextmanager
 def left_alone(model: nn.Module, name: str, names: list[str]) -> Iterator[None]:
-    """The model with this one of the blocks at work: the others run, where they stand, and are passed by."""
+    """The model with only this block at work: the others run in their places, and their output is bypassed."""
     with ExitStack() as stack:
         for other in names:
             if other != name:
@@ -79,19 +86,19 @@ def left_alone(model: nn.Module, name: str, names: list[str]) -> Iterator[None]:
         yield
 
 
-def with_output(change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Callable]:
-    """A wrapper that changes the tensor that comes out."""
+def with_output(change: Callable[[Tensor], Tensor]) -> Wrap:
+    """A wrapper that changes the tensor that a forward returns."""
 
-    def wrap(forward: Callable) -> Callable:
+    def wrap(forward: Forward) -> Forward:
         return lambda *args, **kwargs: change(forward(*args, **kwargs))
 
     return wrap
 
 
-def with_input(change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Callable]:
-    """A wrapper that changes the first tensor that goes in."""
+def with_input(change: Callable[[Tensor], Tensor]) -> Wrap:
+    """A wrapper that changes the first argument of a forward."""
 
-    def wrap(forward: Callable) -> Callable:
+    def wrap(forward: Forward) -> Forward:
         def changed(*args: Any, **kwargs: Any) -> Any:
             if args:
                 return forward(change(args[0]), *args[1:], **kwargs)
@@ -104,34 +111,104 @@ def with_input(change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Calla
 
 
 def silenced(x: Tensor, *, H: int, h: int) -> Tensor:
-    """Zeros in the place of head h of H."""
+    """The share of head h of H set to zero."""
     if not x.is_floating_point():
         return x  # ids: a tied table looks them up first, and projects later
-    heads = x.unflatten(-1, (H, -1)).clone()
+    heads = torch.unflatten(x, -1, (H, -1)).clone()
     heads[..., h, :] = 0
     return heads.flatten(-2)
 
 
 def exchanged(x: Tensor, *, H: int, h: int) -> Tensor:
-    """Heads h and h + 1 of H in each other's place."""
+    """Heads h and h + 1 of H swapped."""
     if not x.is_floating_point():
         return x
     order = [*range(h), h + 1, h, *range(h + 2, H)]
-    return x.unflatten(-1, (H, -1))[..., order, :].flatten(-2)
+    return torch.unflatten(x, -1, (H, -1))[..., order, :].flatten(-2)
+
+
+def head_projections(subject: Subject, model: nn.Module, H: int) -> list[str]:
+    """Leaf modules with a matrix whose input is one vector of width n_embd per token, which H heads divide."""
+    B, T = 2, length(subject)
+    with recorded(model) as calls:
+        call(subject, model, subject.tokens(B, T, seed=subject.seed))
+    C = subject.sizes.n_embd
+
+    def takes_heads(done: Call) -> bool:
+        module = model if done.module == type(model).__name__ else model.get_submodule(done.module)
+        matrix = any(p.dim() >= 2 for p in module.parameters(recurse=False))
+        return matrix and any(x.shape[-1:] == (C,) and x.numel() == B * T * C for x in done.inputs[:1])
+
+    return list(dict.fromkeys(done.module for done in calls if C % H == 0 and takes_heads(done)))
+
+
+def block_projections(subject: Subject, model: nn.Module) -> list[tuple[str, int]]:
+    """Leaf modules with a matrix inside the blocks that return one vector per token, and its width."""
+    B, T = 2, length(subject)
+    with recorded(model) as calls:
+        call(subject, model, subject.tokens(B, T, seed=subject.seed))
+    blocks = [f"{name}." for name in blocks_of(model)]
+    found = {}
+    for done in calls:
+        if done.module.startswith(tuple(blocks)) and isinstance(done.result, Tensor):
+            matrix = any(p.dim() >= 2 for p in model.get_submodule(done.module).parameters(recurse=False))
+            if matrix and done.result.numel() == B * T * done.result.shape[-1]:
+                found[done.module] = done.result.shape[-1]
+    return list(found.items())
+
+
+def head_trials(subject: Subject, H: int) -> dict[str, tuple[str, Wrap]]:
+    """Each head silenced, then each two neighbours swapped, at the input of each projection; for `best_moves`."""
+    trials: dict[str, tuple[str, Wrap]] = {}
+    for name in head_projections(subject, subject.build(seed=subject.seed), H):
+        for h in range(H):
+            what = f"with head {h} of {H} silenced at the input of {name}"
+            trials[what] = name, with_input(partial(silenced, H=H, h=h))
+        for h in range(H - 1):
+            what = f"with heads {h} and {h + 1} of {H} swapped at the input of {name}"
+            trials[what] = name, with_input(partial(exchanged, H=H, h=h))
+    return trials
+
+
+def output_trials(subject: Subject, width: int) -> dict[str, tuple[str, Wrap]]:
+    """Each head's width of each block projection's output silenced; for `best_moves`."""
+    trials: dict[str, tuple[str, Wrap]] = {}
+    for name, size in block_projections(subject, subject.build(seed=subject.seed)):
+        for start in range(0, size - width + 1, width) if size % width == 0 else ():
+            what = f"with outputs {start} to {start + width - 1} of {size} of {name} silenced"
+            trials[what] = name, with_output(partial(silenced, H=size // width, h=start // width))
+    return trials
+
+
+def best_moves(subject: Subject, trials: dict[str, tuple[str, Wrap]]) -> dict[str, float]:
+    """How far each trial, a module's name and a wrapper of its forward, moves the logits, in standard deviations.
+
+    The largest move over the schemes of weights: one draw may hide what another shows.
+    """
+    best = dict.fromkeys(trials, 0.0)
+    tokens = subject.tokens(2, length(subject), seed=subject.seed)
+    for scheme in EXISTENCE:
+        model = precise(subject, scheme)
+        want = call(subject, model, tokens)
+        for what, (name, wrap) in trials.items():
+            if best[what] <= SMALLEST:
+                with replaced(model.get_submodule(name), wrap):
+                    best[what] = max(best[what], farthest(call(subject, model, tokens), want) / spread(want))
+    return best
 
 
 def one_block(subject: Subject, scheme: tuple[float, float] | None, **sizes: Any) -> nn.Module:
-    """The subject with a single block, built so or with the others deleted from their list."""
+    """The subject with a single block: built with one layer, or with the other blocks deleted from their list."""
     layers = dict(n_layer=1) if subject.can_vary("n_layer") else {}
     model = precise(subject, scheme, **layers, **sizes)
     for names in siblings(model)[:1]:
         blocks = model.get_submodule(names[0].rpartition(".")[0])
         if not isinstance(blocks, nn.ModuleList | nn.Sequential):
-            raise NotApplicable("the blocks have names: none of them can be left out", blocks=names)
+            raise NotApplicable("the blocks are not in a list, so none can be removed", blocks=names)
         del blocks[1:]
     try:
         with torch.no_grad():
             subject.logits(model, subject.tokens(1, 2))
     except Exception as error:
-        raise NotApplicable(f"the subject does not run with one block: {error}") from None
+        raise NotApplicable(f"the model does not run with a single block: {error}") from None
     return model

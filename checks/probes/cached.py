@@ -1,4 +1,4 @@
-"""Texts read whole and read over a key-value cache in pieces, and how far apart the two may lie."""
+"""Texts read whole and read in pieces through a key-value cache, and how far the two may differ."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .precision import precision, spread
 
 LONGEST = 24  # tokens
 FINENESS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Standard deviations of the logits, by the coarsest type on the way: clean caches stay a tenth of it or less.
+# Standard deviations of the logits, by the coarsest type on the way; correct caches stay below a tenth of it.
 ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 0.1}
 
 
-class Coarsest(TorchDispatchMode):
-    """Sees the coarsest floating-point type of any tensor that is made or written to."""
+class Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the coarsest floating-point type of all tensors that are made or written to."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -38,7 +38,7 @@ class Coarsest(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads texts by a model of strong weights, with and without its cache."""
+    """Reads texts with an amplified model, with and without its cache."""
 
     subject: Subject
     model: nn.Module
@@ -52,7 +52,7 @@ class Reader:
 
     @torch.no_grad()
     def pieces(self, tokens: Tensor, pieces: Sequence[int], mask: Tensor | None = None, cache: Any = None) -> Tensor:
-        """The same over a cache, so many tokens at a time; ∞ where a call answers for its last token only."""
+        """The same through a cache, in pieces of these sizes; ∞ where a call returns logits for its last token only."""
         cache = self.new_cache(len(tokens)) if cache is None else cache
         ends = torch.tensor([0, *pieces]).cumsum(0).tolist()
         found = []
@@ -72,23 +72,23 @@ class Reader:
         return Bound(factor * spread(logits), f"{factor:.0e} standard deviations of the logits, {kind} on the way")
 
     def sharp(self, **sizes: Any) -> Reader:
-        """The same with a model of other sizes."""
+        """The same with a new model, of these sizes."""
         return Reader(self.subject, fresh(self.subject, self.dtype, **sizes), self.inside, self.dtype)
 
 
 def reader(subject: Subject) -> Reader:
-    """One for all checks of a subject. Raises NotApplicable where there is no cache, or no room to read in pieces."""
-    known = subject.once(meet)
-    return known if subject.builds_afresh else known.sharp()  # one instance has had other weights in between
+    """One for all checks of a subject. Raises NotApplicable without a cache, or with too short a block."""
+    known = subject.once(_reader)
+    return known if subject.builds_afresh else known.sharp()  # other checks have changed the instance's weights
 
 
-def meet(subject: Subject) -> Reader:
-    """Found by reading a text: where the cache refuses float64, in float32."""
+def _reader(subject: Subject) -> Reader:
+    """Tries to read a text through the cache in the subject's precision, then in float32."""
     if not subject.causal:
-        raise NotApplicable("declared as not causal: what is read later changes what was read before")
+        raise NotApplicable("declared as not causal: later tokens change earlier logits, so no cache can be exact")
     T = length(subject)
     if subject.new_cache(fresh(subject, precision(subject).dtype), 1) is None:
-        raise NotApplicable("the model has no key-value cache that is known here")
+        raise NotApplicable("no key-value cache was found in the model")
     for dtype in dict.fromkeys((precision(subject).dtype, torch.float32)):
         made = Reader(subject, fresh(subject, dtype), torch.float32, dtype)
         try:
@@ -107,15 +107,15 @@ def fresh(subject: Subject, dtype: torch.dtype, **sizes: Any) -> nn.Module:
 
 
 def length(subject: Subject) -> int:
-    """Tokens of a text that fills the block, or 24 of them."""
+    """The length of the texts: the block size, at most 24."""
     T = min(subject.sizes.block_size, LONGEST)
     if T < 3:
-        raise NotApplicable(f"a block size of {T} is too short to be read in pieces")
+        raise NotApplicable(f"a block size of {T} is too short to read a text in pieces")
     return T
 
 
 def distances(got: Tensor, want: Tensor) -> Tensor:
-    """[B, T]: how far apart two logits are, ∞ where only one of them is NaN, 0 where a call gave none."""
+    """[B, T]: how far apart two logits are; ∞ if only one of them is NaN, 0 where a call returned none."""
     given = ~got.isposinf().all(dim=-1, keepdim=True)
     apart = torch.where(got.isnan() & want.isnan(), 0.0, (got - want).abs().nan_to_num(nan=torch.inf))
     return torch.where(given, apart, 0.0).amax(dim=-1)
@@ -126,7 +126,7 @@ def difference(got: Tensor, want: Tensor) -> float:
 
 
 def first_wrong(got: Tensor, want: Tensor, size: float, real: Tensor | None = None) -> tuple[int, int] | None:
-    """The row and position of the first logits, of real tokens, that are too far apart."""
+    """The row and position of the first logits of real tokens that are too far apart."""
     wrong = distances(got, want) > size
     if real is not None:
         wrong = wrong & real
@@ -137,5 +137,5 @@ def first_wrong(got: Tensor, want: Tensor, size: float, real: Tensor | None = No
 
 
 def apart(got: Tensor, want: Tensor, at: tuple[int, int]) -> str:
-    """How far two logits are apart at a row and a position."""
+    """How far apart the logits are at a row and a position, as a phrase."""
     return f"by {float(distances(got, want)[at]) / spread(want):.2g} standard deviations of the logits"

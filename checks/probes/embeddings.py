@@ -1,4 +1,4 @@
-"""The vectors that a model turns its tokens into, cut loose as leaves of the graph."""
+"""A model's token embeddings as leaves of the graph, and the gradients of its logits with respect to them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .ablation import replaced
@@ -13,7 +14,7 @@ from .ablation import replaced
 
 @contextmanager
 def watched_embeddings(model: nn.Module, tokens: Tensor) -> Iterator[list[Tensor]]:
-    """Cuts the graph behind every module that turns just these tokens into vectors; yields the vectors as leaves."""
+    """Cuts the graph after every module that maps exactly these tokens to vectors; yields the vectors as leaves."""
     found: list[Tensor] = []
 
     def wrap(forward: Any) -> Any:
@@ -36,3 +37,18 @@ def watched_embeddings(model: nn.Module, tokens: Tensor) -> Iterator[list[Tensor
 
 def same_tokens(given: Tensor, tokens: Tensor) -> bool:
     return given.numel() == tokens.numel() and bool((given.flatten() == tokens.flatten()).all())
+
+
+def jacobian_sizes(logits: Tensor, embedding: Tensor) -> Tensor:
+    """[T, T], row t, column s: the largest gradient, in the embedding of token s, of a random sum of the logits at t.
+
+    logits [T, V]; the embedding has one axis of length T.
+    """
+    weights = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(0)).to(logits)
+    rows = []
+    for t in range(len(logits)):
+        (gradient,) = torch.autograd.grad(logits[t] @ weights, embedding, retain_graph=True, allow_unused=True)
+        gradient = torch.zeros_like(embedding) if gradient is None else gradient
+        time = next(axis for axis, size in enumerate(embedding.shape) if size == len(logits))
+        rows.append(gradient.abs().movedim(time, 0).flatten(1).amax(dim=1))
+    return torch.stack(rows)

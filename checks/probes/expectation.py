@@ -1,6 +1,7 @@
-"""Dropout replaced by what it gives on average, and masks drawn by hand by masks that are known.
+"""Dropout replaced by its average, and masks drawn by hand replaced by known ones.
 
-A right dropout gives its own input on average; a mask that only silences gives it where nothing is silenced.
+On average a correct dropout returns its input. A mask that drops without rescaling returns it only if nothing is
+dropped.
 """
 
 from __future__ import annotations
@@ -15,17 +16,41 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..expect import farthest
+from ..subject import Subject
 from ..watch.calls import recorded
-from ..watch.dropout import is_dropout, reads_mode, training_alone
+from ..watch.draws import seeded
+from ..watch.dropout import Site, is_dropout, reads_mode, training_alone
 
 FUSED, WHOLE = "scaled_dot_product_attention", "multi_head_attention_forward"
 UNIFORM = ("rand", "rand_like", "uniform_")
+ROWS, CALLS = 3, 256  # of ones through a dropout
+
+
+@dataclass(frozen=True)
+class Means:
+    """Of ones that went through a dropout module."""
+
+    trained: float
+    evaluated: float
+    error: float  # the standard error of the mean in training
+
+
+def means_through(subject: Subject, model: nn.Module, site: Site) -> Means | None:
+    """The means that a dropout module gives in training and in evaluation; None if it is no plain mask."""
+    ones = torch.ones(ROWS, 8, subject.sizes.n_embd, device=subject.device)
+    with training_alone(model, site.module), seeded(subject.seed), torch.no_grad():
+        answers = torch.stack([site.module(ones) for _ in range(CALLS)])
+        evaluated = site.module.eval()(ones)
+    if torch.unique(answers).numel() > 2 or torch.unique(evaluated).numel() > 1:
+        return None
+    means = answers.flatten(1).double().mean(dim=1)
+    return Means(float(means.mean()), float(evaluated.flatten()[0]), float(means.std()) / CALLS**0.5)
 
 
 class Averaged(TorchFunctionMode):
-    """Every dropout of PyTorch gives its input, whatever its rate: a forward in training is then one in evaluation.
+    """Every dropout of PyTorch returns its input, whatever its rate, so that training computes what evaluation does.
 
-    Unless what is kept is scaled once more, or by another rate, behind the call. `calls` counts them.
+    Unless the code rescales once more, or by another rate, after the call. `calls` counts the dropouts.
     """
 
     def __init__(self) -> None:
@@ -49,7 +74,7 @@ class Averaged(TorchFunctionMode):
 
 
 class Uniform(Averaged):
-    """Beside it, numbers drawn uniformly from 0 to 1 are these instead; `largest` counts the most drawn in one call."""
+    """Also replaces numbers drawn uniformly from 0 to 1 by known ones; `largest` is the most drawn in one call."""
 
     def __init__(self, seed: int | None = None, *, turned: bool = False, constant: float = 0.0) -> None:
         super().__init__()
@@ -71,11 +96,11 @@ class Uniform(Averaged):
 
 
 def unscaled(model: nn.Module, run: Callable[[], Any], bound: float) -> str | None:
-    """The first module that silences entries by a mask drawn uniformly, and leaves what it keeps as it is.
+    """The first module that drops entries by a mask drawn uniformly and does not rescale those it keeps.
 
-    `run` is a forward; the rates are a half. With every entry kept, its output is then that of evaluation; and masks
-    that keep opposite halves give together what all and nothing kept do, since a mask behind the softmax multiplies.
-    A mask before the softmax need not be made up for, nor one smaller than what it multiplies (of whole layers, rows).
+    `run` is a forward; the rates are one half. With every entry kept, the module's output is that of evaluation. And
+    masks that keep opposite halves add up to what keeping all and keeping none do, since the mask multiplies. Not so a
+    mask before the softmax, which needs no rescaling; nor does one smaller than its operand (of whole layers, rows).
     """
     for name, module in model.named_modules():
         if reads_mode(module) and not is_dropout(module):
@@ -87,7 +112,7 @@ def unscaled(model: nn.Module, run: Callable[[], Any], bound: float) -> str | No
 
 @dataclass
 class Trial:
-    """One module of a model in training mode by itself."""
+    """One module of a model, the only one in training mode."""
 
     model: nn.Module
     module: nn.Module
@@ -95,7 +120,7 @@ class Trial:
     run: Callable[[], Any]
 
     def gives(self, numbers: Uniform | None = None) -> Tensor | None:
-        """What the module gives where it draws these; in evaluation mode without."""
+        """The module's output when it draws these numbers; without any, its output in evaluation mode."""
         trained = [] if numbers is None else [self.module]
         with training_alone(self.model, *trained), recorded(self.model) as calls, numbers or nullcontext():
             self.run()

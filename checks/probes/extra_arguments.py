@@ -1,4 +1,4 @@
-"""What a model's forward takes beside tokens and a padding mask, known by the names of its parameters."""
+"""Arguments of a forward other than tokens and a padding mask, recognised by their names."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ DOCUMENTS = re.compile(r"(doc|document|segment|sequence|seq)s?(_ids?)?")
 TARGETS = re.compile(r"(target|label)s?|y")
 
 
-def taken(subject: Subject, named: re.Pattern) -> inspect.Parameter | None:
-    """The first parameter of the model's forward that is called so, after the one that takes the tokens."""
+def taken(subject: Subject, named: re.Pattern[str]) -> inspect.Parameter | None:
+    """The first parameter of the model's forward with such a name, after the one that takes the tokens."""
     try:
         _tokens, *parameters = inspect.signature(subject.build(seed=subject.seed).forward).parameters.values()
     except (TypeError, ValueError):
@@ -26,7 +26,7 @@ def taken(subject: Subject, named: re.Pattern) -> inspect.Parameter | None:
 
 
 def beside_tokens(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """By name, what may be handed over with tokens [B, T]: positions in two shapes, document ids, targets."""
+    """By name, what may be passed with tokens [B, T]: positions in two shapes, document ids, targets."""
     every = torch.arange(tokens.shape[1], device=tokens.device)
     positions, one_document, targets = every.expand_as(tokens), torch.zeros_like(tokens), tokens.roll(-1, dims=1)
     forms = (POSITIONS, positions), (POSITIONS, every), (DOCUMENTS, one_document), (TARGETS, targets)

@@ -1,4 +1,4 @@
-"""A model with weights so large that scores of thousands stand against whatever fills the masked ones."""
+"""A model with weights so large that its attention scores reach thousands, more than a weak mask fill outweighs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .influence import call, every_id, length
 from .precision import precise, spread
 
 EXTREME = 20  # times every weight
-REACH = 1e6  # of the logits' spread: beyond it, without norms, scores reach any finite fill, however right
-SCORES = 1e8  # of scores: masks are filled with -1e9
+REACH = 1e6  # largest spread of logits: beyond it, without norms, scores exceed even a correct finite fill
+SCORES = 1e8  # largest score: masks are filled with -1e9
 
 
 def magnified(subject: Subject) -> nn.Module:
-    """Weights so large that scores of thousands stand against whatever fills the masked ones."""
+    """Every weight times EXTREME: attention scores reach thousands, and a weak mask fill leaks."""
     model = precise(subject)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -26,7 +26,7 @@ def magnified(subject: Subject) -> nn.Module:
 
 
 def within_reach(subject: Subject, model: nn.Module) -> bool:
-    """Whether magnified weights still say something about a mask: not where scores reach the largest usual fill."""
+    """Whether the magnified model can be judged: not if logits overflow or scores reach the largest usual fill."""
     with LargestScore() as score:
         logits = call(subject, model, every_id(subject, length(subject), seed=subject.seed))
     return bool(logits.isfinite().all()) and spread(logits) <= REACH and score.size <= SCORES

@@ -1,7 +1,9 @@
-"""What a model holds beside its registers: tensors where PyTorch does not look for them, and its settings."""
+"""What a model holds: tensors and modules that PyTorch has not registered, buffers, settings, shared parameters."""
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..expect import advise, fail
+from ..subject import Subject
+from ..watch.dropout import reads_mode
+
 DEPTH = 3  # nested lists, dicts and plain objects
+CONFIGURATIONS = ("config", "cfg", "args", "params", "hparams")
+MODE_BY_DESIGN = ("expert", "moe", "router", "switch", "gate", "batchnorm", "quant")
+TIE_DECLARED = re.compile(
+    r"tied?|tying|(tied?|tying|shared?)_(word_)?(embeddings?|embs?|weights?|head)|weight_(tying|sharing)"
+)
 
 
 @dataclass
 class Held:
-    """A tensor or a module outside its owner's registers; `set` puts another in its place."""
+    """A tensor or a module that its owner has not registered; `set` puts another in its place."""
 
     name: str
     value: Tensor | nn.Module
@@ -29,7 +40,7 @@ class Held:
 
 
 def held_outside(model: nn.Module) -> list[Held]:
-    """What the modules hold in plain attributes, lists, dicts and objects, and no parameter, buffer or module is."""
+    """Tensors and modules in plain attributes, lists, dicts and objects that are not registered anywhere."""
     known = {id(x) for x in (*model.parameters(), *model.buffers(), *model.modules())}
     found: dict[int, Held] = {}
     for name, module in model.named_modules():
@@ -67,9 +78,69 @@ def _setter(holder: Any, key: Any) -> Callable[[Any], None]:
     return put
 
 
+def left_behind(model: nn.Module, constants: list[Held], read: Callable[[], Any]) -> bool:
+    """Whether `read`, a forward on the meta device, fails only because these tensors are elsewhere.
+
+    On the meta device nothing is computed. Leaves the model there.
+    """
+
+    def reads() -> bool:
+        try:
+            read()
+        except Exception:
+            return False
+        return True
+
+    model.to("meta")
+    if reads():
+        return False
+    for held in constants:
+        held.set(held.value.to("meta"))
+    return reads()
+
+
+def every_module(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The registered modules by name, then those that a plain list, tuple or dict of a module hides."""
+    registered = dict(model.named_modules())
+    yield from registered.items()
+    known = {id(module) for module in registered.values()}
+    for owner, module in registered.items():
+        for attribute in vars(module).keys() - vars(nn.Module()).keys():
+            for path, hidden in _modules_in(vars(module)[attribute], f"{owner}.{attribute}".lstrip(".")):
+                for name, inner in hidden.named_modules(prefix=path):
+                    if id(inner) not in known:
+                        known.add(id(inner))
+                        yield name, inner
+
+
+def _modules_in(value: Any, path: str, depth: int = DEPTH) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(value, nn.Module):
+        yield path, value
+    elif depth and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _modules_in(item, f"{path}[{key!r}]", depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _modules_in(item, f"{path}[{index}]", depth - 1)
+
+
+def frozen(module: nn.Module) -> bool:
+    """Whether a module has weights and all are frozen: then it may stay in evaluation mode."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def mode_by_design(model: nn.Module) -> str:
+    """A module whose class, by its name, may legitimately compute something else in training."""
+    for name, module in model.named_modules():
+        if reads_mode(module) and any(word in type(module).__name__.lower() for word in MODE_BY_DESIGN):
+            return f"{name} ({type(module).__name__})"
+    return ""
+
+
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward in training mode may write to registered buffers: a running mean, a router's balance."""
+    """Restores registered buffers that a forward in training mode writes to: a running mean, a router's balance."""
     owned = [(module, key, value) for module in model.modules() for key, value in module._buffers.items()]
     before = [(module, key, value, value.clone()) for module, key, value in owned if value is not None]
     try:
@@ -83,14 +154,11 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def renormalized(model: nn.Module) -> set[str]:
-    """The tables whose rows are shortened at every forward (nn.Embedding's max_norm), by name: no step changes them."""
+    """Names of the tables whose rows every forward renormalizes (nn.Embedding's max_norm)."""
     tables = {
         id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None and hasattr(m, "weight")
     }
     return {name for name, parameter in model.named_parameters() if id(parameter) in tables}
-
-
-CONFIGURATIONS = ("config", "cfg", "args", "params", "hparams")
 
 
 def settings(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -101,3 +169,61 @@ def settings(model: nn.Module) -> Iterator[tuple[str, Any]]:
             if key in CONFIGURATIONS:
                 fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
                 yield from ((f"{place}.{key}.{name}".lstrip("."), held) for name, held in fields.items())
+
+
+def ties(model: nn.Module) -> list[list[str]]:
+    """Groups of names of one parameter."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def expect_declared_tie(subject: Subject, model: nn.Module) -> None:
+    """If a configuration says that head and embedding are tied, some matrix with a row per symbol must be shared."""
+    V = subject.sizes.vocab_size
+    tables = [name for name, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2 and V in p.shape]
+    says = [
+        name for name, value in settings(model) if value is True and TIE_DECLARED.fullmatch(name.rpartition(".")[2])
+    ]
+    shared = {name for names in ties(model) for name in names}
+    if says and len(tables) > 1 and not shared.intersection(tables):
+        fail(
+            f"{says[0]} is true, but {' and '.join(tables)} are separate parameters: head and embedding are not tied",
+            likely=("tied-weights-broken",),
+            advice="Set self.head.weight = self.embedding.weight once both exist, before the optimizer is made.",
+            names=tables,
+        )
+
+
+def expect_no_twins(model: nn.Module) -> None:
+    """No two parameters may share one storage: each has its own gradient, and both are updated and decayed."""
+    held: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    for name, parameter in model.named_parameters():
+        key = (parameter.data_ptr(), tuple(parameter.shape), parameter.stride())
+        if parameter.numel() and key in held:
+            fail(
+                f"{held[key]} and {name} are two parameters that share one storage: an optimizer updates and decays it "
+                "twice per step",
+                likely=("tie-by-storage",),
+                advice="Assign the parameter itself (head.weight = embedding.weight), never its .data.",
+                names=[held[key], name],
+            )
+        held[key] = name
+
+
+def tie_trials(subject: Subject, model: nn.Module, T: int) -> Iterator[tuple[str, nn.Module]]:
+    """The model after each operation that may separate tied parameters."""
+    model.load_state_dict(subject.build(seed=subject.seed + 1).state_dict())
+    yield "after load_state_dict", model
+    try:
+        yield "after copy.deepcopy", copy.deepcopy(model)
+    except Exception as error:
+        advise(f"the model cannot be copied: {type(error).__name__}: {error}")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.autograd.backward(subject.logits(model.train(), subject.tokens(2, T)).square().mean())
+        optimizer.step()
+    yield "after two training steps", model.eval()
+    yield "after .double()", model.double()

@@ -1,7 +1,7 @@
-"""The floating-point type in which a subject can be judged, and how close two of its answers must then be.
+"""The floating-point type in which a subject is judged, and the bounds that follow from it.
 
-Laws are judged in float64, where a difference of 1e-9 is a fact. Some subjects refuse it; some cast to float32 on the
-way (a norm, a softmax, the angles of rotary positions): for these the bounds are those of float32.
+Laws are judged in float64, where a difference of 1e-9 cannot be rounding. Some subjects refuse float64; others cast to
+float32 somewhere (in a norm, a softmax, the angles of rotary positions). These get the bounds of float32.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..expect import Bound
+from ..expect import Bound, farthest
 from ..subject import ABSENCE, Subject
 from .padding import ragged
 
 
 @dataclass(frozen=True)
 class Precision:
-    """`dtype` is what the weights are converted to, `inside` the coarsest type that the forward computes in."""
+    """`dtype` is the type of the weights, `inside` the coarsest type in which the forward computes."""
 
     dtype: torch.dtype
     inside: torch.dtype
 
     def bound(self, logits: Tensor, *, double: float = 1e-9, single: float = 1e-4) -> Bound:
-        """So many standard deviations of these logits. Shapes change rounding: in float32 by 1.5e-5 so far."""
+        """A multiple of these logits' standard deviation. In float32, other shapes change them by up to 1.5e-5."""
         factor = double if self.inside == torch.float64 else single
         return Bound(factor * spread(logits), f"{factor:.0e} standard deviations of the logits, computed in {self}")
 
@@ -35,12 +35,17 @@ class Precision:
 
 
 def spread(logits: Tensor) -> float:
-    """The standard deviation of all logits, the unit of the laws' bounds; 1 where they are constant."""
+    """The standard deviation of all logits, the unit of the laws' bounds; 1 if they are constant."""
     return float(logits.detach().double().std().nan_to_num()) or 1.0
 
 
+def clearly_differ(a: Tensor, b: Tensor) -> bool:
+    """Whether logits differ by more than float32 rounding explains."""
+    return farthest(a, b) > 1e-5 * spread(a)
+
+
 def precision(subject: Subject) -> Precision:
-    """The finest type in which the subject runs. Found once by running it."""
+    """The finest type in which the subject runs, found once by running it."""
     return subject.once(_probe)
 
 
@@ -55,17 +60,21 @@ def precise(
 def shared(subject: Subject) -> nn.Module:
     """One `precise` model for all the cases that a check draws."""
     if not subject.builds_afresh:
-        return precise(subject)  # one instance, which has had other weights and types in between
-    return subject.once(precise)
+        return precise(subject)  # one instance, whose weights and type other checks have changed
+    return subject.once(_precise)
+
+
+def _precise(subject: Subject, /) -> nn.Module:
+    return precise(subject)
 
 
 def _probe(subject: Subject) -> Precision:
-    casts = _Casts()
+    casts = _Casts()  # type: ignore[no-untyped-call]
     try:
         model = subject.amplified(dtype=torch.float64)
-        with torch.enable_grad(), casts:  # without gradients PyTorch's encoder layers are one operation
+        with torch.enable_grad(), casts:  # without gradients PyTorch's encoder layers run as one operation
             logits = subject.logits(model, subject.tokens(2, subject.sizes.block_size))
-    except Exception:  # whatever a foreign model raises when its halves are of two types
+    except Exception:  # whatever a foreign model raises when it mixes two types
         return Precision(torch.float32, torch.float32)
     if casts.mixed:
         return Precision(torch.float32, torch.float32)
@@ -76,36 +85,36 @@ def _probe(subject: Subject) -> Precision:
 
 
 def _overflows_when_cast(subject: Subject) -> bool:
-    """Whether padding is survived in float32 but not in float64, whose least number is -inf once cast to float32.
+    """Whether padding gives NaN in float64 only: its smallest number becomes -inf when cast to float32.
 
-    So it is where it is multiplied by what was computed from a mask of integers: `(1.0 - mask) * finfo(x.dtype).min`.
+    This happens in `(1.0 - mask) * finfo(x.dtype).min` with a mask of integers.
     """
     if not subject.takes_mask:
         return False
     try:
         return not _survives_padding(subject, torch.float64) and _survives_padding(subject, torch.float32)
-    except Exception:  # a refused mask, a mistake inside: for the checks of masks to judge
+    except Exception:  # a refused mask or a mistake: the checks of masks report it
         return False
 
 
 def _survives_padding(subject: Subject, dtype: torch.dtype) -> bool:
-    """Whether logits and gradients are finite where the first tokens of a row are padding, which see nothing."""
+    """Whether logits and gradients are finite with padding on the left, whose tokens can attend to nothing."""
     model = subject.amplified(dtype=dtype)
     tokens = subject.tokens(2, subject.sizes.block_size)
     B, T = tokens.shape
     mask = ragged(B, T, "left").to(tokens.device)
     with torch.enable_grad():
         logits = subject.logits(model, tokens, mask)
-        logits[mask].square().mean().backward()
+        torch.autograd.backward(logits[mask].square().mean())
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return all(bool(x.isfinite().all()) for x in (logits, *gradients))
 
 
-class _Casts(TorchDispatchMode):
-    """Sees a float64 tensor cast to a coarser floating-point type, or attention given a mask of one.
+class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees a float64 tensor cast to a coarser floating-point type, or float64 attention with a mask of such a type.
 
-    PyTorch's attention kernel for the CPU takes a float32 mask beside float64 queries, and computes something else.
+    PyTorch's attention kernel for the CPU accepts a float32 mask with float64 queries and computes wrong results.
     """
 
     seen = False

@@ -1,4 +1,4 @@
-"""What a rule presupposes of a model; where it does not hold, the rule does not apply."""
+"""What a rule requires of a model in order to apply."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ def expect_causal(subject: Subject) -> None:
 
 def expect_takes_mask(subject: Subject) -> None:
     if not subject.takes_mask:
-        raise NotApplicable("the subject takes no padding mask")
+        raise NotApplicable("the model takes no padding mask")

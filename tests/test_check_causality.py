@@ -11,21 +11,15 @@ from torch.nn import functional as F
 
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import alibi, changed, no_positions, sinusoidal, sliding_window
-from transformer_checks.checks.probes.influence import (
-    TRAIN,
-    Changes,
-    call,
-    changes,
-    every_id,
-    find_leak,
-    moves_before,
-    same_arithmetic,
-)
+from transformer_checks.checks.probes.influence import Changes, call, changes, every_id
+from transformer_checks.checks.probes.leak_search import LeakSearch, moves_before
 from transformer_checks.checks.probes.leaks import pattern
 from transformer_checks.checks.reference import reference, reference_parts
 from transformer_checks.checks.run.order import check_id, checks_in
 from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
+from transformer_checks.checks.watch.arithmetic import same_arithmetic
+from transformer_checks.checks.ways import TRAIN
 from transformer_checks.transformer.model import Block
 
 CHECKS = {check.__name__: check for theme in ("causality", "positions") for check in checks_in(theme)}
@@ -83,7 +77,7 @@ def test_the_path_on_which_it_leaks_is_told():
 def test_what_attention_was_seen_to_do_is_told():
     assert "Masked scores are -10," in verdict(PAST, "mask-fill-not-negative-enough").says
     assert "axis -2" in verdict(PAST, "softmax-over-queries").says
-    assert "Every attention keeps to the past" in verdict(PAST, "block-summary-leak").says
+    assert "looks at the past only" in verdict(PAST, "block-summary-leak").says
     assert "without is_causal" in verdict(f"{PAST}_in_training", "causal-mask-dropped-with-dropout").says
 
 
@@ -259,14 +253,14 @@ def test_a_window_is_told_by_what_it_shows():
     assert "window of 4" in found.says and "sees 13 tokens" in found.says
     assert "sees 3 tokens" in verdict("check_one_block_sees_its_window", "window-off-by-one").says
     found = verdict("check_one_block_sees_its_window", "window-off-by-one-in-one-layer")
-    assert "blocks.1 by itself sees 5 tokens" in found.says and found.where.module == "blocks.1"
+    assert "blocks.1 alone sees 5 tokens, expected 4" in found.says and found.where.module == "blocks.1"
 
 
 def test_a_past_that_is_not_read_is_told_by_its_first_pair():
     found = verdict("check_past_reaches_every_later_position", "first-token-never-seen")
     assert found.evidence["first"] == {"t": 1, "s": 0} and "12 of 91" in found.says
     found = verdict("check_past_reaches_every_later_position", "attention-sees-itself-only")
-    assert "nothing of the past is read" in found.says
+    assert "no earlier token is read" in found.says
 
 
 def test_a_prefix_is_told_by_its_length():
@@ -311,16 +305,16 @@ def test_changes_replace_one_real_token():
 def test_a_leak_of_a_batch_is_not_confirmed_alone():
     subject = leaky(lambda model, x: len(x) > 1)
     model = subject.amplified()
-    leak, _ = find_leak(subject, model, changes(subject, subject.tokens(4, 6)))
+    leak, _ = LeakSearch(subject, model, changes(subject, subject.tokens(4, 6))).find()
     assert leak is not None and len(leak.tried.place) > 1
-    assert find_leak(subject, model, changes(subject, subject.tokens(1, 6)), alone=True)[0] is None
+    assert LeakSearch(subject, model, changes(subject, subject.tokens(1, 6)), alone=True).find()[0] is None
 
 
 def test_a_rewritten_future_counts_as_one_change():
     subject = leaky(lambda model, x: True)
     tokens = subject.tokens(2, 6)
     rewritten = torch.cat((tokens[:, :3], (tokens[:, 3:] + 1) % 17), dim=1)
-    leak, _ = find_leak(subject, subject.amplified(), Changes(tokens, rewritten, torch.tensor([3, 3])))
+    leak, _ = LeakSearch(subject, subject.amplified(), Changes(tokens, rewritten, torch.tensor([3, 3]))).find()
     assert leak is not None and (leak.t, leak.s) == (0, 3)
 
 
