@@ -1,4 +1,4 @@
-"""Every trainable weight gets the gradient that the forward has, in both modes, and no row gets another row's."""
+"""Gradients: every trainable parameter must get the slope of the forward, and rows must not share gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .probes.precision import precision
 from .subject import ABSENCE, EXISTENCE, Subject
 from .watch.calls import Call, each, recorded
 from .watch.draws import seeded
-from .watch.location import locate
+from .watch.location import locate, owner_of
 
 ROWS = 4
 MOST = 24  # parameters whose gradient is compared
@@ -28,7 +28,7 @@ RATE = 0.3
 
 
 def _value(subject: Subject, model: nn.Module, tokens: Tensor) -> Tensor:
-    """A fixed random mean of the logits, under a fixed random state: smooth, and every logit matters."""
+    """A fixed random weighting of the logits, under a fixed random state. It is smooth, and every logit matters."""
     with seeded(subject.seed):
         logits = subject.logits(model, tokens)
     return _weighted([logits])
@@ -52,32 +52,34 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _backward(model: nn.Module, objective: Callable[[], Tensor]) -> dict[str, Tensor | None]:
-    """Gradients by parameter name. A graph that cannot be walked back is a finding, not a crash."""
+    """Gradients by parameter name. A failing backward is a finding, not a crash."""
     model.zero_grad(set_to_none=True)
     value = objective()
     if not value.requires_grad:
         fail(
-            "the logits have no gradient at all: somewhere the graph is cut",
+            "the logits have no gradient: the graph is cut somewhere in the forward",
             likely=("embedding-no-grad",),
-            advice="look for torch.no_grad(), .detach(), .data or .item() in the forward",
+            advice="Look for torch.no_grad(), .detach(), .data or .item() in the forward.",
         )
     try:
-        value.backward()
+        torch.autograd.backward(value)
     except RuntimeError as error:
         if "inplace" not in str(error) and "in-place" not in str(error):
             raise
         fail(
             f"backward fails: {str(error).split('. Hint')[0]}",
             likely=("inplace-op-breaks-autograd",),
-            advice="write x = x + y for x += y, and masked_fill for masked_fill_, where a gradient needs the old x",
+            advice="Write x = x + y instead of x += y, and masked_fill instead of masked_fill_, where a gradient "
+            "needs the "
+            "old x.",
         )
     return {name: parameter.grad for name, parameter in _trainable(model).items()}
 
 
 @needs(*READABLE, "check_contract.check_nothing_projected_is_thrown_away")
 def check_every_parameter_gets_a_gradient(subject: Subject) -> None:
-    """Every trainable parameter gets a finite gradient that is not zero, from one of a few draws of the weights."""
-    draws = (EXISTENCE[1], None, ABSENCE) * 2  # an expert may see no token of one batch, a gate may be shut by one draw
+    """Every trainable parameter must get a finite, nonzero gradient for at least one of a few random weights."""
+    draws = (EXISTENCE[1], None, ABSENCE) * 2  # one batch may give an expert no token, one draw may close a gate
     missing: dict[str, str] | None = None
     for number, scheme in enumerate(draws):
         model = subject.amplified(scheme, seed=subject.seed + number, dtype=torch.float32)
@@ -94,15 +96,15 @@ def check_every_parameter_gets_a_gradient(subject: Subject) -> None:
 
 
 def _without_gradient(subject: Subject, model: nn.Module, tokens: Tensor) -> dict[str, str]:
-    """The parameters without a gradient, and what they have instead."""
+    """The parameters without a gradient, and what they get instead: "none" or "exactly 0"."""
     gradients = _backward(model, partial(_value, subject, model, tokens))
     for name, gradient in gradients.items():
         if gradient is not None and not bool(gradient.isfinite().all()):
             fail(
                 f"the gradient of {name} is not finite, although the logits are",
-                where=_owner(model, name),
+                where=owner_of(model, name),
                 likely=("fully-masked-row-nan",),
-                advice="look for a root or a logarithm of 0, a division by it, or NaN that torch.where only hides",
+                advice="Look for a root or a logarithm of 0, a division by 0, or a NaN that torch.where only hides.",
                 parameter=name,
             )
     return {
@@ -112,12 +114,8 @@ def _without_gradient(subject: Subject, model: nn.Module, tokens: Tensor) -> dic
     }
 
 
-def _owner(model: nn.Module, parameter: str) -> Where:
-    return locate(model, parameter.rpartition(".")[0] or type(model).__name__)
-
-
 def _likely_missing(model: nn.Module, missing: dict[str, str]) -> tuple[str, ...]:
-    """By what the silent parameters are: all of a block, or of every block, norms, tables, or single projections."""
+    """Bugs by which parameters get no gradient: whole blocks, embeddings, norms, or single projections."""
     if any(why != "none" for why in missing.values()):
         return "residual-doubled", "v-detached"
     blocks = blocks_of(model)
@@ -139,32 +137,32 @@ def _likely_missing(model: nn.Module, missing: dict[str, str]) -> tuple[str, ...
 
 def _blame_missing(model: nn.Module, missing: dict[str, str]) -> None:
     first = next(iter(missing))
-    others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+    who = f"{first}, and {len(missing) - 1} more, get" if len(missing) > 1 else f"{first} gets"
+    what = "no gradient" if missing[first] == "none" else "a gradient of exactly 0"
     fail(
-        f"{first}{others} {'get' if others else 'gets'} no gradient ({missing[first]}): "
-        f"{'they stay' if others else 'it stays'} as drawn, however long the model trains",
-        where=_owner(model, first),
+        f"{who} {what}: training never changes {'them' if len(missing) > 1 else 'it'}",
+        where=owner_of(model, first),
         likely=_likely_missing(model, missing),
-        advice="it is not used in the forward, or only under no_grad, or what it computes is thrown away",
+        advice="Check that it is used in the forward, outside no_grad, and that its result is not thrown away.",
         parameters=missing,
-    )  # fmt: skip
+    )
 
 
 @needs(*READABLE, GRADIENTS)
 def check_gradients_equal_finite_differences(subject: Subject) -> None:
-    """What backward gives is the slope of what forward computes, for every parameter."""
+    """For every parameter, the gradient from backward must equal the slope of the forward by finite differences."""
     _expect_slopes(subject, _finest(subject).eval(), "")
 
 
 @needs(*READABLE, "check_gradients.check_gradients_equal_finite_differences")
 def check_training_gradients_equal_finite_differences(subject: Subject) -> None:
-    """In training mode too, under one dropout mask, backward gives the slope of what forward computes."""
+    """In training mode, with a fixed dropout mask, backward must also give the slope of the forward."""
     model = _finest(subject, **(dict(dropout=RATE) if subject.can_vary("dropout") else {})).train()
     tokens = _tokens(subject)
     with torch.no_grad():
         one, two = (_value(subject, model, tokens) for _ in range(2))
     if not torch.equal(one, two):
-        raise NotApplicable("training forwards under the same seed differ")
+        raise NotApplicable("in training mode, two forwards with the same seed differ")
     _expect_slopes(subject, model, " in training mode")
 
 
@@ -188,7 +186,7 @@ def _expect_slopes(subject: Subject, model: nn.Module, mode: str) -> None:
         tried = _differences(value, [parameter], direction, slope, largest, exact)
         if tried.wrong:
             if rounding := _rounding(value):
-                raise NotApplicable(f"the forward rounds ({rounding}): its gradient is a stand-in by design")
+                raise NotApplicable(f"the forward rounds ({rounding}): its gradient is an estimate by design")
             _blame_slope(name, slope, tried, mode, _culprit(subject, model, tokens, exact))
         margins[name] = tried.error / tried.bound
     note(largest_margin=max(margins.values(), default=0.0), parameters=len(names))
@@ -200,10 +198,13 @@ def _some(names: list[str], seed: int) -> list[str]:
 
 
 class _Rounding(TorchFunctionMode):
-    """Sees a tensor with a gradient rounded, as quantization does, with a straight-through gradient behind it."""
+    """Records the first rounding of a tensor with a gradient, as in quantization with a straight-through estimator."""
 
     ROUNDING = ("round", "sign", "sgn", "floor", "ceil", "trunc", "fix", "heaviside", "quantize", "one_hot")
-    seen = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -213,7 +214,8 @@ class _Rounding(TorchFunctionMode):
 
 
 def _rounding(value: Callable[[], Tensor]) -> str:
-    with _Rounding() as rounding:
+    rounding = _Rounding()
+    with rounding:
         value()
     return rounding.seen
 
@@ -228,11 +230,11 @@ def _direction(tensors: list[Tensor], seed: int) -> list[Tensor]:
 
 @dataclass
 class _Difference:
-    """A slope by finite differences, and how far autograd's may be from it."""
+    """A slope by finite differences, and how far the gradient is and may be from it."""
 
     slope: float
-    error: float  # of autograd's
-    apart: float  # from the slope at ten times the step
+    error: float  # of the gradient from backward
+    apart: float  # distance from the slope at ten times the step
     bound: float
 
     @property
@@ -248,9 +250,10 @@ def _differences(
     largest: float,
     exact: bool,
 ) -> _Difference:
-    """Central differences at the step where they agree best with those at ten times the step.
+    """Central differences, at the step where they agree best with those at ten times the step.
 
-    The bound: 30 times that disagreement, a thousandth of the slope, a millionth of the largest gradient.
+    The bound is 30 times that disagreement, plus a thousandth of the slope, plus a millionth of the largest gradient
+    (a hundredth and a thousandth in float32).
     """
     relative, floor = (1e-3, 1e-6) if exact else (1e-2, 1e-3)
     found: dict[float, float] = {}
@@ -286,24 +289,25 @@ def _central(value: Callable[[], Tensor], tensors: list[Tensor], direction: list
 
 def _blame_slope(name: str, slope: float, tried: _Difference, mode: str, where: Where | None) -> None:
     share = slope / tried.slope if tried.slope else float("inf")
+    in_training = ("checkpoint-recompute-rng", "gradient-wrong-in-training")
+    always = ("residual-detached", "embedding-no-grad", "head-detached", "v-detached", "backward-of-its-own-wrong")
     fail(
-        f"the gradient of {name}{mode} is not the slope of the forward: along a random direction backward says "
-        f"{slope:.6g}, finite differences {tried.slope:.6g} (a ratio of {share:.3g}); off by {tried.error:.2g}, "
-        f"allowed {tried.bound:.1e}",
+        f"the gradient of {name}{mode} is wrong: along a random direction backward gives {slope:.6g}, finite "
+        f"differences give {tried.slope:.6g} (a ratio of {share:.3g}). The difference is {tried.error:.2g}, allowed "
+        f"{tried.bound:.1e}",
         where=where,
-        likely=("checkpoint-recompute-rng", "gradient-wrong-in-training") if mode else
-        ("residual-detached", "embedding-no-grad", "head-detached", "v-detached", "backward-of-its-own-wrong"),
-        advice="look for .detach(), .data, torch.no_grad(), an in-place change of a saved tensor, or a backward of its "
-        "own, in what lies between this weight and the logits",
+        likely=in_training if mode else always,
+        advice="Look between this weight and the logits for .detach(), .data, torch.no_grad(), an in-place change of a "
+        "saved tensor, or a custom backward.",
         parameter=name,
         backward=slope,
         differences=tried.slope,
         bound=tried.bound,
-    )  # fmt: skip
+    )
 
 
 def _culprit(subject: Subject, model: nn.Module, tokens: Tensor, exact: bool) -> Where | None:
-    """The first module, in execution order, that by itself, at the inputs it had, has a backward unlike its forward."""
+    """The first module, in execution order, whose backward is wrong when it runs alone on the inputs it had."""
     with torch.no_grad(), seeded(subject.seed), recorded(model) as calls:
         subject.logits(model, tokens)
     for call in calls:
@@ -327,8 +331,13 @@ def _wrong_by_itself(module: nn.Module, call: Call, seed: int, exact: bool) -> b
     def value() -> Tensor:
         given, named = each((args, kwargs), torch.clone)
         outputs: list[Tensor] = []
+
+        def keep(out: Tensor) -> Tensor:
+            outputs.append(out)
+            return out
+
         with seeded(seed):
-            each(module(*given, **named), lambda out: outputs.append(out) or out)  # type: ignore[func-returns-value]
+            each(module(*given, **named), keep)
         return _weighted([out for out in outputs if out.is_floating_point()])
 
     try:
@@ -339,18 +348,18 @@ def _wrong_by_itself(module: nn.Module, call: Call, seed: int, exact: bool) -> b
         slope = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True) if g is not None)
         largest = max((float(g.norm()) for g in gradients if g is not None), default=0.0)
         return _differences(value, everything, direction, slope, largest, exact).wrong
-    except Exception:  # a module may not run outside its model; then it cannot be judged by itself
+    except Exception:  # it may not run outside its model, and cannot be judged then
         return False
 
 
 @needs(*READABLE, GRADIENTS, ROWS_APART)
 def check_rows_get_their_own_gradient(subject: Subject) -> None:
-    """The loss of one row has no gradient with respect to the embeddings of another."""
+    """The loss of one row must have no gradient with respect to the embeddings of another row."""
     model, tokens = _finest(subject), _tokens(subject)
     with watched_embeddings(model, tokens) as embeddings:
         logits = subject.logits(model, tokens)
     if not embeddings or not logits.requires_grad:
-        raise NotApplicable("no module takes the token ids and gives their embeddings")
+        raise NotApplicable("no module that turns token ids into embeddings was found")
     for row in range(ROWS):
         for embedding in embeddings:
             (gradient,) = torch.autograd.grad(_weighted([logits[row]]), embedding, retain_graph=True, allow_unused=True)
@@ -362,10 +371,10 @@ def check_rows_get_their_own_gradient(subject: Subject) -> None:
                 other = int(others.nonzero()[0])
                 fail(
                     f"the logits of row {row} have a gradient of {float(others[other]):.3g} with respect to the "
-                    f"embeddings of row {other}: rows of a batch teach each other",
+                    f"embeddings of row {other}, expected 0: the rows of the batch are mixed",
                     likely=("norm-over-batch", "row-gradient-leak"),
-                    advice="look for a mean, a norm or a softmax over the axis of rows, and for views that mix rows "
-                    "and heads",
+                    advice="Look for a mean, norm or softmax over the batch axis, and for views that mix rows and "
+                    "heads.",
                     row=row,
                     other=other,
                 )

@@ -1,4 +1,4 @@
-"""Lower precision costs what its rounding costs and no more, for long, wide and extreme inputs too."""
+"""Lower precision: the error must not exceed what rounding costs, also for long, wide and extreme models."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .watch.calls import Call, first_bad, recorded
 from .watch.casts import Casts
 from .watch.location import locate
 
-# How many times the error of a naive evaluation is too much. Correct models: at most 1.6 in half precision, where the
-# rounding of results is all there is, and 4.9 in float32, where the sums inside an operation count as well.
+# The error allowed, in multiples of a naive evaluation's. Correct models reach 1.6 in half precision, where results are
+# rounded and nothing else, and 4.9 in float32, where the sums inside an operation are rounded as well.
 TIMES = {torch.float32: 20.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 LONG, WIDE = 512, 512
-SHARP = (2.0, 1.0)  # attention so sure of places that a wrong angle shows
+SHARP = (2.0, 1.0)  # weights that make attention so sharp that a wrong angle shows
 EXTREME = 20.0
 
 
 @dataclass
 class Runs:
-    """The logits of one model: in the finest type, naively rounded, and as the model itself gives them."""
+    """The logits of one model: in the finest type, naively rounded, and from the model itself."""
 
     exact: Tensor
     naive: Tensor
@@ -37,7 +37,7 @@ class Runs:
     routes: bool
 
     def size(self, error: Tensor) -> float:
-        """Root mean square; with routing the median over tokens, since one rounding may send a token elsewhere."""
+        """The root mean square; with routing the median over tokens, since rounding may pick another expert."""
         per_token = error.double().pow(2).mean(-1)
         return float((per_token.median() if self.routes else per_token.mean()).sqrt())
 
@@ -57,9 +57,9 @@ class Runs:
 
 @dataclass
 class Trial:
-    """What is compared: a type, how the model comes to it, and what it reads."""
+    """What is compared: a type, how the model is brought to it, and its input."""
 
-    what: str  # as it reads in a sentence
+    what: str  # as the subject of a sentence
     dtype: torch.dtype
     tokens: Tensor
     mask: Tensor | None = None
@@ -74,7 +74,7 @@ class Trial:
 
 
 def _twin(subject: Subject, trial: Trial, to: torch.dtype) -> nn.Module:
-    """A model whose weights are representable in the trial's type, converted to `to`; its buffers were not rounded."""
+    """A model with weights that the trial's type represents exactly, converted to `to`. Its buffers are not rounded."""
     model = subject.amplified(trial.scheme, seed=subject.seed, dtype=torch.float32, **trial.sizes)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,10 +84,10 @@ def _twin(subject: Subject, trial: Trial, to: torch.dtype) -> nn.Module:
 
 
 def _runs(subject: Subject, trial: Trial, *, buffers: bool = True) -> Runs:
-    """`buffers=False` leaves the model's buffers in float32 when it is converted."""
+    """With `buffers=False` the model's buffers stay in float32 when it is converted."""
     fine = precision(subject).dtype
     if trial.dtype == fine:
-        raise NotApplicable(f"the model runs in nothing finer than {_name(fine)}")
+        raise NotApplicable(f"the model runs in no finer type than {_name(fine)}")
     twin = _twin(subject, trial, fine)
     with torch.no_grad(), Promoted(fine):
         exact = subject.logits(twin, trial.tokens, trial.mask)
@@ -113,16 +113,18 @@ def _own(subject: Subject, trial: Trial, *, buffers: bool = True) -> Tensor:
 
 
 def _or_refused(subject: Subject, model: nn.Module, trial: Trial) -> Tensor:
-    """A type that the model, or a kernel, refuses is no fault; a constant that does not fit it deserves a word."""
+    """A type that the model or a kernel refuses is no fault. A constant that overflows gets a remark."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's own about types that meet under autocast
+            warnings.simplefilter("ignore")  # PyTorch warns of mixed types under autocast
             return subject.logits(model, trial.tokens, trial.mask)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "without overflow" in reason:
-            advise(f"{trial.what} raises: a constant, such as a mask's fill of -1e9, does not fit {_name(trial.dtype)}")
-        raise NotApplicable(f"{_name(trial.dtype)} is refused: {reason}") from None
+            advise(
+                f"{trial.what} raises an error: a constant, such as a mask fill of -1e9, overflows {_name(trial.dtype)}"
+            )
+        raise NotApplicable(f"the model refuses {_name(trial.dtype)}: {reason}") from None
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -132,22 +134,22 @@ def _name(dtype: torch.dtype) -> str:
 def _judge(runs: Runs, trial: Trial, **finding: Any) -> None:
     note(error=runs.error, unavoidable=runs.unavoidable, bound=runs.bound)
     if not bool(runs.exact.isfinite().all()) or not bool(runs.naive.isfinite().all()):
-        raise NotApplicable(f"the numbers of this model do not fit {_name(runs.dtype)}")
+        raise NotApplicable(f"the activations of this model overflow {_name(runs.dtype)}")
     place, dtype = finding.pop("where"), _name(runs.dtype)
     if not bool(runs.own.isfinite().all()):
         token = int((~runs.own.isfinite()).any(-1).nonzero()[0])
         fail(
-            f"{trial.what} gives NaN or infinity, first at token {token} of {len(runs.own)}, where rounding every "
-            f"result to {dtype} gives finite logits",
+            f"{trial.what} gives NaN or infinity, first at token {token} of {len(runs.own)}; the logits are finite if "
+            f"only results are rounded to {dtype}",
             where=place(),
             **finding,
         )
     if not runs.error <= runs.bound:
         fail(
-            f"{trial.what} is off by {runs.error:.3g} (root mean square), "
+            f"{trial.what} has an error of {runs.error:.3g} (root mean square), "
             f"{runs.error / max(runs.unavoidable, 1e-300):.3g} times the {runs.unavoidable:.3g} that rounding every "
-            f"result to {dtype} costs; allowed {TIMES[runs.dtype]:g} times and one unit in the last place, "
-            f"{runs.bound:.3g}",
+            f"result to {dtype} costs; allowed {TIMES[runs.dtype]:g} times plus one unit in the last place, "
+            f"{runs.bound:.3g} in all",
             where=place(),
             error=runs.error,
             unavoidable=runs.unavoidable,
@@ -157,7 +159,7 @@ def _judge(runs: Runs, trial: Trial, **finding: Any) -> None:
 
 
 def _place(subject: Subject, trial: Trial) -> Where | None:
-    """The first module, in execution order, whose output is further off than its inputs and rounding explain."""
+    """The first module, in execution order, whose output has more error than its inputs and rounding explain."""
     fine = precision(subject).dtype
     twin = _twin(subject, trial, fine)
     with torch.no_grad(), recorded(twin) as exact, Promoted(fine):
@@ -194,13 +196,13 @@ def _tokens(subject: Subject, B: int, T: int) -> Tensor:
 
 
 def _varied(subject: Subject, **sizes: int) -> dict[str, int]:
-    """The sizes asked for where the subject can take them, else its own."""
+    """Those of the sizes that the subject can be built with."""
     return {name: value for name, value in sizes.items() if subject.can_vary(name)}
 
 
 @needs(*READABLE, REPEATS)
 def check_float32_keeps_its_digits(subject: Subject) -> None:
-    """In float32 the logits are those of float64 but for the rounding of float32."""
+    """In float32, the logits must equal those of float64 up to the rounding of float32."""
     tokens = _tokens(subject, 3, subject.sizes.block_size)
     trial = Trial("the model in float32", torch.float32, tokens)
     runs, place = _runs(subject, trial), partial(_place, subject, trial)
@@ -208,11 +210,11 @@ def check_float32_keeps_its_digits(subject: Subject) -> None:
         with Casts() as casts:
             subject.logits(subject.build(seed=subject.seed), tokens)
         if casts.autocast:
-            raise NotApplicable("the forward runs under an autocast of its own")
+            raise NotApplicable("the forward turns on autocast itself")
         activations = [cast.line for cast in casts.seen if cast.activation]
         if casts.seen and not activations:
             lines = ", ".join(sorted({f"{cast.line.file}:{cast.line.line}" for cast in casts.seen if cast.line}))
-            advise(f"constants are rounded to {_name(casts.seen[0].to)} ({lines}), for an error of {runs.error:.2g}")
+            advise(f"constants are rounded to {_name(casts.seen[0].to)} ({lines}), which costs {runs.error:.2g}")
             return
         place = partial(next, iter(activations), None) if activations else place
     _judge(
@@ -220,14 +222,14 @@ def check_float32_keeps_its_digits(subject: Subject) -> None:
         trial,
         where=place,
         likely=("downcast-inside", "mask-added-and-subtracted"),
-        advice="look for .half(), .bfloat16() and .to(dtype) inside the forward, and for a large number that is added "
-        "and taken away again",
+        advice="Look for .half(), .bfloat16() and .to(dtype) in the forward, and for a large number that is added and "
+        "subtracted again.",
     )
 
 
 @needs(*READABLE, REPEATS)
 def check_bfloat16_stays_close(subject: Subject) -> None:
-    """Converted to bfloat16, the model is off by what rounding costs, with padding and in wide layers too."""
+    """Converted to bfloat16, the model must have no more error than rounding costs, also if padded or wide."""
     trials = _short_trials(subject, torch.bfloat16)
     if subject.can_vary("n_embd"):
         few = _tokens(subject, 1, min(subject.sizes.block_size, 8))
@@ -239,21 +241,21 @@ def check_bfloat16_stays_close(subject: Subject) -> None:
             trial,
             where=partial(_place, subject, trial),
             likely=("rms-in-half-precision",),
-            advice="sums of many terms (a norm's mean square, a softmax) belong in float32: x.float(), and back at the "
-            "end",
+            advice="Compute sums of many terms (a norm's mean square, a softmax) in float32: start with x.float() and "
+            "convert back at the end.",
         )
 
 
 @needs(*READABLE, REPEATS)
 def check_float16_stays_close(subject: Subject) -> None:
-    """Converted to float16, the model is off by what rounding costs, with padding too."""
+    """Converted to float16, the model must have no more error than rounding costs, also with padding."""
     for trial in _short_trials(subject, torch.float16):
         _judge(
             _runs(subject, trial),
             trial,
             where=partial(_place, subject, trial),
             likely=("fp16-mask-overflow",),
-            advice="float16 ends at 65504: fill masks with -inf or torch.finfo(dtype).min, by masked_fill or where",
+            advice="Fill masks with -inf or torch.finfo(dtype).min, by masked_fill or where: float16 ends at 65504.",
         )
 
 
@@ -271,8 +273,10 @@ def _short_trials(subject: Subject, dtype: torch.dtype) -> list[Trial]:
 
 @needs(*READABLE, REPEATS, "check_numerics.check_bfloat16_stays_close")
 def check_long_sequences_stay_close(subject: Subject) -> None:
-    """Over a long sequence, converted to bfloat16 or under autocast, the model is off by what rounding costs."""
-    sizes = _varied(subject, block_size=LONG, n_layer=1, n_embd=4 * subject.sizes.n_embd)  # heads wide enough to turn
+    """On a long sequence, in bfloat16 or under autocast, the model must have no more error than rounding costs."""
+    sizes = _varied(
+        subject, block_size=LONG, n_layer=1, n_embd=4 * subject.sizes.n_embd
+    )  # wide heads have many rotary angles
     tokens = _tokens(subject, 1, min(sizes.get("block_size", subject.sizes.block_size), LONG))
     T = tokens.shape[1]
     converted = Trial(f"a sequence of {T} tokens in bfloat16", torch.bfloat16, tokens, scheme=SHARP, sizes=sizes)
@@ -284,10 +288,10 @@ def check_long_sequences_stay_close(subject: Subject) -> None:
         except NotApplicable as reason:
             refused.append(reason)
             continue
-        if not runs.error <= runs.bound and _owed_to_buffers(subject, trial):
+        if not runs.error <= runs.bound and _caused_by_buffers(subject, trial):
             advise(
-                f"{trial.what} is off by {runs.error / runs.unavoidable:.3g} times what rounding costs, because "
-                "converting the model rounds its buffers too. Inverse frequencies are better kept in float32"
+                f"{trial.what} has {runs.error / runs.unavoidable:.3g} times the error that rounding costs, because "
+                "converting the model also rounds its buffers. Keep inverse frequencies in float32"
             )
             continue
         _judge(
@@ -295,14 +299,14 @@ def check_long_sequences_stay_close(subject: Subject) -> None:
             trial,
             where=partial(_place, subject, trial),
             likely=("rope-half-precision", "rope-angles-by-matmul"),
-            advice="bfloat16 cannot tell position 257 from 258: compute angles in float32 and outside autocast",
+            advice="Compute angles in float32 and outside autocast: bfloat16 cannot tell position 257 from 258.",
         )
     if len(refused) == len(trials):
         raise refused[0]
 
 
-def _owed_to_buffers(subject: Subject, trial: Trial) -> bool:
-    """Whether the model is close when only its weights are converted: as libraries do it, so no fault of the model."""
+def _caused_by_buffers(subject: Subject, trial: Trial) -> bool:
+    """Whether the error is small if only weights are converted. Libraries do that, so the model is not to blame."""
     try:
         runs = _runs(subject, trial, buffers=False)
     except NotApplicable:
@@ -312,7 +316,7 @@ def _owed_to_buffers(subject: Subject, trial: Trial) -> bool:
 
 @needs(*READABLE, REPEATS)
 def check_extreme_weights_give_finite_logits(subject: Subject) -> None:
-    """Weights twenty times too large make the model sure of itself and give no NaN or infinity."""
+    """With weights twenty times too large, the logits must still be finite."""
     model = subject.amplified(seed=subject.seed, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -325,12 +329,12 @@ def check_extreme_weights_give_finite_logits(subject: Subject) -> None:
         return
     finite = [t[t.isfinite()].abs().max() for call in calls for t in call.outputs if bool(t.isfinite().any())]
     if max(map(float, finite), default=0.0) > 1e15:
-        raise NotApplicable("nothing in this model bounds its activations: they outgrow float32")
+        raise NotApplicable("this model does not bound its activations: they overflow float32")
     index = [int(i) for i in (~logits.isfinite()).nonzero()[0]]
     fail(
         f"with weights {EXTREME:g} times too large the logits are not finite, first at row {index[0]}, position "
-        f"{index[1]}: training diverges to NaN where it should only be slow",
+        f"{index[1]}: one bad step in training would end in NaN",
         where=first_bad(model, partial(subject.logits, model, tokens), lambda t: not bool(t.isfinite().all())),
         likely=("softmax-without-maximum",),
-        advice="use torch.softmax, which subtracts the maximum; divide by nothing that can be 0",
+        advice="Use torch.softmax, which subtracts the maximum, and do not divide by anything that can be 0.",
     )

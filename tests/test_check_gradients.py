@@ -1,4 +1,4 @@
-"""What the checks of gradients say: which parameter, how far from the slope, and the module that is wrong."""
+"""Findings of the gradient checks: the parameter, the distance from the slope, and the wrong module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOUND: dict[str, Told] = {
     "norm-reused": (
         "every_parameter_gets_a_gradient",
         "blocks.1.feed_forward_norm",
-        ("blocks.1.feed_forward_norm.weight",),
+        ("blocks.1.feed_forward_norm.weight, and 1 more, get no gradient",),
         "norm-reused",
     ),
     "last-block-skipped": (
@@ -82,11 +82,11 @@ FOUND: dict[str, Told] = {
 
 
 @pytest.mark.parametrize("bug", FOUND)
-def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
+def test_a_finding_names_the_place_and_the_cause(bug):
     expect_told("gradients", bug, FOUND[bug])
 
 
-def test_a_value_changed_in_place_is_one_finding_and_blocks_what_walks_back():
+def test_a_value_changed_in_place_is_one_finding_and_blocks_what_needs_backward():
     subject = all_bugs()["inplace-op-breaks-autograd"].subject(seed=3)
     checks = [check for theme in ("contract", "initialization", "gradients") for check in checks_in(theme)]
     earlier: dict[str, Verdict] = {}

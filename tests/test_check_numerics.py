@@ -1,4 +1,4 @@
-"""What the checks of precision say: how many times what rounding costs, and the first module that costs it."""
+"""Findings of the precision checks: the error in multiples of what rounding costs, and the module that causes it."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ FOUND: dict[str, Told] = {
 
 
 @pytest.mark.parametrize("bug", FOUND)
-def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
+def test_a_finding_names_the_place_and_the_cause(bug):
     expect_told("numerics", bug, FOUND[bug])
