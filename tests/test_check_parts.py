@@ -1,4 +1,4 @@
-"""The laws of parts: what they tell of a mistake, in models not ours too, and which designs they leave alone."""
+"""Checks of parts: their findings, also in models unlike the reference, and the designs that must pass."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ FOUND: dict[str, Told] = {
     "norm-gain-and-bias-swapped": (
         "gain_multiplies_and_bias_adds",
         BLOCK,
-        ("its weight, which starts at 1, is added", "the same for every input"),
+        ("weight (which starts at 1) is added", "the same for every input"),
         "norm-gain-and-bias-swapped",
     ),
     "norm-gain-added": ("gain_multiplies_and_bias_adds", BLOCK, ("weight", "multiplies nothing"), "norm-gain-added"),
     "rms-sum-not-mean": ("norms_are_what_they_are_called", BLOCK, ("RMSNorm", "0.177", "1/√32"), "rms-sum-not-mean"),
-    "rms-subtracts-mean": ("norms_are_what_they_are_called", BLOCK, ("takes the mean away",), "rms-subtracts-mean"),
+    "rms-subtracts-mean": ("norms_are_what_they_are_called", BLOCK, ("subtracts the mean",), "rms-subtracts-mean"),
     "mlp-no-activation": (
         "feed_forward_is_not_linear",
         "blocks.0.feed_forward",
-        ("128 features to 32", "as it is"),
+        ("128 features to 32", "unchanged"),
         "mlp-no-activation",
     ),
     "gate-added": ("feed_forward_is_not_linear", "blocks.0.feed_forward", ("88 features to 32",), "gate-added"),
     "gelu-written-wrong": (
         "activations_are_what_they_are_called",
         "blocks.0.feed_forward.act",
-        ("called NewGELU", "at 1 it gives", "instead of 0.8413"),
+        ("called NewGELU", "at 1 it gives", "should be 0.8413"),
         "gelu-written-wrong",
     ),
     "scale-after-softmax": (
         "attention_weights_sum_to_one",
         "blocks.0.attention",
-        ("add up to 0.3536", "times 0.353553"),
+        ("add up to 0.3536 over", "multiplied by 0.353553"),
         "scale-after-softmax",
     ),
     "softmax-over-heads-masked-after": (
@@ -101,7 +101,7 @@ FOUND: dict[str, Told] = {
 
 
 @pytest.mark.parametrize("bug", FOUND)
-def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
+def test_a_finding_names_the_place_and_the_cause(bug):
     expect_told("parts", bug, FOUND[bug])
 
 
@@ -357,9 +357,9 @@ class TimesTwo(InPlace):
 @pytest.mark.parametrize(
     "feed_forward, told",
     [
-        (lambda C: nn.Sequential(nn.Linear(C, 4 * C), nn.Dropout(), nn.Linear(4 * C, C)), "as it is"),
-        (lambda C: nn.Sequential(nn.Linear(C, 4 * C), nn.Linear(4 * C, C), nn.GELU()), "as it is"),
-        (lambda C: Convolved(C, lambda x: x), "as it is"),
+        (lambda C: nn.Sequential(nn.Linear(C, 4 * C), nn.Dropout(), nn.Linear(4 * C, C)), "unchanged"),
+        (lambda C: nn.Sequential(nn.Linear(C, 4 * C), nn.Linear(4 * C, C), nn.GELU()), "unchanged"),
+        (lambda C: Convolved(C, lambda x: x), "unchanged"),
         (TimesTwo, "times 2"),
     ],
 )
@@ -509,7 +509,7 @@ def test_what_attention_found_and_the_stream_never_got_is_told():
         BUGS["residual-from-the-blocks-input"].subject(seed=3),
         {},
     )
-    assert verdict.outcome == "failed" and "not what attention has found" in verdict.says
+    assert verdict.outcome == "failed" and "what attention computes is not added" in verdict.says
     assert "residual-from-the-blocks-input" in verdict.likely
 
 

@@ -1,7 +1,11 @@
-"""A model with every attention, or every feed-forward, giving zeros: what then still gets through went past them."""
+"""A model with every attention, or every feed-forward, set to zero.
+
+Whatever still reaches the logits passed around it, through a residual connection.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +16,21 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..expect import Where
+from ..subject import Subject
 from ..watch.location import line_now
 from ..watch.products import Mapped, WeightProducts, multiplied, names_of
 from .ablation import blocks_of
+from .influence import call, length
+from .precision import spread
 
-STRAIGHT = 1e-6  # relative: how far slopes may differ that are one, where the model computes in float32
+STRAIGHT = 1e-6  # relative: by how much equal slopes may differ in float32
 
 
 class Silence(TorchFunctionMode):
-    """Attention inside the blocks weighs nothing, or products with some matrices of weights give zeros.
+    """Inside, attention in the blocks gives zeros, or products with the given weight matrices do.
 
-    Fused attention gives zeros, and so does every softmax over scores [.., T, .., S, ..] with S = T. With `only`, this
-    holds for the one of that number alone; `found` has the lines of all.
+    Attention is any fused attention, and any softmax over scores [.., T, .., S, ..] with S = T. With `only`, the one
+    of that number alone gives zeros. `found` lists the places of all.
     """
 
     def __init__(self, model: nn.Module, T: int, matrices: Collection[int] | None = None) -> None:
@@ -53,15 +60,15 @@ class Silence(TorchFunctionMode):
 
 
 def block_of(where: Where | None, blocks: list[str]) -> str | None:
-    """The block that a line runs in; None outside of all."""
+    """The block that a line runs in; None outside all blocks."""
     return next((block for block in blocks if where is not None and f"{where.module}.".startswith(f"{block}.")), None)
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A product that narrows rows, one that had widened them from that width, and how the first depends on the second.
+    """A product that narrows rows, an earlier one that widened them, and the slopes between the two.
 
-    `slopes` [N, F] are those of the sum of what the narrowing one is given.
+    `slopes` [N, F] is the gradient of the narrow product's summed input with respect to the wide product's output.
     """
 
     wide: Mapped
@@ -70,16 +77,16 @@ class FeedForward:
 
     @property
     def passed_on(self) -> float | None:
-        """The factor by which everything comes through, whatever it is; None where something bends it."""
+        """The one factor between the two products; None if what lies between them is not linear."""
         first = self.slopes.flatten()[0]
         alike = (self.slopes - first).abs().max() <= STRAIGHT * first.abs()
         return float(first) if bool(alike) and float(first) else None
 
 
 def feed_forwards(model: nn.Module, run: Callable[[], Any]) -> list[FeedForward]:
-    """The products that widen what another narrows again, where that depends on the same token's rows alone.
+    """Pairs of products in one block, of which the second narrows what the first widened, token by token.
 
-    Both are in one block, with nothing between that mixes tokens: the heads of attention may be wider than the model.
+    Nothing between the two may mix tokens. Otherwise attention with heads wider than the model would count too.
     """
     with torch.enable_grad(), WeightProducts(model) as products:
         run()
@@ -110,8 +117,42 @@ def _joined(wide: Mapped, narrow: Mapped) -> FeedForward | None:
 
 
 def narrowing_in_blocks(model: nn.Module, run: Callable[[], Any]) -> set[int]:
-    """The narrowing matrices of feed-forwards in blocks that the model holds: others are made anew in every call."""
+    """The narrowing matrices of feed-forwards in blocks, if they are parameters. Others are made anew in every call."""
     blocks = blocks_of(model)
     found = {pair.narrow.matrix for pair in feed_forwards(model, run) if block_of(pair.narrow.where, blocks)}
     held = [p.untyped_storage() for p in model.parameters()]
     return {m for m in found if any(h.data_ptr() <= m < h.data_ptr() + h.nbytes() for h in held)}
+
+
+def silences(subject: Subject, model: nn.Module) -> dict[str, Silence]:
+    """A `Silence` for attention and one for the feed-forwards, each if it is recognized."""
+    T = length(subject)
+    tokens = subject.tokens(3, T, seed=subject.seed)
+    attention = Silence(model, T)
+    with attention:
+        call(subject, model, tokens)
+    matrices = narrowing_in_blocks(model, lambda: subject.logits(model, tokens))
+    parts = {"attention": attention} if attention.found else {}
+    return parts | ({"feed-forward": Silence(model, T, matrices)} if matrices else {})
+
+
+def last_logits_change(
+    subject: Subject, model: nn.Module, silence: Silence, *, only: int | None = None, itself: bool | None = None
+) -> float:
+    """How far other tokens move the last logits while a part is silent, in standard deviations of the logits.
+
+    Without attention the last token is changed too, since it is all that can be seen. Without feed-forwards only the
+    earlier tokens are changed, whose effect comes through attention. `itself` overrides this choice.
+    """
+    tokens = subject.tokens(3, length(subject), seed=subject.seed)
+    others = (tokens + 1 + torch.arange(tokens.shape[1], device=tokens.device) % 3) % subject.sizes.vocab_size
+    if not (silence.matrices is None if itself is None else itself):
+        others[:, -1] = tokens[:, -1]
+    logits = []
+    for each in (tokens, others):
+        silence.only = only
+        silence.found.clear()
+        with silence:
+            logits.append(call(subject, model, each)[:, -1])
+    moves = float((logits[0] - logits[1]).abs().max()) / spread(call(subject, model, tokens))
+    return moves if math.isfinite(moves) else math.inf  # silence broke the model: nothing is known

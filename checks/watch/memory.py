@@ -22,7 +22,7 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[int, int] = {}  # of live storages, by address; 0 for those made before
         self.now = self.peak = 0
         self.largest: tuple[int, tuple[int, ...], Where | None] = (0, (), None)  # bytes, shape, line that made it
@@ -57,7 +57,8 @@ def _tensors(value: Any) -> list[Tensor]:
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most bytes held while it runs, beyond those held before. On CUDA and XPU the allocator counts them."""
     if device.type not in ("cuda", "xpu"):
-        with Held() as held:
+        held = Held()
+        with held:
             run()
         return held.peak
     allocator = getattr(torch, device.type)
@@ -66,4 +67,4 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     before = allocator.memory_allocated(device)
     run()
     allocator.synchronize(device)
-    return allocator.max_memory_allocated(device) - before
+    return int(allocator.max_memory_allocated(device)) - int(before)

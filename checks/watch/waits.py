@@ -28,11 +28,11 @@ def _picks_by_a_mask(func: Any, args: Any) -> bool:
     return any(index is not None and index.dtype == torch.bool for index in indices)
 
 
-class Waits(TorchDispatchMode):
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts waits by line of the subject's code. On CUDA it also counts, and hides, PyTorch's own warnings of them."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.by_line: Counter[Where] = Counter()
         self.said = 0  # PyTorch's own warnings on CUDA, whatever the operation
@@ -49,10 +49,11 @@ class Waits(TorchDispatchMode):
             warnings.simplefilter("always")
             self.before = torch.cuda.get_sync_debug_mode()
             torch.cuda.set_sync_debug_mode("warn")
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         if self.device.type == "cuda":
             torch.cuda.set_sync_debug_mode(self.before)
             self.said = sum("synchroniz" in str(warning.message) for warning in self.warned or ())
