@@ -1,6 +1,7 @@
-"""How foreign code is met: files and names, constructors, calls, return forms, masks, caches, losses, generators.
+"""From a user's file, module or object to a Subject: finds the model, builds it, and finds out how it is called.
 
-Nothing here judges. `UsageError` is a mistake of the user or something that cannot be decided for them.
+Each module is one stage; `foreign.py` puts them together. Nothing here judges a model. `UsageError` is a mistake of
+the user, or a choice that only they can make.
 """
 
 from .errors import UsageError

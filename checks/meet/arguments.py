@@ -1,4 +1,4 @@
-"""A constructor's arguments found from the sizes asked for: by parameter names, annotations and defaults."""
+"""Arguments for a constructor from the sizes wanted: by parameter names, annotations and defaults."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Parameter:
 
     @property
     def can_be_a_number(self) -> bool:
-        """By its default and annotation: a switch, a name or a part of the model is no size."""
+        """Whether it can be a size, by its default and annotation: a bool, a string or a module cannot."""
         if isinstance(self.default, bool | str | nn.Module | list | tuple | dict) or inspect.isclass(self.default):
             return False
         if inspect.isclass(self.kind):
@@ -48,20 +48,20 @@ class Parameter:
 class Signature:
     parameters: tuple[Parameter, ...]
     takes_anything: bool = False  # **kwargs
-    asks_kwargs: bool = False  # some constructor on the way has **kwargs, which it may read by name
+    asks_kwargs: bool = False  # a constructor among the base classes has **kwargs, which it may read by name
 
     def __contains__(self, name: str) -> bool:
         return any(p.name == name for p in self.parameters)
 
 
-def signature_of(target: Callable) -> Signature:
-    """The parameters of a class or function; what `**kwargs` hands on to a base class counts as well."""
+def signature_of(target: Callable[..., Any]) -> Signature:
+    """The parameters of a class or function, those of base classes included that `**kwargs` passes on."""
     if not inspect.isclass(target):
         return _signature(target, bound=True)
     maker = next((cls for cls in target.__mro__ if "__init__" in vars(cls)), object)
     code = getattr(vars(maker)["__init__"], "__code__", None)
     if "__dataclass_params__" in vars(maker) and code is not None and code.co_filename.startswith("<"):
-        return _of_fields(target)  # the constructor is @dataclass's own, not written by hand
+        return _of_fields(target)  # the constructor was made by @dataclass, not written by hand
     found: dict[str, Parameter] = {}
     asks = False
     for cls in target.__mro__:
@@ -98,14 +98,14 @@ def _of_pydantic(name: str, item: Any) -> Parameter:
     )
 
 
-def _made(factory: Callable) -> Any:
+def _made(factory: Callable[[], Any]) -> Any:
     try:
         return factory()
     except Exception:
         return None
 
 
-def _signature(function: Callable, *, bound: bool) -> Signature:
+def _signature(function: Callable[..., Any], *, bound: bool) -> Signature:
     parameters = list(inspect.signature(function).parameters.values())[0 if bound else 1 :]
     named = tuple(
         Parameter(
@@ -120,30 +120,32 @@ def _signature(function: Callable, *, bound: bool) -> Signature:
 
 
 def is_called(name: str, parameter: str) -> bool:
-    """Whether a class goes by the name of a parameter: `encoder`, of an Encoder or a TransformerEncoder."""
+    """Whether a class has the name of a parameter: Encoder and TransformerEncoder have that of `encoder`."""
     return len(parameter) > 2 and vocabulary.squash(name).endswith(vocabulary.squash(parameter))
 
 
 @dataclass
 class Filling:
-    """One filling of constructors from sizes: what was used of them, what else was set, what stayed without a value."""
+    """Gives constructors their arguments, and records sizes used, other values set and parameters without a value."""
 
     sizes: Mapping[str, Any]
     causal: bool = True
-    spelled: frozenset[str] = frozenset()  # configuration keys that the subject's code reads
-    from_kwargs: frozenset[str] = frozenset()  # those of them that it reads from **kwargs
-    choices: Mapping[str, list[str]] = field(default_factory=dict)  # strings that the code compares a setting with
-    choice: int = 0  # which of them
-    elsewhere: Callable[[str], Any] = lambda name: MISSING  # what the project gives a setting that no size gives
-    optional: frozenset[str] = frozenset()  # configuration keys that the code asks for and can do without
+    spelled: frozenset[str] = frozenset()  # configuration keys that the user's code reads
+    from_kwargs: frozenset[str] = frozenset()  # those that it reads from **kwargs
+    choices: Mapping[str, list[str]] = field(
+        default_factory=dict
+    )  # strings that the code compares a setting with, by setting
+    choice: int = 0  # which of these strings to use
+    elsewhere: Callable[[str], Any] = lambda name: MISSING  # what the project's files say
+    optional: frozenset[str] = frozenset()  # configuration keys that the code can do without
     nested: frozenset[str] = frozenset()  # configuration keys that are configurations themselves
-    special: Mapping[str, Any] = field(default_factory=dict)  # values of the variant being tried, by squashed name
-    used: dict[str, str] = field(default_factory=dict)  # parameter -> the size that it got
-    assumed: dict[str, Any] = field(default_factory=dict)  # parameter -> a value that is no size
+    special: Mapping[str, Any] = field(default_factory=dict)  # values of the variant being tried, by name
+    used: dict[str, str] = field(default_factory=dict)  # parameter -> the size that it was given
+    assumed: dict[str, Any] = field(default_factory=dict)  # parameter -> a value that is not a size
     missing: list[str] = field(default_factory=list)
 
     def value(self, parameter: Parameter, among: Iterable[str]) -> Any:
-        """What the parameter gets; MISSING where its default stays."""
+        """The value for a parameter; MISSING if its default stays."""
         name, plain = parameter.name, vocabulary.squash(parameter.name)
         if (special := self._special(parameter)) is not MISSING:
             self.assumed[name] = special
@@ -175,7 +177,7 @@ class Filling:
         return value
 
     def _special(self, parameter: Parameter) -> Any:
-        """What the variant being tried gives the parameter; MISSING where it says nothing of it."""
+        """The value for the parameter in the variant being tried; MISSING if the variant has none."""
         value, default = self.special.get(vocabulary.squash(parameter.name), MISSING), parameter.default
         if value is WIDTH:
             return self.sizes["n_embd"]
@@ -184,7 +186,7 @@ class Filling:
         return self.sizes.get("padding") if value is SPARE else value
 
     def from_project(self, parameter: Parameter, kinds: tuple[type, ...] = (bool, int, float)) -> Any:
-        """What the project writes down for it, if it is of the kind that is asked for; MISSING otherwise."""
+        """The value that the project's files give it, if it is of the right type; MISSING otherwise."""
         value = self.elsewhere(parameter.name)
         asked = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(parameter.kind, kinds)
         if not isinstance(value, asked):
@@ -193,7 +195,7 @@ class Filling:
         return value
 
     def arguments(self, signature: Signature) -> dict[str, Any]:
-        """Keyword arguments for one constructor. A required parameter that nothing fills is noted as missing."""
+        """Keyword arguments for one constructor. A required parameter without a value is noted as missing."""
         parameters = list(signature.parameters)
         spelled = self.spelled if signature.takes_anything else self.from_kwargs if signature.asks_kwargs else ()
         parameters += [Parameter(name) for name in sorted(spelled) if name not in signature]
@@ -209,11 +211,11 @@ class Filling:
 
 
 class Unset(AttributeError):
-    """A setting, or a part of a tokenizer that stands in for the subject's own, that no size gives."""
+    """Code reads a setting, or an attribute of a placeholder tokenizer, for which there is no value."""
 
 
-class Settings(dict):
-    """A configuration for code that says what it wants by asking: `cfg["n_layer"]` or `cfg.n_layer`."""
+class Settings(dict[str, Any]):
+    """A configuration that finds a value when code reads a setting: `cfg["n_layer"]` or `cfg.n_layer`."""
 
     def __init__(self, filling: Filling, base: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -221,7 +223,7 @@ class Settings(dict):
         self.__dict__["_filling"], self.__dict__["_asked"] = filling, [*filling.spelled, *base]
         layers = next((v for k, v in base.items() if vocabulary.size_of(k) == "n_layer"), None)
         for name, default in base.items():
-            if isinstance(default, list) and len(default) == layers:  # one entry a layer
+            if isinstance(default, list) and len(default) == layers:  # one entry per layer
                 self[name] = default[-filling.sizes["n_layer"] :]
                 continue
             value = filling.value(Parameter(name, default), base)

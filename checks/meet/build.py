@@ -1,4 +1,4 @@
-"""A class or factory turned into `build(sizes) -> model`: the ways to do it, the surest first."""
+"""`Recipe`: one way to build a model from sizes with a class or factory; `recipes`: all ways, the surest first."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from . import configs, vocabulary
 from .arguments import CONFIG_NAMES, SPARE, WIDTH, Filling, Parameter, Settings, Signature, is_called, signature_of
 from .configs import Option
 from .definitions import pure
-from .imports import Source
 from .sandbox import Sandbox
+from .source import Source
 from .stubs import Stub
 
-# What is tried when a constructor refuses the first filling: another of the strings that it compares a setting with,
-# no name of a preset beside the sizes.
+# Variants to try if a constructor refuses the first arguments: another of the strings that it compares a setting with;
+# no preset beside the sizes.
 NO_PRESET = {"modeltype": None, "preset": None, "version": None, "modelname": None}
-# Left to None by default, and needed all the same: the base of rotary positions, an id for padding.
+# None by default but needed: the base of rotary positions, an id for padding.
 NEEDED = dict.fromkeys(("ropetheta", "theta", "ropebase"), 10_000.0) | dict.fromkeys(vocabulary.PADDING, SPARE)
-# Beside another name for the width, the feed-forward width as a rule; in some configurations the width once more.
+# Beside another name for the width these are usually the feed-forward width, but sometimes the width again.
 TWICE = dict.fromkeys(vocabulary.HIDDEN, WIDTH)
 VARIANTS: tuple[tuple[int, dict[str, Any]], ...] = ((1, {}), (0, NO_PRESET), (0, NEEDED), (0, TWICE))
 INITIALIZERS = ("init_weights", "initialize_weights", "reset_parameters", "initialize", "init_parameters")
 
 
 class Unfillable(Exception):
-    """A constructor wants what no size gives: `missing` names the parameters."""
+    """A constructor needs values that were not found: `missing` names the parameters."""
 
     def __init__(self, missing: list[str]) -> None:
-        super().__init__(f"nothing to give for {', '.join(missing)}")
+        super().__init__(f"no value found for {', '.join(missing)}")
         self.missing = missing
 
 
@@ -52,7 +52,7 @@ class NotAModel(TypeError):
 class Recipe:
     """One way to build a model from sizes."""
 
-    target: Callable
+    target: Callable[..., Any]
     says: str  # GPTConfig(vocab_size, block_size), once built
     sandbox: Sandbox
     causal: bool
@@ -61,17 +61,19 @@ class Recipe:
     choice: int = 0
     varies: dict[str, str] = field(default_factory=dict)  # parameter -> size
     assumed: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)  # settings that the project gives -> the file that does
-    _sizes: dict[int, tuple[ref, dict[str, Any]]] = field(default_factory=dict)  # of the models built, by their id
-    _settled: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)  # settings found in the project's files -> the file
+    _sizes: dict[int, tuple[ref[nn.Module], dict[str, Any]]] = field(
+        default_factory=dict
+    )  # of the models built, by their id
+    _globals: dict[str, Any] = field(default_factory=dict)
     _reads_globals: bool = False
 
     def build(self, sizes: Mapping[str, Any]) -> nn.Module:
-        """A fresh model. Raises Unfillable, NotAModel, or what the subject's code raises."""
+        """A fresh model. Raises Unfillable, NotAModel, or what the user's code raises."""
         filling = self.filling(sizes)
         self.varies, self.assumed = filling.used, filling.assumed
         with self.sandbox:
-            self.settle(sizes, filling)
+            self.set_globals(sizes, filling)
             model = as_module(self._call(filling), self.sandbox)
             self._initialize(model)
         self._sizes = {key: known for key, known in self._sizes.items() if known[0]() is not None}
@@ -79,14 +81,14 @@ class Recipe:
         return model
 
     @functools.cached_property
-    def asked(self) -> configs.Asked:
-        return configs.asked_by(self.sandbox)
+    def reads(self) -> configs.Reads:
+        return configs.reads_of(self.sandbox)
 
     def filling(self, sizes: Mapping[str, Any]) -> Filling:
-        said = self.asked
+        reads = self.reads
         return Filling(
-            sizes, self.causal, said.spelled, said.from_kwargs, said.choices, self.choice, self._elsewhere,
-            said.optional, said.nested, self.special,
+            sizes, self.causal, reads.spelled, reads.from_kwargs, reads.choices, self.choice, self._elsewhere,
+            reads.optional, reads.nested, self.special,
         )  # fmt: skip
 
     def _elsewhere(self, name: str) -> Any:
@@ -97,16 +99,16 @@ class Recipe:
         return given[0]
 
     def sizes_of(self, model: nn.Module) -> Mapping[str, Any] | None:
-        """The sizes that a model was built with; None for another one, a copy say."""
+        """The sizes that a model was built with; None for a model that was not built here, such as a copy."""
         known = self._sizes.get(id(model))
         return known[1] if known is not None and known[0]() is model else None
 
-    def settle_for(self, model: nn.Module) -> None:
-        """Where sizes are globals, sets them to those that the model was built with."""
+    def set_globals_for(self, model: nn.Module) -> None:
+        """If sizes are globals, sets them to those that the model was built with."""
         sizes = self.sizes_of(model)
-        if self._reads_globals and sizes is not None and sizes != self._settled:
+        if self._reads_globals and sizes is not None and sizes != self._globals:
             with self.sandbox:
-                self.settle(sizes)
+                self.set_globals(sizes)
 
     def _call(self, filling: Filling) -> Any:
         scope = self.scope
@@ -129,7 +131,7 @@ class Recipe:
         return _apply(self.target, given)
 
     def _share(self, config: Any) -> None:
-        """Code may read the configuration as a global as well, which a script or a notebook elsewhere sets."""
+        """Sets globals that should hold the configuration: code may read it there instead of from its argument."""
         for name, module in self.sandbox.modules_now().items():
             for free in self.sandbox.sources[name].free_names if name in self.sandbox.sources else ():
                 if vocabulary.squash(free) in CONFIG_NAMES and not hasattr(module, free):
@@ -142,32 +144,32 @@ class Recipe:
     def scope(self) -> Mapping[str, Any]:
         return scope_of(self.target, self.sandbox)
 
-    def settle(self, sizes: Mapping[str, Any], filling: Filling | None = None) -> None:
-        """Sets the sizes that the file's functions read as globals, and what is computed from them."""
+    def set_globals(self, sizes: Mapping[str, Any], filling: Filling | None = None) -> None:
+        """Sets the sizes that the user's functions read as globals, and what is computed from them."""
         if self.sandbox.file is None:
             return
         for name, module in list(self.sandbox.modules_now().items()):
             source = self.sandbox.sources.get(name)
             if source is not None:
-                changed = set_globals(module, source, sizes, filling or self.filling(sizes))
+                changed = _set_globals_of(module, source, sizes, filling or self.filling(sizes))
                 self._reads_globals |= bool(changed)
-        self._settled = dict(sizes)
+        self._globals = dict(sizes)
 
     def _initialize(self, model: nn.Module) -> None:
-        """Calls what the class has for it and its constructor does not: weights on the meta device, or by hand."""
+        """Calls the class's own initializer if its constructor does not; moves weights off the meta device."""
         name = next((n for n in INITIALIZERS if _by_hand(type(model), n, self.sandbox)), None)
         on_meta = [m for m in model.modules() if any(x.is_meta for x in (*m.parameters(False), *m.buffers(False)))]
-        for module in on_meta:  # what the constructor has given values keeps them
+        for module in on_meta:  # weights that have values keep them
             module.to_empty(device="cpu", recurse=False)
         if name is None and on_meta:
-            raise NotAModel("its weights are on the meta device, and no init_weights() gives them values")
+            raise NotAModel("its weights are on the meta device, and there is no init_weights() to give them values")
         if name is not None:
             getattr(model, name)()
-            self.sandbox.remark(f"{name}() called after construction")
+            self.sandbox.remark(f"{name}() is called after construction")
 
 
 def _by_hand(cls: type, name: str, sandbox: Sandbox) -> bool:
-    """Whether a class of the subject has an initializer without arguments that its constructor never calls."""
+    """Whether a user's class has an initializer without arguments that its constructor never calls."""
     method = next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
     if not inspect.isfunction(method) or not sandbox.owns(method.__code__.co_filename):
         return False
@@ -181,8 +183,8 @@ def _names_in(code: Any) -> set[str]:
     return {*code.co_names, *(n for c in inner for n in _names_in(c))}
 
 
-def _apply(target: Callable, given: Mapping[str, Any]) -> Any:
-    """Calls with keywords, positions where the signature allows only those."""
+def _apply(target: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """Calls with keywords, and by position where the signature allows nothing else."""
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):
@@ -193,7 +195,7 @@ def _apply(target: Callable, given: Mapping[str, Any]) -> Any:
 
 
 def resolved(signature: Signature, scope: Mapping[str, Any]) -> Signature:
-    """The same with annotations that are strings replaced by the classes that they name."""
+    """The same signature with string annotations replaced by the classes that they name."""
     parameters = (replace(p, kind=configs.resolve(p.kind, scope) or p.kind) for p in signature.parameters)
     return replace(signature, parameters=tuple(parameters))
 
@@ -201,7 +203,7 @@ def resolved(signature: Signature, scope: Mapping[str, Any]) -> Signature:
 def _complete(
     signature: Signature, filling: Filling, given: dict[str, Any], scope: Mapping[str, Any], depth: int = 2
 ) -> None:
-    """Gives what no size gives: parts of the model, built, and values that the project writes down."""
+    """Adds what is not a size: parts of the model, which are built, and values found in the project's files."""
     for wanted in (p for p in signature.parameters if p.name in filling.missing):
         value = _part(wanted, filling, scope, depth) if depth else None
         if value is None and (value := filling.from_project(wanted)) is vocabulary.MISSING:
@@ -211,7 +213,7 @@ def _complete(
 
 
 def _part(parameter: Parameter, filling: Filling, scope: Mapping[str, Any], depth: int) -> Any:
-    """A required part that is no number: a tokenizer's sizes, or a module of a class in the file."""
+    """A required argument that is not a number: a placeholder tokenizer, or a module of a class in the file."""
     plain = vocabulary.squash(parameter.name)
     if "token" in plain and plain.endswith(("izer", "ize")):
         return Settings(filling)
@@ -229,7 +231,7 @@ def _part(parameter: Parameter, filling: Filling, scope: Mapping[str, Any], dept
 
 
 def _classes_of(parameter: Parameter, filling: Filling, scope: Mapping[str, Any]) -> list[type]:
-    """Of its annotation; without one, those of its name: `encoder` may be an Encoder or a TransformerEncoder."""
+    """The classes that fit a parameter by annotation or name: for `encoder`, Encoder and TransformerEncoder."""
     kind = configs.resolve(parameter.kind, scope)
     classes: list[Any] = [v for v in scope.values() if inspect.isclass(v) and v is not nn.Module]
     if kind is not None and issubclass(kind, nn.Module) and kind is not nn.Module:
@@ -241,14 +243,14 @@ def _classes_of(parameter: Parameter, filling: Filling, scope: Mapping[str, Any]
     return sorted(called, key=lambda cls: len(cls.__name__))
 
 
-def scope_of(target: Callable, sandbox: Sandbox) -> Mapping[str, Any]:
+def scope_of(target: Callable[..., Any], sandbox: Sandbox) -> Mapping[str, Any]:
     """The names that the target's own module sees."""
     module = sandbox.modules_now().get(target.__module__) or inspect.getmodule(target)
     return vars(module) if module is not None else getattr(target, "__globals__", {})
 
 
-def recipes(target: Callable, sandbox: Sandbox, causal: bool) -> Iterator[Recipe]:
-    """The ways to build with `target`, the surest first: each choice of configuration, then the variants."""
+def recipes(target: Callable[..., Any], sandbox: Sandbox, causal: bool) -> Iterator[Recipe]:
+    """The ways to build with `target`, the surest first: each choice of configuration, then each variant."""
     with sandbox:
         signature, scope = signature_of(target), scope_of(target, sandbox)
         wants = [p for p in signature.parameters if wants_config(p, scope)]
@@ -262,9 +264,9 @@ def recipes(target: Callable, sandbox: Sandbox, causal: bool) -> Iterator[Recipe
 
 
 def _configurations(
-    wants: list[Parameter], target: Callable, scope: Mapping[str, Any], sandbox: Sandbox
+    wants: list[Parameter], target: Callable[..., Any], scope: Mapping[str, Any], sandbox: Sandbox
 ) -> Iterator[dict[str, Option]]:
-    """An option for each parameter that is a configuration; of a single one, no more are sought than are asked for."""
+    """An option for each parameter that is a configuration. For a single one, options are looked for only as needed."""
     if len(wants) != 1:
         with sandbox:
             choices = [list(configs.options(p, target, scope, sandbox)) for p in wants]
@@ -290,10 +292,10 @@ def wants_config(parameter: Parameter, scope: Mapping[str, Any]) -> bool:
     return annotated or (parameter.is_config and not isinstance(parameter.default, str | int | float))
 
 
-class Callable_(nn.Module):
+class FunctionModule(nn.Module):
     """A plain function or object that gives logits, as a module without parameters."""
 
-    def __init__(self, function: Callable) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
 
@@ -302,24 +304,26 @@ class Callable_(nn.Module):
 
 
 def as_module(built: Any, sandbox: Sandbox) -> nn.Module:
-    """The model in what a factory gave."""
+    """The model in what a class or factory returned."""
     if isinstance(built, nn.Module):
         return built
     if isinstance(built, tuple | list):
         for item in built:
             if isinstance(item, nn.Module):
-                sandbox.remark(f"the factory gives {len(built)} values: the {type(item).__name__} is the model")
+                sandbox.remark(
+                    f"the factory returns {len(built)} values: the {type(item).__name__} is taken as the model"
+                )
                 return item
     if callable(built) and not inspect.isclass(built):
-        return Callable_(built)
-    raise NotAModel(f"got {type(built).__name__}, which is neither an nn.Module nor callable")
+        return FunctionModule(built)
+    raise NotAModel(f"expected a model, got {type(built).__name__}, which is neither an nn.Module nor callable")
 
 
 # -- sizes as globals
 
 
-def set_globals(module: ModuleType, source: Source, sizes: Mapping[str, Any], filling: Filling) -> set[str]:
-    """Gives the globals of a module that functions read and that are named like sizes those sizes."""
+def _set_globals_of(module: ModuleType, source: Source, sizes: Mapping[str, Any], filling: Filling) -> set[str]:
+    """Sets the globals that the module's functions read and that are named like sizes; returns their names."""
     scope = vars(module)
     changed: set[str] = set()
     for name in source.free_names:
@@ -358,8 +362,8 @@ def _of_global(name: str, current: Any, filling: Filling) -> Any:
     return vocabulary.MISSING
 
 
-def _set_table(name: str, table: dict, filling: Filling) -> set[str]:
-    """Sizes inside a table of presets, `{"small": dict(n_layer=12, …)}`."""
+def _set_table(name: str, table: dict[Any, Any], filling: Filling) -> set[str]:
+    """Sets the sizes inside a table of presets, `{"small": dict(n_layer=12, …)}`."""
     rows = [row for row in table.values() if isinstance(row, dict) and configs.sized(row) >= 2]
     for row in rows:
         for key, default in row.items():

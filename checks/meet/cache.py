@@ -1,7 +1,7 @@
-"""A model's key-value cache: which of the usual protocols it speaks, by its parameters' names and by trying.
+"""A model's key-value cache: which of the usual protocols it follows, by its parameters' names and by trying.
 
-A protocol whose names declare it is met if it runs; one that is only guessed, if a text read over it in two pieces has
-the logits of the text read whole.
+A protocol that the names declare is accepted if it runs. One that is only guessed is accepted if a text read in two
+pieces with the cache has the same logits as the text read at once.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from .sandbox import Sandbox
 
 RESETS = ("reset_kv_cache", "reset_cache", "clear_cache", "clear_kv_cache", "empty_cache", "reset_caches", "reset")
 KEPT = ("past_key_values", "kv_cache", "cache", "past", "presents", "state", "mems")
-CLOSE = 1e-3  # of the deviation of the logits: a guess is right or far off
+CLOSE = 1e-3  # in standard deviations of the logits: a guess is right or far off
 
 
 @dataclass
 class Cache:
-    """What a model has read so far: its own state, and how many tokens that were."""
+    """What a model has read so far: its own state, and the number of tokens."""
 
     protocol: Protocol
     state: Any = None
     length: int = 0
     inside_the_model: bool = False
-    mask: Tensor | None = None  # of all tokens so far, where padding was among them
+    mask: Tensor | None = None  # of all tokens so far, if there was padding among them
 
     def seen(self, mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """The mask of the tokens so far and these [B, S]; None while none was padding."""
+        """The mask [B, S] of the tokens so far and these; None as long as there was no padding."""
         if mask is None and self.mask is None:
             return None
         B, T = tokens.shape
@@ -50,7 +50,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a model is given its cache and where it puts it back."""
+    """How a model is given its cache and where it returns it."""
 
     says: str
     fresh: Callable[[nn.Module, int], Any]  # model, batch size -> state
@@ -58,7 +58,7 @@ class Protocol:
     kept: Callable[[Any], Any] | None = None  # output -> state; None: the state is changed in place
     declared: bool = True
     inside: bool = False
-    whole_mask: bool = False  # whether the mask argument is of all tokens so far
+    whole_mask: bool = False  # whether the mask argument covers all tokens so far
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def new(self, model: nn.Module, batch_size: int) -> Cache:
@@ -66,9 +66,9 @@ class Protocol:
 
 
 def step(forward: Forward, model: nn.Module, tokens: Tensor, cache: Cache, more: Mapping[str, Any]) -> Tensor:
-    """Logits of these tokens [B, T, V], or of the last of them [B, 1, V] where the model gives no more."""
+    """Logits of these tokens [B, T, V], or of the last one [B, 1, V] if the model returns no more."""
     protocol = cache.protocol
-    output = forward.way.run(model, tokens, **{**protocol.given(cache, tokens), **more})
+    output = forward.call.run(model, tokens, **{**protocol.given(cache, tokens), **more})
     if protocol.kept is not None:
         cache.state = protocol.kept(output)
     cache.length += tokens.shape[1]
@@ -78,10 +78,10 @@ def step(forward: Forward, model: nn.Module, tokens: Tensor, cache: Cache, more:
         return forward.read(output, len(tokens), 1)
 
 
-def meet_cache(
+def find_protocol(
     forward: Forward, model: nn.Module, sandbox: Sandbox, sizes: Mapping[str, Any], tokens: Tensor
 ) -> Protocol | None:
-    """The protocol that the model speaks, if any."""
+    """The protocol that the model follows; None if no known one works."""
     for protocol in protocols(model, sandbox, sizes):
         try:
             apart = _apart(forward, model, protocol, tokens)
@@ -94,7 +94,10 @@ def meet_cache(
 
 @torch.no_grad()
 def _apart(forward: Forward, model: nn.Module, protocol: Protocol, tokens: Tensor) -> float:
-    """How far a text read in two pieces is from the same read whole, in deviations. Raises where it cannot be read."""
+    """How much the logits of a text read in pieces differ from those read at once, in standard deviations.
+
+    Raises if the text cannot be read so.
+    """
     cut = tokens.shape[1] // 2
     whole = forward.logits(model, tokens)
     cache = protocol.new(model, len(tokens))
@@ -103,7 +106,7 @@ def _apart(forward: Forward, model: nn.Module, protocol: Protocol, tokens: Tenso
         step(forward, model, tokens[:, t : t + 1].contiguous(), cache, {}) for t in range(cut, tokens.shape[1])
     ]  # fmt: skip
     if protocol.kept is not None and cache.state is None:
-        raise Unreadable("the model gives no cache back")
+        raise Unreadable("the model returns no cache")
     return float((torch.cat(pieces, dim=1) - whole[:, cut:]).abs().max() / whole.std())
 
 
@@ -127,8 +130,8 @@ def protocols(model: nn.Module, sandbox: Sandbox, sizes: Mapping[str, Any]) -> I
         )
     if argument is not None:
         yield Protocol(
-            f"{argument}=, given back", lambda m, B: None, lambda c, x: {argument: c.state, **at(c, x)},
-            kept=_given_back, whole_mask=True, declared=True,
+            f"{argument}=, returned", lambda m, B: None, lambda c, x: {argument: c.state, **at(c, x)},
+            kept=_returned, whole_mask=True, declared=True,
         )  # fmt: skip
         for cls in _cache_classes(model, sandbox):
             yield Protocol(
@@ -154,14 +157,14 @@ def protocols(model: nn.Module, sandbox: Sandbox, sizes: Mapping[str, Any]) -> I
         )
 
 
-def _made(maker: Callable, B: int, capacity: int) -> Any:
-    """A cache of a model's own making: of a batch size, and of a capacity where that is asked for."""
+def _made(maker: Callable[..., Any], B: int, capacity: int) -> Any:
+    """A cache from the model's own function: for a batch size, and a capacity if it takes one."""
     required = [p for p in inspect.signature(maker).parameters.values() if p.default is p.empty]
     return maker(*(B, capacity)[: max(len(required), 1)])
 
 
-def _given_back(output: Any) -> Any:
-    """The cache in an output: by its name in an object, else what is not the logits."""
+def _returned(output: Any) -> Any:
+    """The cache in an output: by its name in an object, or whatever is not the logits."""
     if isinstance(output, Mapping):
         return next((output[key] for key in KEPT if output.get(key) is not None), None)
     if isinstance(output, tuple | list):
@@ -177,7 +180,7 @@ def _scalar(value: Any) -> bool:
 
 
 def _cache_classes(model: nn.Module, sandbox: Sandbox) -> list[type]:
-    """Classes called something like cache that the model's module knows."""
+    """Classes with cache in their names that the model's module can see."""
     scope = scope_of(type(model), sandbox)
     return [v for k, v in scope.items() if inspect.isclass(v) and "cache" in k.lower() and sandbox.owns(_file_of(v))]
 

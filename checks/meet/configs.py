@@ -1,4 +1,4 @@
-"""Where a model's configuration comes from: its class, one beside it, a dictionary in the file, or what it reads."""
+"""The configuration of a model: its class, one in another file, a dictionary, or one made of the settings it reads."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ LIKE_A_CONFIG = ("config", "args", "params", "hyper", "setting", "options", "cfg
 
 @dataclass(frozen=True)
 class Option:
-    """One way to come by a configuration: what to call it, and how it is made."""
+    """One way to get a configuration: its name in the header, and how it is made."""
 
     says: str
     make: Callable[[Filling], Any]
 
 
-def options(parameter: Parameter, target: Callable, scope: Mapping[str, Any], sandbox: Sandbox) -> Iterator[Option]:
-    """Ways to make what a parameter like `config` wants, the surest first."""
+def options(
+    parameter: Parameter, target: Callable[..., Any], scope: Mapping[str, Any], sandbox: Sandbox
+) -> Iterator[Option]:
+    """The ways to make a value for a parameter like `config`, the surest first."""
     for cls in _own_classes(parameter, target, scope, sandbox):
         yield Option(cls.__name__, functools.partial(make, cls, scope))
     if (default := getattr(target, "get_default_config", None)) is not None:
@@ -45,18 +47,20 @@ def options(parameter: Parameter, target: Callable, scope: Mapping[str, Any], sa
             yield Option(name, functools.partial(Settings, base=_plain_vars(value)))
     for literal in _dictionaries(sandbox, scope):
         yield Option("a dictionary", functools.partial(Settings, base=literal))
-    read, elsewhere = asked_by(sandbox).read, _classes_elsewhere(sandbox)
+    read, elsewhere = reads_of(sandbox).read, _classes_elsewhere(sandbox)
     elsewhere.sort(key=lambda cls: (-len(read & _fields(cls)), not _affinity(cls, target), cls.__name__))
     for cls in elsewhere:
         if read <= _fields(cls):
             yield Option(cls.__name__, functools.partial(make, cls, scope))
-    yield Option("a configuration with what it reads", Settings)
+    yield Option("a configuration with the settings that the code reads", Settings)
     for cls in elsewhere:
         yield Option(cls.__name__, functools.partial(make, cls, scope))
 
 
-def _own_classes(parameter: Parameter, target: Callable, scope: Mapping[str, Any], sandbox: Sandbox) -> list[type]:
-    """Configuration classes that the annotation, the class itself or its module names."""
+def _own_classes(
+    parameter: Parameter, target: Callable[..., Any], scope: Mapping[str, Any], sandbox: Sandbox
+) -> list[type]:
+    """Configuration classes named by the annotation, by the model's class or in its module."""
     named = [resolve(parameter.kind, scope), getattr(target, "config_class", None)]
     first = [cls for cls in named if inspect.isclass(cls) and is_config(cls)]
     found = {v for v in scope.values() if inspect.isclass(v) and is_config(v) and sandbox.owns(_file(v))}
@@ -65,19 +69,19 @@ def _own_classes(parameter: Parameter, target: Callable, scope: Mapping[str, Any
 
 
 def _classes_elsewhere(sandbox: Sandbox) -> list[type]:
-    """Configuration classes of other files of the project that are called something like config."""
+    """Configuration classes in other files of the project whose names end like config."""
     modules = list(_beside(sandbox))
     return list({cls for module in modules for cls in vars(module).values() if inspect.isclass(cls) and is_config(cls)})
 
 
-def _affinity(cls: type, target: Callable) -> bool:
-    """GPTConfig goes with GPT."""
+def _affinity(cls: type, target: Callable[..., Any]) -> bool:
+    """Whether a configuration class goes with a model by name, as GPTConfig with GPT."""
     name = cls.__name__.lower().replace("config", "").replace("args", "")
     return bool(name) and name in target.__name__.lower()
 
 
 def _beside(sandbox: Sandbox) -> Iterator[ModuleType]:
-    """Modules called something like config beside the file."""
+    """Imports the modules near the file whose names end like config."""
     if sandbox.file is None:
         return
     for root in dict.fromkeys((sandbox.file.parent, *sandbox.near, *sandbox.far)):
@@ -95,12 +99,12 @@ def _file(cls: type) -> str:
     for value in vars(cls).values():
         code = getattr(inspect.unwrap(value) if inspect.isfunction(value) else value, "__code__", None)
         if code is not None and not code.co_filename.startswith("<"):
-            return code.co_filename
+            return str(code.co_filename)
     return "" if cls.__module__ == "builtins" else getattr(inspect.getmodule(cls), "__file__", None) or "subject"
 
 
 def resolve(kind: Any, scope: Mapping[str, Any]) -> type | None:
-    """The class behind an annotation: of a string, of `Optional[X]`; of `dict[str, X]` it is dict."""
+    """The class behind an annotation: that of a string or of `Optional[X]`; for `dict[str, X]` it is dict."""
     if isinstance(kind, str):
         try:
             kind = eval(kind, dict(scope))
@@ -142,7 +146,7 @@ def _plain_vars(value: Any) -> dict[str, Any]:
 
 
 def make(cls: type, scope: Mapping[str, Any], filling: Filling) -> Any:
-    """An instance of a configuration class; nested configurations too."""
+    """An instance of a configuration class, nested configurations included."""
     signature = signature_of(cls)
     nested = {
         p.name: kind for p in signature.parameters
@@ -150,23 +154,23 @@ def make(cls: type, scope: Mapping[str, Any], filling: Filling) -> Any:
     }  # fmt: skip
     before = len(filling.missing)
     given = filling.arguments(signature)
-    del filling.missing[before:]  # a required field that nothing fills: let the class speak for itself
+    del filling.missing[before:]  # if a required field has no value, the class itself says so
     given.update({name: make(kind, scope, filling) for name, kind in nested.items()})
     config = cls(**given)
-    if not given or signature.takes_anything:  # it takes no sizes by name, a file or a dictionary perhaps
+    if not given or signature.takes_anything:  # it takes no sizes by name, but perhaps a file or a dictionary
         _set_sizes(config, filling, done=given)
     return config
 
 
-def _adapted(default: Callable, filling: Filling) -> Any:
+def _adapted(default: Callable[[], Any], filling: Filling) -> Any:
     return _set_sizes(default(), filling)
 
 
 def _set_sizes(config: Any, filling: Filling, done: Iterable[str] = ()) -> Any:
-    """Overwrites the sizes among the attributes of a configuration that was made without them."""
+    """Overwrites the sizes among the attributes of a configuration made without them."""
     attributes = {**{k: v for c in type(config).__mro__[:-1] for k, v in vars(c).items()}, **_plain_vars(config)}
     known = {k: v for k, v in attributes.items() if not k.startswith("_") and not callable(v)}
-    wanted = {**dict.fromkeys(filling.spelled), **known}
+    wanted = {**dict.fromkeys(sorted(filling.spelled)), **known}
     for name, default in wanted.items():
         if name in done or isinstance(default, property):
             continue
@@ -177,29 +181,29 @@ def _set_sizes(config: Any, filling: Filling, done: Iterable[str] = ()) -> Any:
     return config
 
 
-# -- what the code says about its configuration
+# -- what the code reads from its configuration
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the subject's code says about its settings by reading them."""
+class Reads:
+    """The settings that the user's code reads from its configuration, and how."""
 
-    read: frozenset[str]  # every setting that the file itself reads
-    spelled: frozenset[str]  # those of all files that are sizes: `config.n_layer`, `self.cfg["n_layer"]`
+    read: frozenset[str]  # every setting that the model's own file reads
+    spelled: frozenset[str]  # those in all files that are sizes: `config.n_layer`, `self.cfg["n_layer"]`
     from_kwargs: frozenset[str]  # `kwargs.get("n_layer")`
     optional: frozenset[str]  # `getattr(config, "use_moe", False)`, `hasattr(config, "use_moe")`
     nested: frozenset[str]  # `config["attention"]["heads"]`, `config.attention.heads`
     choices: dict[str, list[str]]  # strings that a setting is compared with: `if config.model_type == "gpt"`
 
 
-def asked_by(sandbox: Sandbox) -> Asked:
+def reads_of(sandbox: Sandbox) -> Reads:
     read: set[str] = set()
     mine: set[str] = set()
     from_kwargs: set[str] = set()
     optional: set[str] = set()
     nested: set[str] = set()
     choices: dict[str, list[str]] = {}
-    ordered = sorted(sandbox.sources.items(), key=lambda item: item[0] != sandbox.main)  # the subject's own file first
+    ordered = sorted(sandbox.sources.items(), key=lambda item: item[0] != sandbox.main)  # the model's own file first
     for name, source in ordered:
         scope = vars(sandbox.modules_now().get(name, vocabulary))
         for node in sorted(source.nodes, key=lambda node: getattr(node, "lineno", 0)):
@@ -209,8 +213,8 @@ def asked_by(sandbox: Sandbox) -> Asked:
             elif (key := _key(node)) is not None and _is_config(key[0]):
                 read.add(key[1])
                 from_kwargs |= {key[1]} if isinstance(key[0], ast.Name) and key[0].id.endswith("kwargs") else set()
-            elif isinstance(node, ast.Call) and (asked := _asked_softly(node)):
-                optional.add(asked)
+            elif isinstance(node, ast.Call) and (name_read := _read_softly(node)):
+                optional.add(name_read)
             elif isinstance(node, ast.Compare) and (choice := _choice(node, scope)) is not None:
                 choices.setdefault(choice[0], []).append(choice[1])
         mine |= read if name == sandbox.main else set()
@@ -218,13 +222,13 @@ def asked_by(sandbox: Sandbox) -> Asked:
         name for name in read
         if vocabulary.size_of(name) or {vocabulary.squash(name)} & {*choices, *vocabulary.KEY_VALUE_HEADS}
     )  # fmt: skip
-    return Asked(
+    return Reads(
         frozenset(mine), known, known & from_kwargs, frozenset(optional), frozenset(nested - optional), choices
     )
 
 
 def _inner(node: ast.AST) -> set[str]:
-    """The key of a configuration whose value is read by keys in turn, or is asked for one of them."""
+    """The key of a configuration whose value is itself read by keys: a nested configuration."""
     if isinstance(node, ast.Subscript) and not isinstance(node.slice, ast.Constant | ast.Slice):
         return _table(node.value)  # config["presets"][name]
     if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
@@ -244,7 +248,8 @@ def _table(node: ast.expr) -> set[str]:
 METHODS = frozenset(dir(str)) | frozenset(dir(dict)) | {"type", "dtype", "shape", "append"}
 
 
-def _asked_softly(node: ast.Call) -> str:
+def _read_softly(node: ast.Call) -> str:
+    """The setting in `getattr(config, "x", …)` or `hasattr(config, "x")`; "" for any other call."""
     soft = isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr") and len(node.args) > 1
     if not soft or not _is_config(node.args[0]):
         return ""
@@ -268,7 +273,7 @@ def _key(node: ast.AST) -> tuple[ast.expr, str] | None:
 
 
 def _choice(node: ast.Compare, scope: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The setting and the first string that it is compared with: `x == "a"`, `x in ("a", "b")`, `x in TABLE`."""
+    """A setting and the first string that it is compared with: `x == "a"`, `x in ("a", "b")`, `x in TABLE`."""
     left, right = node.left, node.comparators[0]
     name = left.id if isinstance(left, ast.Name) else left.attr if isinstance(left, ast.Attribute) else ""
     if not name or not isinstance(node.ops[0], ast.Eq | ast.In):
@@ -290,7 +295,7 @@ def _is_config(node: ast.expr) -> bool:
 
 
 def _dictionaries(sandbox: Sandbox, scope: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Dictionary literals with sizes as keys, wherever they stand: example configurations in `main()`."""
+    """Dictionary literals with sizes as keys, wherever they are: example configurations in `main()`."""
     known = {**scope, "args": SimpleNamespace(**_command_line(sandbox))}
     for source in sandbox.sources.values():
         for node in source.nodes:
@@ -302,7 +307,7 @@ def _dictionaries(sandbox: Sandbox, scope: Mapping[str, Any]) -> Iterator[dict[s
 
 
 def _command_line(sandbox: Sandbox) -> dict[str, Any]:
-    """Defaults of the command-line options that the subject's files define."""
+    """Defaults of the command-line options that the user's files define."""
     found = {}
     for source in sandbox.sources.values():
         for statement in source.body:

@@ -1,7 +1,7 @@
-"""What of a file is taken: all of it, or its imports, classes, functions and constants where it works at import.
+"""Which statements of a file define something, and which do work: train, read data, parse arguments.
 
-A script that trains, opens data or parses arguments when it is imported is not run. Imports that fail are replaced by
-stand-ins (stubs.py), unless the file itself says what to do then.
+A file that does work when it is imported is not run as a whole, only its definitions are. Imports that fail bind
+placeholders (stubs.py), unless the file itself handles the error.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-STUB = "__checks_stub__"  # the name under which a module's own imports find `Loading.stand_in`
+STUB = "__checks_stub__"  # the name by which a module's own imports call for placeholders
 
-# Calls that make a file a script, by the last part of their name: it trains, reads data, needs arguments or a network.
+# Calls that are work, by the last part of their name: they train, read data, need arguments or a network.
 WORK = _words(
     "open backward step zero_grad train fit parse_args parse_known_args load read_csv read_text load_dataset "
     "from_pretrained download urlopen urlretrieve get_encoding init_process_group generate main run evaluate cuda "
@@ -37,7 +37,7 @@ IMPURE_PARTS = _words("hub distributed dist multiprocessing")
 
 
 def is_script(tree: ast.Module) -> bool:
-    """Whether importing the file would work: train, read data, parse arguments, open connections."""
+    """Whether importing the file does work: trains, reads data, parses arguments, opens connections."""
     left = {id(node) for node in definitions(tree).body}
     works = _working_functions(tree)
     return any(
@@ -49,7 +49,7 @@ def is_script(tree: ast.Module) -> bool:
 
 
 def definitions(tree: ast.Module, wanted: Iterable[str] = ()) -> ast.Module:
-    """Imports, classes, functions and assignments without work, and what `wanted` names need."""
+    """Imports, classes, functions and assignments that do no work, and what the `wanted` names need."""
     keep = _Keep(tree)
     names = _slice(tree, set(wanted))
     body = [kept for statement in tree.body if (kept := keep.of(statement, names)) is not None]
@@ -57,14 +57,14 @@ def definitions(tree: ast.Module, wanted: Iterable[str] = ()) -> ast.Module:
 
 
 def dropped(tree: ast.Module, kept: ast.Module) -> list[int]:
-    """Lines of statements that were not taken."""
+    """Lines of the statements that were not kept."""
     left = {id(node) for node in kept.body}
     said = (s for s in tree.body if not isinstance(s, ast.If | ast.Pass) and not is_main_guard(s))
     return [statement.lineno for statement in said if id(statement) not in left]
 
 
 class _Keep:
-    """Decides statement by statement what defines and what works."""
+    """Decides for each statement whether it defines something (kept) or does work (dropped)."""
 
     def __init__(self, tree: ast.Module) -> None:
         self.idle = {node.name for node in _functions(tree)} - _working_functions(tree)
@@ -127,12 +127,12 @@ class _Keep:
 
 
 def pure(value: ast.expr) -> bool:
-    """Whether evaluating computes and does nothing else."""
+    """Whether evaluating the expression has no effect but its value."""
     return _Keep(ast.Module([], [])).pure(value)
 
 
 def _slice(tree: ast.Module, wanted: set[str]) -> set[str]:
-    """The wanted names that are assigned, and the names that their values are made from."""
+    """The wanted names, and the names that their values are computed from."""
     found: set[str] = set()
     while wanted - found:
         found |= wanted
@@ -148,7 +148,7 @@ def _targets(node: ast.stmt) -> set[str]:
 
 
 def _working_functions(tree: ast.Module) -> set[str]:
-    """Functions of the file that train, read data and so on, themselves or through others of the file."""
+    """Functions of the file that do work, themselves or through other functions of the file."""
     called = {
         node.name: {_last(call.func) for statement in node.body for call in _calls(statement)}
         for node in _functions(tree)
@@ -164,7 +164,7 @@ def _functions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]
 
 
 def _calls(node: ast.AST) -> Iterator[ast.Call]:
-    """Calls made when the node runs: not those inside functions and lambdas."""
+    """Calls made when the node itself runs: not those inside functions and lambdas."""
     if isinstance(node, ast.Lambda | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return
     if isinstance(node, ast.Call):
@@ -183,8 +183,8 @@ def _root(func: ast.expr) -> str:
     return func.id if isinstance(func, ast.Name) else ""
 
 
-def _pass(node: ast.AST) -> ast.stmt:
-    return ast.copy_location(ast.Pass(), node)  # type: ignore[arg-type]
+def _pass(node: ast.stmt | ast.ExceptHandler) -> ast.stmt:
+    return ast.copy_location(ast.Pass(), node)
 
 
 def is_main_guard(node: ast.stmt) -> bool:
@@ -192,7 +192,7 @@ def is_main_guard(node: ast.stmt) -> bool:
 
 
 class SoftImports(ast.NodeTransformer):
-    """Every import that the file does not guard itself binds a stand-in where it fails."""
+    """Makes every import that the file does not guard itself bind a placeholder if it fails."""
 
     def visit_Import(self, node: ast.Import) -> ast.stmt:
         asked = [(a.name, "", a.asname or a.name.partition(".")[0]) for a in node.names]

@@ -1,4 +1,4 @@
-"""Foreign code as a subject: a file, a module or an object, behind the interface that the checks know."""
+"""`foreign`: a user's file, module or object as a Subject, the interface that checks use."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from torch import Tensor, nn
 
 from ..subject import UNDECLARED, KeyValueCache, MaskForm, Sizes, Spec, Subject, unwarned
 from .header import header_of
-from .met import Met, meet
+from .load import load
+from .loaded import Loaded
 
 
 class Foreign(Subject):
-    """A subject whose constructor and call were found out; `met` says how."""
+    """A subject made from foreign code; `loaded` knows how it is built and called."""
 
     def __init__(
         self,
         name: str,
-        met: Met,
+        loaded: Loaded,
         *,
         seed: int = 0,
         device: str = "cpu",
         causal: bool = True,
         spec: Spec = UNDECLARED,
     ) -> None:
-        parts = SimpleNamespace(build_model=lambda **sizes: met.build(sizes), **met.parts)
+        parts = SimpleNamespace(build_model=lambda **sizes: loaded.build(sizes), **loaded.parts)
         super().__init__(name, parts, seed=seed, device=device, causal=causal, spec=spec)
-        self.met, self.sizes = met, Sizes(**met.sizes)
-        if not met.fresh:  # to learn these the one instance is put back, which must not happen while a check holds it
+        self.loaded, self.sizes = loaded, Sizes(**loaded.sizes)
+        if not loaded.fresh:  # now: both put the one instance back, which must not happen while a check holds it
             _ = self.header, self.learns
 
     @property
     @unwarned()
     def header(self) -> str:
-        return header_of(self.met)
+        return header_of(self.loaded)
 
     def leave(self) -> None:
-        self.met.leave()
+        self.loaded.leave()
 
     def logits(
         self,
@@ -52,29 +53,29 @@ class Foreign(Subject):
         form: MaskForm | None = None,
         **more: Any,
     ) -> Tensor:
-        return self.met.logits(model, tokens, mask, cache, form, more)
+        return self.loaded.logits(model, tokens, mask, cache, form, more)
 
     def new_cache(self, model: nn.Module, batch_size: int) -> KeyValueCache | None:
-        return self.met.new_cache(model, batch_size)
+        return self.loaded.new_cache(model, batch_size)
 
     @property
     def mask_forms(self) -> tuple[MaskForm, ...]:
-        return self.met.mask_forms
+        return self.loaded.mask_forms
 
     @property
     def longest(self) -> int | None:
-        return self.met.longest
+        return self.loaded.longest
 
     @property
     def returns(self) -> str:
-        return self.met.returns
+        return self.loaded.returns
 
     def can_vary(self, name: str) -> bool:
-        return name in self.met.varies
+        return name in self.loaded.varies
 
     @property
     def builds_afresh(self) -> bool:
-        return self.met.fresh
+        return self.loaded.fresh
 
     @property
     def foreign(self) -> bool:
@@ -82,23 +83,23 @@ class Foreign(Subject):
 
     @property
     def width(self) -> int:
-        return self.met.forward.vocab_size
+        return self.loaded.forward.vocab_size
 
     @property
     def given_more(self) -> bool:
-        return "," in self.met.forward.way.says
+        return "," in self.loaded.forward.call.says
 
     def running(self) -> AbstractContextManager[Any]:
-        return self.met.sandbox
+        return self.loaded.sandbox
 
     def code(self) -> Iterator[tuple[str, list[ast.AST]]]:
-        sandbox = self.met.sandbox
+        sandbox = self.loaded.sandbox
         for name, source in sandbox.sources.items():
             if name not in sandbox.looked_into:
                 yield source.filenames[0], source.nodes
 
     def owns(self, filename: str) -> bool:
-        return self.met.sandbox.owns(filename)
+        return self.loaded.sandbox.owns(filename)
 
 
 def foreign(
@@ -112,10 +113,10 @@ def foreign(
 ) -> Foreign:
     """The subject behind `FILE.py[:NAME]`, `NOTEBOOK.ipynb[:NAME]`, `package.module:NAME` or an object.
 
-    An object is a class, a factory, or one model, which is then tested at its own sizes. `parts` are what lives
-    elsewhere, `{"loss": "train.py:masked_loss"}` or functions; `checkpoint` is a file of weights; `declared` are a seed
-    and so on, as of `Subject`. Raises UsageError for whatever cannot be loaded, with what would settle it.
+    An object is a class, a factory, or one model, which is then tested at its own sizes. `parts` are defined elsewhere,
+    `{"loss": "train.py:masked_loss"}` or functions; `checkpoint` is a file of weights; `declared` are a seed and so on,
+    as for `Subject`. Raises UsageError for whatever cannot be loaded, with how to fix it.
     """
     with unwarned():
-        met = meet(what, device=device, causal=causal, checkpoint=checkpoint, parts=parts)
-    return Foreign(what if isinstance(what, str) else met.shown, met, device=device, causal=causal, **declared)
+        loaded = load(what, device=device, causal=causal, checkpoint=checkpoint, parts=parts)
+    return Foreign(what if isinstance(what, str) else loaded.shown, loaded, device=device, causal=causal, **declared)

@@ -1,6 +1,6 @@
-"""How a model is called for logits [B, T, V]: its forward's parameters by their names, the rest by trying.
+"""How a model is called for logits [B, T, V]: by the names of its forward's parameters, and by trying.
 
-A `Way` is one manner of calling; `Forward` is the one that worked, and how to read what it gives.
+A `CallForm` is one way to call; `Forward` is the one that worked, and how to read the logits from what it returns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import vocabulary
 from .arguments import Parameter
-from .build import Callable_
+from .build import FunctionModule
 from .logits import PLAIN, Layout, Unreadable, described, pick, recognise
 from .sizes import sizes_of
 
@@ -30,32 +30,31 @@ METHODS = ("forward_inference", "logits", "get_logits", "forward_logits", "predi
 
 
 @dataclass(frozen=True)
-class Way:
-    """One manner of calling a model on tokens [B, T]; `run(model, tokens, **more)` gives what the model gives."""
+class CallForm:
+    """One way to call a model on tokens [B, T]; `run(model, tokens, **more)` returns what the model returns."""
 
     says: str  # forward(idx, targets)
     run: Callable[..., Any]
     assumed: str = ""
-    from_loss: bool = False  # the logits are those that a loss was made of
+    from_loss: bool = False  # the logits are those that the model passes to its loss
     padded: bool = False  # shorter sequences are padded to the block size on the right
 
 
 @dataclass(frozen=True)
 class Forward:
-    """The way that gave logits, and their layout."""
+    """The call that gave logits, and their layout."""
 
-    way: Way
+    call: CallForm
     layout: Layout
-    vocab_size: int  # width of what came back when it was met
+    vocab_size: int  # the last dimension of what came back when the model was loaded
     returns: str  # (Tensor [3, 7, 17], None)
-    keep: int | None = None  # ids of that vocabulary that checks use; the one after them is the padding's
-    differentiable: bool = True
+    keep: int | None = None  # how many ids checks use, if the last one is for padding
     assumed: tuple[str, ...] = ()
-    more: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)  # a causal mask where the model wants one
+    more: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)  # a causal mask if the model needs one
 
     def raw(self, model: nn.Module, tokens: Tensor, **more: Any) -> Any:
         given = {name: make(tokens) for name, make in self.more.items()}
-        return self.way.run(model, tokens, **{**given, **more})
+        return self.call.run(model, tokens, **{**given, **more})
 
     def read(self, output: Any, B: int, T: int) -> Tensor:
         logits = pick(output, self.layout, B, T)
@@ -67,23 +66,23 @@ class Forward:
 
 
 class Uncallable(Exception):
-    """No way of calling gave logits; the attempts, the most telling first."""
+    """No call gave logits; `attempts` has the errors, the most telling first."""
 
-    def __init__(self, attempts: list[tuple[Way, Exception]]) -> None:
+    def __init__(self, attempts: list[tuple[CallForm, Exception]]) -> None:
         super().__init__(str(attempts[0][1]) if attempts else "no way to call it")
         self.attempts = attempts
 
 
-def meet_forward(
+def find_forward(
     model: nn.Module, vocab_size: int | None, block_of: Callable[[nn.Module], int], device: Any, keep: int | None = None
 ) -> Forward:
-    """Tries the ways on a small batch. `block_of` tells a model's block size. Raises Uncallable."""
+    """Tries the call forms on a small batch. `block_of` gives a model's block size. Raises Uncallable."""
     length = min(LENGTH, block_of(model))
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(keep or vocab_size or 2, (ROWS, length), generator=generator).to(device)
-    attempts: list[tuple[Way, Exception]] = []
-    for way in ways(model, keep or vocab_size or 2, block_of):
-        found = _attempt(model, way, tokens, vocab_size, keep, attempts)
+    attempts: list[tuple[CallForm, Exception]] = []
+    for form in call_forms(model, keep or vocab_size or 2, block_of):
+        found = _attempt(model, form, tokens, vocab_size, keep, attempts)
         if found is not None:
             return found
     attempts.sort(key=lambda attempt: not isinstance(attempt[1], Unreadable))
@@ -91,41 +90,46 @@ def meet_forward(
 
 
 def _attempt(
-    model: nn.Module, way: Way, tokens: Tensor, vocab_size: int | None, keep: int | None, attempts: list
+    model: nn.Module,
+    form: CallForm,
+    tokens: Tensor,
+    vocab_size: int | None,
+    keep: int | None,
+    attempts: list[tuple[CallForm, Exception]],
 ) -> Forward | None:
-    """One way, and what can be made of it: with a head on hidden states, with one more token where one is dropped."""
+    """One call form, or one made from it: with a head on hidden states, with one more token if one is dropped."""
     B, T = tokens.shape
     output = None
     try:
         with torch.no_grad():
-            output = way.run(model, tokens)
+            output = form.run(model, tokens)
         layout, logits = recognise(output, B, T, vocab_size)
         if logits.device.type != tokens.device.type:
             raise Unreadable(f"the logits are on {logits.device}, the tokens on {tokens.device}")
     except Unreadable as problem:
-        attempts.append((way, problem))
-        if isinstance(output, Tensor) and output.dim() == 0 and not way.from_loss:
-            return _attempt(model, _of_a_loss(way), tokens, vocab_size, keep, attempts)
+        attempts.append((form, problem))
+        if isinstance(output, Tensor) and output.dim() == 0 and not form.from_loss:
+            return _attempt(model, _of_a_loss(form), tokens, vocab_size, keep, attempts)
         if problem.short:
-            return _attempt(model, _one_more(way), tokens, vocab_size, keep, attempts)
+            return _attempt(model, _one_more(form), tokens, vocab_size, keep, attempts)
         if problem.hidden and vocab_size is not None:
-            for other in _with_head(model, way):
+            for other in _with_head(model, form):
                 if (found := _attempt(model, other, tokens, vocab_size, keep, attempts)) is not None:
                     return found
         return None
     except Exception as error:
-        attempts.append((way, error))
+        attempts.append((form, error))
         return None
     return Forward(
-        way, layout, logits.shape[1] if layout.says == "[B, V, T]" else logits.shape[-1],
+        form, layout, logits.shape[1] if layout.says == "[B, V, T]" else logits.shape[-1],
         described(output, {id(logits): "logits" if layout is PLAIN else f"logits {layout.says}"}), keep,
-        assumed=(way.assumed,) if way.assumed else (),
+        assumed=(form.assumed,) if form.assumed else (),
     )  # fmt: skip
 
 
 def parameters_of(model: nn.Module) -> list[Parameter]:
-    """Of its forward, or of the function behind it."""
-    function = model.function if isinstance(model, Callable_) else model.forward
+    """The parameters of the model's forward, or of the function behind it."""
+    function = model.function if isinstance(model, FunctionModule) else model.forward
     try:
         found = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -141,22 +145,22 @@ def parameters_of(model: nn.Module) -> list[Parameter]:
     ] or [Parameter("tokens")]
 
 
-def ways(model: nn.Module, vocab_size: int, block_of: Callable[[nn.Module], int]) -> Iterator[Way]:
-    """The manners of calling to try, the plainest first."""
+def call_forms(model: nn.Module, vocab_size: int, block_of: Callable[[nn.Module], int]) -> Iterator[CallForm]:
+    """The call forms to try, the plainest first."""
     if type(model).forward is nn.Module.forward:
         yield from _methods(model, vocab_size)
         return
     parameters = parameters_of(model)
     direct = list(_direct(parameters, vocab_size))
     yield from direct
-    for way in direct[:4]:
-        yield _padded(way, block_of)
+    for form in direct[:4]:
+        yield _padded(form, block_of)
     if any(vocabulary.squash(p.name) in vocabulary.STARTS for p in parameters):
         yield _one_by_one(parameters)
     if hasattr(model, "setup_caches"):
-        yield from (_prepared(way, block_of) for way in direct)
-    if isinstance(model, Callable_):
-        yield Way("f(array)", _on_array, "it reads NumPy arrays")
+        yield from (_prepared(form, block_of) for form in direct)
+    if isinstance(model, FunctionModule):
+        yield CallForm("f(array)", _on_array, "the model is called with NumPy arrays")
         yield _row_by_row()
     yield from _methods(model, vocab_size)
 
@@ -164,7 +168,7 @@ def ways(model: nn.Module, vocab_size: int, block_of: Callable[[nn.Module], int]
 Argument = Callable[[Tensor, nn.Module], Any]
 
 
-def _direct(parameters: list[Parameter], vocab_size: int) -> Iterator[Way]:
+def _direct(parameters: list[Parameter], vocab_size: int) -> Iterator[CallForm]:
     first, rest = parameters[0], parameters[1:]
     plain = [vocabulary.squash(p.name) for p in parameters]
     second = next((i for i, name in enumerate(plain[1:], 1) if _is_decoded(name)), None)
@@ -188,7 +192,7 @@ def _direct(parameters: list[Parameter], vocab_size: int) -> Iterator[Way]:
     for more, chosen in product(extra, product(*choices)):
         given = [*zip(required, chosen, strict=True), *more]
         says = ", ".join([first.name, *(p.name for p, _ in given)])
-        yield Way(f"forward({says})", _caller(first, given))
+        yield CallForm(f"forward({says})", _caller(first, given))
 
 
 def _is_source(plain: str) -> bool:
@@ -200,7 +204,7 @@ def _is_decoded(plain: str) -> bool:
 
 
 def _choices(parameter: Parameter) -> Iterator[Argument]:
-    """What a required parameter of forward may want."""
+    """Values to try for a required parameter of forward."""
     name = vocabulary.squash(parameter.name)
     if name in vocabulary.TARGETS or name in vocabulary.DECODED:
         yield lambda x, m: x.clone()
@@ -226,12 +230,12 @@ def _choices(parameter: Parameter) -> Iterator[Argument]:
 
 
 def _asks_logits(parameter: Parameter) -> bool:
-    """`get_logits=False`: they are given where they are asked for."""
+    """Whether it is like `get_logits=False`: forward returns logits only if it is True."""
     return parameter.default is False and "logit" in parameter.name and "last" not in parameter.name
 
 
 def _empty_caches(tokens: Tensor, model: nn.Module) -> list[None]:
-    """One place a block, for code that fills them whether or not a cache is asked for."""
+    """One place per block, for code that fills them whether or not a cache is used."""
     return [None] * (sizes_of(model)["n_layer"] or 1)
 
 
@@ -261,11 +265,11 @@ def _caller(first: Parameter, given: list[tuple[Parameter, Argument]]) -> Callab
     return run
 
 
-# -- encoders with decoders: a fixed source, the same for every row
+# -- encoder-decoders: the same fixed source for every row
 
 
 def source(tokens: Tensor, vocab_size: int) -> Tensor:
-    """[B, 5]: the sentence that is always translated."""
+    """[B, 5]: the source sentence, always the same."""
     ids = torch.arange(1, SOURCE_LENGTH + 1, device=tokens.device) % vocab_size
     return ids.expand(tokens.shape[0], -1).contiguous()
 
@@ -284,7 +288,7 @@ SEEN_TARGETS: tuple[Callable[[Tensor], Any], ...] = (
 )
 
 
-def _encoder_decoder(parameters: list[Parameter], second: int, vocab_size: int) -> Iterator[Way]:
+def _encoder_decoder(parameters: list[Parameter], second: int, vocab_size: int) -> Iterator[CallForm]:
     first, decoded = parameters[0], parameters[second]
     required = [p for p in parameters if p.default is vocabulary.MISSING and p not in (first, decoded)]
     of_source = [p for p in required if "mask" in p.name and any(s in p.name for s in ("src", "source", "enc", "mem"))]
@@ -299,33 +303,33 @@ def _encoder_decoder(parameters: list[Parameter], second: int, vocab_size: int) 
             return model(**{first.name: fixed, decoded.name: tokens}, **{**given, **more})
 
         says = ", ".join(p.name for p in (first, decoded, *required))
-        yield Way(f"forward({says})", run, f"{first.name} is a fixed source")
+        yield CallForm(f"forward({says})", run, f"{first.name} is a fixed source sentence")
 
 
 def _mask_pairs(any_masks: bool) -> Iterator[tuple[Any, Any]]:
-    """Masks of source and target that go together; None and None last, as it may mean no causal mask."""
+    """Masks of source and target that go together; None and None last, since they may mean no causal mask."""
     if any_masks:
         yield from zip(SEEN_SOURCES[1:], SEEN_TARGETS[1:], strict=True)
         yield SEEN_SOURCES[1], SEEN_TARGETS[2]
     yield SEEN_SOURCES[0], SEEN_TARGETS[0]
 
 
-def _methods(model: nn.Module, vocab_size: int) -> Iterator[Way]:
-    """Models without a forward of that kind: encode, decode and project, or a method that gives logits."""
+def _methods(model: nn.Module, vocab_size: int) -> Iterator[CallForm]:
+    """For models whose forward gives no logits: encode, decode and project, or a method that gives logits."""
     parts = [getattr(model, name, None) for name in ("encode", "decode", "project")]
     if callable(parts[0]) and callable(parts[1]):
         head = parts[2] or next((h for n in HEADS if (h := getattr(model, n, None)) is not None and callable(h)), None)
         for of_s, of_t in _mask_pairs(True):
 
-            def run(model: nn.Module, tokens: Tensor, of_s: Any = of_s, of_t: Any = of_t, **more: Any) -> Any:
+            def run(model: Any, tokens: Tensor, of_s: Any = of_s, of_t: Any = of_t, **more: Any) -> Any:
                 fixed = source(tokens, vocab_size)
                 seen = of_s(fixed)
-                memory = model.encode(fixed, seen)  # type: ignore[operator]
+                memory = model.encode(fixed, seen)
                 arguments = _in_order(model.decode, memory, seen, tokens, of_t(tokens))
-                hidden = model.decode(**arguments)  # type: ignore[operator]
-                return getattr(model, "project", head)(hidden) if head is not None else hidden  # type: ignore[misc]
+                hidden = model.decode(**arguments)
+                return getattr(model, "project", head)(hidden) if head is not None else hidden
 
-            yield Way("encode, decode, project", run, "a fixed source")
+            yield CallForm("encode, decode, project", run, "the source sentence is fixed")
     others = (name for name in dir(type(model)) if name.startswith("forward_"))  # forward_train: all positions
     for name in dict.fromkeys((*METHODS, *others)):
         method = getattr(type(model), name, None)
@@ -333,7 +337,7 @@ def _methods(model: nn.Module, vocab_size: int) -> Iterator[Way]:
             yield from _method(name, method)
 
 
-def _method(name: str, method: Callable) -> Iterator[Way]:
+def _method(name: str, method: Callable[..., Any]) -> Iterator[CallForm]:
     required = [
         Parameter(p.name) for p in list(inspect.signature(method).parameters.values())[1:]
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
@@ -344,11 +348,11 @@ def _method(name: str, method: Callable) -> Iterator[Way]:
             given = {p.name: make(tokens, model) for p, make in zip(required[1:], chosen, strict=True)}
             return getattr(model, name)(tokens, **{**given, **more})
 
-        yield Way(f"{name}({', '.join(p.name for p in required)})", run)
+        yield CallForm(f"{name}({', '.join(p.name for p in required)})", run)
 
 
 def _in_order(decode: Any, memory: Any, seen: Any, tokens: Tensor, causal_mask: Any) -> dict[str, Any]:
-    """The arguments of a decode method, told apart by name."""
+    """The arguments of a decode method, by its parameters' names."""
     given = {}
     for name in inspect.signature(decode).parameters:
         plain = vocabulary.squash(name)
@@ -361,22 +365,21 @@ def _in_order(decode: Any, memory: Any, seen: Any, tokens: Tensor, causal_mask: 
     return given
 
 
-# -- ways made of other ways
+# -- call forms made from other call forms
 
 
-def _one_more(way: Way) -> Way:
-    """For a model that itself cuts the last token off its input."""
+def _one_more(form: CallForm) -> CallForm:
+    """For a model that drops the last token of its input."""
 
     def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
-        return way.run(model, torch.cat((tokens, tokens[:, -1:]), dim=1), **more)
+        return form.run(model, torch.cat((tokens, tokens[:, -1:]), dim=1), **more)
 
-    return replace(
-        way, run=run, assumed="; ".join(filter(None, (way.assumed, "it drops the last token: one is added")))
-    )
+    assumed = "; ".join(filter(None, (form.assumed, "forward drops the last token: one is added before each call")))
+    return replace(form, run=run, assumed=assumed)
 
 
-class _Handed(TorchFunctionMode):
-    """Keeps the logits that the model hands to its loss."""
+class _LossInput(TorchFunctionMode):
+    """Keeps the logits that the model passes to its loss."""
 
     logits: Tensor | None = None
 
@@ -386,48 +389,48 @@ class _Handed(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _of_a_loss(way: Way) -> Way:
-    """For a model that gives its loss alone."""
+def _of_a_loss(form: CallForm) -> CallForm:
+    """For a model that returns only its loss."""
 
     def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
-        with _Handed() as handed:
-            loss = way.run(model, tokens, **more)
+        with _LossInput() as handed:
+            loss = form.run(model, tokens, **more)
         if handed.logits is None:
-            raise Unreadable(f"expected logits, got {described(loss)}, a loss: they have to be given as well")
+            raise Unreadable(f"expected logits, got a loss ({described(loss)}): forward must return the logits as well")
         return handed.logits
 
-    return replace(way, run=run, from_loss=True, assumed="it gives a loss: the logits are those that it is made of")
+    assumed = "forward returns only a loss: the logits are those that it is computed from"
+    return replace(form, run=run, from_loss=True, assumed=assumed)
 
 
-def _with_head(model: nn.Module, way: Way) -> Iterator[Way]:
-    """For a model that gives hidden states and has a head beside."""
+def _with_head(model: nn.Module, form: CallForm) -> Iterator[CallForm]:
+    """For a model that returns hidden states and has a separate head."""
     for name in HEADS:
         if callable(getattr(model, name, None)):
 
             def run(model: nn.Module, tokens: Tensor, name: str = name, **more: Any) -> Any:
-                output = way.run(model, tokens, **more)
+                output = form.run(model, tokens, **more)
                 hidden = output["last_hidden_state"] if isinstance(output, dict) else output
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
                 return getattr(model, name)(hidden)
 
-            yield replace(way, says=f"{name}({way.says})", run=run, assumed=f"{name} makes logits of hidden states")
+            yield replace(form, says=f"{name}({form.says})", run=run, assumed=f"{name} turns hidden states into logits")
 
 
-def _padded(way: Way, block_of: Callable[[nn.Module], int]) -> Way:
-    """For a model that reads exactly block-size tokens."""
+def _padded(form: CallForm, block_of: Callable[[nn.Module], int]) -> CallForm:
+    """For a model that reads only inputs of exactly block-size tokens."""
 
     def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
         B, T = tokens.shape
         filled = torch.cat((tokens, tokens.new_zeros(B, max(block_of(model) - T, 0))), dim=1)
-        return _cut(way.run(model, filled, **more), B, filled.shape[1], T)
+        return _cut(form.run(model, filled, **more), B, filled.shape[1], T)
 
-    return replace(
-        way, run=run, padded=True, assumed="it reads block-size tokens: shorter ones are padded at the right"
-    )
+    assumed = "forward needs exactly block-size tokens: shorter inputs are padded on the right"
+    return replace(form, run=run, padded=True, assumed=assumed)
 
 
 def _cut(output: Any, B: int, S: int, T: int) -> Any:
-    """The first T positions of everything that has S."""
+    """The first T positions of every tensor with S positions."""
     if isinstance(output, tuple | list):
         return [_cut(item, B, S, T) for item in output]
     if isinstance(output, Tensor) and output.dim() == 3 and output.shape[:2] == (B, S):
@@ -437,7 +440,7 @@ def _cut(output: Any, B: int, S: int, T: int) -> Any:
     return output
 
 
-def _one_by_one(parameters: list[Parameter]) -> Way:
+def _one_by_one(parameters: list[Parameter]) -> CallForm:
     start = next(p.name for p in parameters if vocabulary.squash(p.name) in vocabulary.STARTS)
 
     def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
@@ -448,33 +451,33 @@ def _one_by_one(parameters: list[Parameter]) -> Way:
             steps.append(step.view(tokens.shape[0], 1, step.shape[-1]))
         return torch.cat(steps, dim=1)
 
-    return Way(f"forward({parameters[0].name}, {start})", run, "it reads one token at a time")
+    return CallForm(f"forward({parameters[0].name}, {start})", run, "the model is called with one token at a time")
 
 
 def _on_array(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
     return model(tokens.cpu().numpy(), **more)
 
 
-def _row_by_row() -> Way:
+def _row_by_row() -> CallForm:
     def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
         rows = [torch.as_tensor(model(row.tolist(), **more)) for row in tokens]
         return torch.stack(rows)
 
-    return Way("f(ids)", run, "it reads one row of ids at a time")
+    return CallForm("f(ids)", run, "the model is called with one row of ids at a time")
 
 
-def _prepared(way: Way, block_of: Callable[[nn.Module], int]) -> Way:
+def _prepared(form: CallForm, block_of: Callable[[nn.Module], int]) -> CallForm:
     def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
         set_up_caches(model, tokens.shape[0], block_of(model), tokens.device, anew=not more)
-        return way.run(model, tokens, **more)
+        return form.run(model, tokens, **more)
 
-    return replace(way, run=run, assumed="setup_caches(B, block size) before each call")
+    return replace(form, run=run, assumed="setup_caches(B, block size) is called before each forward")
 
 
 def set_up_caches(model: Any, B: int, capacity: int, device: Any, *, anew: bool) -> None:
-    """Caches that a model keeps for a larger batch do not fit a smaller one: it is made to forget them first.
+    """Has the model set up its caches; caches for a larger batch do not fit a smaller one and are dropped first.
 
-    `anew` for what is no continuation: what an earlier call left there, its graph too, is then gone.
+    `anew` if the call continues no text: whatever an earlier call left, its autograd graph included, is dropped.
     """
     if hasattr(model, "max_batch_size") and (anew or model.max_batch_size > B):
         model.max_batch_size = 0

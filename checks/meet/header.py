@@ -1,4 +1,4 @@
-"""The line of facts about a subject met: how it is built and called, what it has, and what was assumed."""
+"""The header line of a run: how the model is built and called, what it has, and what was assumed."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from . import vocabulary
 from .sandbox import Sandbox
 
 if TYPE_CHECKING:
-    from .met import Met
+    from .loaded import Loaded
 
 ASSIGNABLE = (bool, int, float, str, torch.dtype, type(None))
 
 
-def header_of(met: Met) -> str:
-    """The line of facts: what was met, how it is built and called, what it has, what was assumed."""
-    ignored = ignored_index(met.sandbox)
+def header_of(loaded: Loaded) -> str:
+    """`model.py:GPT · GPTConfig(vocab_size, …) · forward(idx) → logits · generate ✓ · cache ✗ · assumed: …`."""
+    ignored = ignored_index(loaded.sandbox)
     facts = [
-        met.shown,
-        met.constructor,
-        f"{met.forward.way.says} → {met.forward.returns}",
+        loaded.shown,
+        loaded.constructor,
+        f"{loaded.forward.call.says} → {loaded.forward.returns}",
         *([f"ignore_index {ignored}"] if ignored is not None else []),
-        f"generate {'✓' if _generates(met) else '✗'}",
-        f"cache ✓ ({met.protocol.says})" if met.protocol else "cache ✗",
-        *([f"padding mask: {met.mask_forms[0]}"] if met.mask_forms else []),
-        *([f"brings {', '.join(sorted(met.parts))}"] if met.parts else []),
-        *([met.returns] if met.returns != "logits" else []),
+        f"generate {'✓' if _generates(loaded) else '✗'}",
+        f"cache ✓ ({loaded.protocol.says})" if loaded.protocol else "cache ✗",
+        *([f"padding mask: {loaded.mask_forms[0]}"] if loaded.mask_forms else []),
+        *([f"also found: {', '.join(sorted(loaded.parts))}"] if loaded.parts else []),
+        *([f"returns {loaded.returns}"] if loaded.returns != "logits" else []),
     ]
-    put_back = [f"{name} was changed: put back" for name in met.sandbox.changed]
-    assumed = [*_values(met), *met.sandbox.remarks, *met.forward.assumed, *met.assumed, *put_back]
+    restored = [f"{name} was changed by your code and restored" for name in loaded.sandbox.changed]
+    assumed = [*_values(loaded), *loaded.sandbox.remarks, *loaded.forward.assumed, *loaded.assumed, *restored]
     return " · ".join(facts + ([f"assumed: {'; '.join(assumed)}"] if assumed else []))
 
 
-def _values(met: Met) -> list[str]:
-    """What the constructor was given that is no size."""
-    given = met.recipe.assumed if met.recipe is not None else {}
+def _values(loaded: Loaded) -> list[str]:
+    """What the constructor was given beside the sizes."""
+    given = loaded.recipe.assumed if loaded.recipe is not None else {}
     told = [f"{name}={value!r}" for name, value in given.items() if isinstance(value, ASSIGNABLE)]
     padding = [n for n in given if vocabulary.squash(n) in vocabulary.PADDING]
     unused = [f"{padding[0]} is an id that no check uses"] if padding else []
-    places = met.recipe.places if met.recipe is not None else {}
-    as_there = [f"{name} is as in {places[name]}" for name in given if name in places]
+    places = loaded.recipe.places if loaded.recipe is not None else {}
+    as_there = [f"{name} is taken from {places[name]}" for name in given if name in places]
     return ([", ".join(told[:8]) + ", …" * (len(told) > 8)] if told else []) + unused + as_there
 
 
-def _generates(met: Met) -> bool:
-    return "generate" in met.parts or met.has_generate
+def _generates(loaded: Loaded) -> bool:
+    return "generate" in loaded.parts or loaded.has_generate
 
 
 def ignored_index(sandbox: Sandbox) -> int | None:
-    """The `ignore_index=` that the subject's code passes to a loss."""
+    """The `ignore_index=` that the user's code passes to a loss."""
     for source in (source for name, source in sandbox.sources.items() if name not in sandbox.looked_into):
         for node in source.nodes:
             if isinstance(node, ast.keyword) and node.arg == "ignore_index":

@@ -1,4 +1,7 @@
-"""A subject's file, notebook or module brought in, on the terms of its sandbox and under nobody's name but its own."""
+"""Imports a user's file, notebook or module inside its sandbox, under its own name.
+
+A file that trains, reads data or parses arguments at import is not run as a whole: only its definitions are.
+"""
 
 from __future__ import annotations
 import __future__
@@ -19,12 +22,13 @@ from ..expect import shown
 from . import vocabulary
 from .definitions import STUB, SoftImports, definitions, dropped, is_script
 from .errors import UsageError, namesake, own_frames, place, what_happened
-from .sandbox import Sandbox, installed, random_state_kept
+from .process import random_state_restored
+from .sandbox import Sandbox, installed
 from .source import Source
 from .stubs import NOT_RUN, Stub, left_out, stub_for
 
 LOADING_SECONDS = 60.0
-# What the machine lacks is excused, what the code gets wrong is not.
+# Errors by which the machine lacks something. They are forgiven; mistakes in the code are not.
 LACKS = (OSError, ImportError, EOFError)
 LACKING = (
     "no such file",
@@ -39,7 +43,7 @@ LACKING = (
 
 
 class SubjectLoader(importlib.machinery.SourceFileLoader):
-    """Runs one of the subject's own files; leaves no bytecode behind."""
+    """Runs one of the user's own files; leaves no bytecode behind."""
 
     def __init__(self, sandbox: Sandbox, fullname: str, path: str, wanted: tuple[str, ...] = ()) -> None:
         super().__init__(fullname, path)
@@ -55,19 +59,19 @@ class SubjectLoader(importlib.machinery.SourceFileLoader):
             try:
                 return run(source, module, self.sandbox)
             except BaseException as error:
-                if not excused(error, self.sandbox):
+                if not lacks_something(error, self.sandbox):
                     raise
                 why = f"{place(error, self.sandbox)} raised {type(error).__name__} at import"
                 vars(module).clear()
                 vars(module).update(fresh)
                 source = self.sandbox.sources[module.__name__] = Source((ast.parse(text, self.path),), (self.path,))
         else:
-            why = f"{shown(self.path)} works at import"
-        take(source, module, self.sandbox, self.wanted, why)
+            why = f"{shown(self.path)} is a script"
+        run_definitions(source, module, self.sandbox, self.wanted, why)
 
 
-def excused(error: BaseException, sandbox: Sandbox) -> bool:
-    """Whether the machine is to blame: a file, library, device, network or argument that is not there."""
+def lacks_something(error: BaseException, sandbox: Sandbox) -> bool:
+    """Whether the cause is the machine: a file, library, device, network or command-line argument is missing."""
     if isinstance(error, SystemExit):
         return any(frame.filename.endswith("argparse.py") for frame in traceback.extract_tb(error.__traceback__))
     if isinstance(error, ImportError) and error.path is not None and sandbox.owns(error.path):
@@ -80,18 +84,18 @@ def excused(error: BaseException, sandbox: Sandbox) -> bool:
 def run(source: Source, module: ModuleType, sandbox: Sandbox) -> None:
     for tree, filename in zip(source.trees, source.filenames, strict=True):
         code = _compile(SoftImports().visit(tree), filename)
-        vars(module)[STUB] = _Stands(sandbox, filename)
+        vars(module)[STUB] = _Placeholders(sandbox, filename)
         exec(code, vars(module))
 
 
-def take(source: Source, module: ModuleType, sandbox: Sandbox, wanted: tuple[str, ...], why: str) -> None:
-    """Definitions only; an assignment that fails is passed over, and said."""
+def run_definitions(source: Source, module: ModuleType, sandbox: Sandbox, wanted: tuple[str, ...], why: str) -> None:
+    """Runs definitions only. An assignment that fails is skipped; a remark names what was."""
     left: list[int] = []
     flags = _future(source)
     for tree, filename in zip(source.trees, source.filenames, strict=True):
         kept = definitions(tree, wanted)
         skipped = dropped(tree, kept)
-        vars(module)[STUB] = _Stands(sandbox, filename)
+        vars(module)[STUB] = _Placeholders(sandbox, filename)
         for statement in SoftImports().visit(kept).body:
             if not _define(statement, filename, flags, module):
                 skipped.append(statement.lineno)
@@ -99,11 +103,11 @@ def take(source: Source, module: ModuleType, sandbox: Sandbox, wanted: tuple[str
         left += [int(cell)] * bool(skipped) if cell else skipped
     unit = "cell" if source.filenames[0].endswith("]") else "line"
     places = f", not {unit}{'s' * (len(set(left)) > 1)} {_ranges(left)}" if left else ""
-    sandbox.remark(f"{why}: took its imports, classes, functions and constants{places}")
+    sandbox.remark(f"{why}: only its imports, classes, functions and constants were run{places}")
 
 
 def _define(statement: ast.stmt, filename: str, flags: int, module: ModuleType) -> bool:
-    """Runs one statement. What a definition needs of statements that were left out is a size or a stand-in."""
+    """Runs one statement. A name from a line that was not run, if a definition needs it, is a size or a placeholder."""
     definition = not isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Expr | ast.If | ast.Try)
     code = _compile(ast.Module([statement], []), filename, flags)
     for _ in range(30):
@@ -142,8 +146,8 @@ def _ranges(lines: list[int]) -> str:
     return ", ".join(map(str, shown_lines[:6])) + (" …" if len(shown_lines) > 6 else "")
 
 
-class _Stands:
-    """Called by an import of the subject that failed: gives stand-ins, or raises what is the subject's own fault."""
+class _Placeholders:
+    """Called where an import of the user's fails: gives placeholders, or raises if the error is their own mistake."""
 
     def __init__(self, sandbox: Sandbox, filename: str) -> None:
         self.sandbox, self.filename = sandbox, filename
@@ -153,11 +157,11 @@ class _Stands:
             raise error
         found = tuple(self._one(module, name, error) for module, name, _ in asked)
         if any(isinstance(value, Stub) for value in found):
-            self.sandbox.remark(f"{asked[0][0]} could not be imported: a stand-in is used")
+            self.sandbox.remark(f"{asked[0][0]} could not be imported: a placeholder is used")
         return found
 
     def _left_out(self, asked: tuple[tuple[str, str, str], ...], error: Exception) -> bool:
-        """Whether it is a value of a module of which only the definitions were taken."""
+        """Whether it is a value of a module of which only the definitions were run."""
         source = self.sandbox.sources.get(getattr(error, "name", None) or "")
         missing = [name for module, name, _ in asked if name and not hasattr(sys.modules.get(module), name)]
         return source is not None and bool(missing) and all(source.assigns(name) for name in missing)
@@ -189,7 +193,7 @@ class _Stands:
 
 
 def load_file(sandbox: Sandbox, file: Path, wanted: tuple[str, ...] = ()) -> ModuleType:
-    """A `.py` file under its own name, or its dotted name inside its package, or a notebook."""
+    """A notebook, or a `.py` file under its own name or its dotted name inside its package."""
 
     def load() -> ModuleType:
         if file.suffix == ".ipynb":
@@ -206,7 +210,7 @@ def load_module(sandbox: Sandbox, name: str) -> ModuleType:
 
 def _loaded(sandbox: Sandbox, load: Callable[[], ModuleType], what: str) -> ModuleType:
     try:
-        with random_state_kept(), sandbox.bounded(LOADING_SECONDS), sandbox:
+        with random_state_restored(), sandbox.limited_to(LOADING_SECONDS), sandbox:
             return load()
     except UsageError:
         raise
@@ -215,7 +219,7 @@ def _loaded(sandbox: Sandbox, load: Callable[[], ModuleType], what: str) -> Modu
 
 
 def package_of(file: Path) -> tuple[Path, str]:
-    """The folder from which the file is imported and its dotted name: packages by __init__.py or by its imports."""
+    """The folder from which the file is imported, and its dotted name; its imports or __init__.py show the package."""
     up = _levels(file)
     parts, folder = [file.stem], file.parent
     while (up > 0 or (folder / "__init__.py").exists()) and folder.name.isidentifier() and folder != folder.parent:
@@ -225,7 +229,7 @@ def package_of(file: Path) -> tuple[Path, str]:
 
 
 def _levels(file: Path) -> int:
-    """How many folders above the file its imports name as packages: `from ..parts`, `from model.parts` in model/."""
+    """How many folders above the file are packages by its imports: `from ..parts`, or `from model.parts` in model/."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
@@ -253,7 +257,7 @@ def _by_name(sandbox: Sandbox, file: Path, wanted: tuple[str, ...]) -> ModuleTyp
         try:
             importlib.import_module(package)
         except Exception as error:
-            _bare(sandbox, file, package, error)
+            _without_init(sandbox, file, package, error)
     name = dotted if dotted.replace(".", "").isidentifier() else "subject"
     if file.name == "__init__.py" and name in sys.modules:
         return sys.modules[name]
@@ -264,13 +268,13 @@ def _by_name(sandbox: Sandbox, file: Path, wanted: tuple[str, ...]) -> ModuleTyp
     sandbox.names.add(name)
     sys.modules[name] = module
     loader.exec_module(module)
-    if package and package in sys.modules:  # as an import would: code of the package may read it there
+    if package and package in sys.modules:  # as an import does: code of the package may read it there
         setattr(sys.modules[package], name.rpartition(".")[2], sys.modules.get(name, module))
     return sys.modules.get(name, module)
 
 
-def _bare(sandbox: Sandbox, file: Path, package: str, error: Exception) -> None:
-    """Packages without what their __init__.py does: the file itself may not need it."""
+def _without_init(sandbox: Sandbox, file: Path, package: str, error: Exception) -> None:
+    """Makes the packages without running their __init__.py: the file itself may not need it."""
     parts = package.split(".")
     for depth in range(1, len(parts) + 1):
         name = ".".join(parts[:depth])
@@ -279,7 +283,7 @@ def _bare(sandbox: Sandbox, file: Path, package: str, error: Exception) -> None:
             module.__path__ = [str(file.parents[len(parts) - depth])]
             sys.modules[name] = module
             sandbox.names.add(name)
-    sandbox.remark(f"{package}/__init__.py was passed over: {type(error).__name__}: {str(error)[:80]}")
+    sandbox.remark(f"{package}/__init__.py was skipped: {type(error).__name__}: {str(error)[:80]}")
 
 
 def _notebook(sandbox: Sandbox, file: Path, wanted: tuple[str, ...]) -> ModuleType:
@@ -297,18 +301,18 @@ def _notebook(sandbox: Sandbox, file: Path, wanted: tuple[str, ...]) -> ModuleTy
             trees.append(ast.parse(text, filename))
             filenames.append(filename)
         except SyntaxError as error:
-            sandbox.remark(f"cell {number} was passed over: {error.msg}")
+            sandbox.remark(f"cell {number} was skipped: {error.msg}")
     module = ModuleType(file.stem)
     module.__file__ = str(file)
     sandbox.names.add(module.__name__)
     sys.modules[module.__name__] = module
     sandbox.sources[module.__name__] = source = Source(tuple(trees), tuple(filenames))
-    take(source, module, sandbox, wanted, f"{shown(str(file))} is a notebook")
+    run_definitions(source, module, sandbox, wanted, f"{shown(str(file))} is a notebook")
     return module
 
 
 def _plain_python(text: str) -> str:
-    """A cell without its magics, every line in its place."""
+    """A cell without its magics; line numbers stay."""
     lines = text.splitlines()
     first = lines[0].strip() if lines else ""
     if first.startswith("%%") and not first.startswith(("%%time", "%%capture", "%%timeit", "%%prun")):

@@ -1,4 +1,4 @@
-"""What a forward returns, and where the logits [B, T, V] are in it."""
+"""Where the logits [B, T, V] are in what a forward returns, and in which layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Arrange = Callable[[Tensor, int, int], Tensor]  # what came back, B, T -> [B, T,
 
 
 class Unreadable(ValueError):
-    """No logits for every position in what came back; `last_only`: for the last one there are."""
+    """The output has no logits for every position; `last_only`: it has them for the last one."""
 
     def __init__(self, says: str, *, last_only: bool = False, short: bool = False, hidden: bool = False) -> None:
         super().__init__(says)
@@ -28,13 +28,13 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """How the logits lie in the tensor that came back."""
+    """The order of the axes of the tensor that came back."""
 
     says: str
     arrange: Arrange
 
     def fits(self, x: Tensor, B: int, T: int) -> bool:
-        """Whether a tensor has the places of so many tokens, in this layout or flat."""
+        """Whether a tensor can be logits for B × T tokens, in this layout or flat."""
         shape = tuple(x.shape)
         if self.says == "[B, V, T]":
             return len(shape) == 3 and (shape[0], shape[2]) == (B, T)
@@ -54,7 +54,7 @@ ONE_ROW = Layout("[T, V]", _unflattened)
 
 
 def tensors_in(output: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that could be logits, and where it was, in the order in which they are believed."""
+    """Every tensor that could be the logits, and where it is, the most likely first."""
     if isinstance(output, Stub):
         output._refuse()
     if isinstance(output, Tensor):
@@ -75,7 +75,7 @@ def tensors_in(output: Any) -> Iterator[tuple[str, Tensor]]:
             if isinstance(getattr(output, key, None), Tensor | numpy.ndarray):
                 yield from ((f".{key}{path}", x) for path, x in tensors_in(getattr(output, key)))
                 return
-        data = getattr(output, "data", None)  # an autograd of their own, over NumPy
+        data = getattr(output, "data", None)  # a tensor class of their own, over NumPy
         if isinstance(data, numpy.ndarray):
             yield ".data", torch.as_tensor(data)
 
@@ -85,7 +85,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def recognise(output: Any, B: int, T: int, V: int | None) -> tuple[Layout, Tensor]:
-    """The layout and the tensor of the logits in an output for tokens [B, T]. Raises Unreadable."""
+    """The layout and the tensor of the logits in the output for tokens [B, T]. Raises Unreadable."""
     found = list(tensors_in(output))
     for _, tensor in found:
         layout = _layout(tensor, B, T, V)
@@ -97,7 +97,7 @@ def recognise(output: Any, B: int, T: int, V: int | None) -> tuple[Layout, Tenso
 
 
 def pick(output: Any, layout: Layout, B: int, T: int) -> Tensor:
-    """The logits [B, T, V] in an output whose layout is known, of whatever vocabulary."""
+    """The logits [B, T, V] in an output whose layout is known, for any vocabulary size."""
     found = list(tensors_in(output))
     for _, tensor in found:
         if layout.fits(tensor, B, T):
@@ -138,7 +138,7 @@ def _one_position(shape: tuple[int, ...], B: int, V: int | None) -> bool:
 
 
 def described(output: Any, known: Mapping[int, str] | None = None) -> str:
-    """A value as its types and shapes, `(Tensor [3, 1, 17], None)`; what is `known` by its id, and losses, by name."""
+    """A value by its types and shapes, `(Tensor [3, 1, 17], None)`; ids in `known`, and losses, by name."""
     known = known or {}
     if id(output) in known:
         return known[id(output)]
@@ -155,11 +155,11 @@ def described(output: Any, known: Mapping[int, str] | None = None) -> str:
     return f"{type(output).__name__} with {named}" if named else type(output).__name__
 
 
-SUMMED = 1e-3  # how far from one probabilities may sum up to, in whatever type they were computed
+SUMMED = 1e-3  # how far the sum of probabilities may be from one, in any dtype
 
 
 def standing_for(logits: Tensor) -> str:
-    """What a model gives for logits [B, T, V]: "logits", "log-probabilities" or "probabilities"."""
+    """What a model returns as logits [B, T, V]: "logits", "log-probabilities" or "probabilities"."""
     x = logits.double()
     if float(x.logsumexp(-1).abs().max()) < SUMMED:
         return "log-probabilities"

@@ -1,6 +1,7 @@
-"""A model's padding mask: the name of the argument, and by probing its shape, its polarity and its dtype.
+"""A model's padding mask: which argument it is, and by trying its shape, polarity and dtype.
 
-A form is obeyed if the content of masked tokens does not matter to real ones, while that of real tokens does.
+The model obeys a form of mask if changing masked tokens does not change the logits of real tokens, while changing real
+tokens does.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ DECLARED = vocabulary.words(
     "attentionmask attnmask padmask paddingmask mask keypaddingmask srckeypaddingmask tgtkeypaddingmask inputmask "
     "tokenmask seqmask sequencemask tgtmask trgmask srcmask masks ignore xmask tgtpaddingmask padmasks"
 )
-UNREAD = 1e-5  # what masked tokens may change, as a part of what real ones do: see "mask argument" among the laws
+UNREAD = 1e-5  # how much masked tokens may change the logits, relative to real ones
 
 
 def mask_argument(model: nn.Module, taken: frozenset[str] = frozenset()) -> str | None:
-    """The parameter of forward that is named like a padding mask and not used otherwise."""
+    """The parameter of forward that is named like a padding mask and has no other use."""
     found = [p.name for p in parameters_of(model) if vocabulary.squash(p.name) in DECLARED and p.name not in taken]
     return max(found, key=_declares, default=None)
 
 
 def _declares(name: str) -> int:
-    """How surely a name means padding."""
+    """How surely a parameter name means a padding mask."""
     plain = vocabulary.squash(name)
     return 2 * ("pad" in plain) + (plain in ("attentionmask", "mask")) - ("src" in plain)
 
 
 def forms(argument: str) -> Iterator[MaskForm]:
-    """The forms to try, the most usual first."""
+    """The forms of mask to try, the most usual first."""
     usual = MaskForm(argument)
     drop_first = "pad" in vocabulary.squash(argument)  # key_padding_mask: torch's own modules drop what is true
     for shape in ("[B, T]", "[B, 1, 1, T]", "[B, T, T]", "[B, 1, T, T]"):
@@ -52,7 +53,7 @@ Read = Callable[..., Tensor]  # tokens [B, T] and arguments of forward, to logit
 
 
 def obeyed(read: Read, form: MaskForm, tokens: Tensor, vocab_size: int) -> bool:
-    """Whether real tokens are deaf to what the form masks, and to nothing else."""
+    """Whether real tokens do not depend on the tokens that the form masks, and do depend on others."""
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[0, :2] = False
     masked, real = tokens.clone(), tokens.clone()
@@ -67,7 +68,7 @@ def obeyed(read: Read, form: MaskForm, tokens: Tensor, vocab_size: int) -> bool:
 
 
 def runs(read: Read, form: MaskForm, tokens: Tensor) -> bool:
-    """Whether a call with the form is not refused."""
+    """Whether the model accepts a call with the form."""
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[0, :2] = False
     try:
@@ -77,10 +78,10 @@ def runs(read: Read, form: MaskForm, tokens: Tensor) -> bool:
     return True
 
 
-def meet_mask(argument: str, read: Read, tokens: Tensor, vocab_size: int) -> tuple[MaskForm, ...]:
-    """The model's form first, then the same in the other dtypes that the model does not refuse; () for no form.
+def find_mask_forms(argument: str, read: Read, tokens: Tensor, vocab_size: int) -> tuple[MaskForm, ...]:
+    """The model's form first, then the same in the other dtypes that the model accepts; () if it takes no mask.
 
-    Where no form is obeyed but the usual one is accepted, that one is what the argument declares.
+    If no form is obeyed but a [B, T] one is accepted, that is the form: a check then reports that it is ignored.
     """
     found = next((f for f in forms(argument) if _tried(read, f, tokens, vocab_size)), None)
     if found is None:
@@ -94,9 +95,9 @@ def meet_mask(argument: str, read: Read, tokens: Tensor, vocab_size: int) -> tup
 
 
 def _beside_causal(read: Read, found: MaskForm, tokens: Tensor, vocab_size: int) -> MaskForm | None:
-    """The form that holds the causal mask as well, where the found one takes that of the model away and this does not.
+    """The same form with the causal mask included, if the found form replaces the model's own causal mask.
 
-    Such an argument is the mask of attention: what is given stands in place of the one that the model makes.
+    Such an argument is the mask of attention itself: what is passed is used instead of the mask that the model makes.
     """
     whole = replace(found, shape="[B, 1, T, T]", with_causal=True)
     ones, none = torch.ones_like(tokens, dtype=torch.bool), read(tokens)
@@ -116,7 +117,7 @@ def _tried(read: Read, form: MaskForm, tokens: Tensor, vocab_size: int) -> bool:
 
 
 def causal_forms(model: nn.Module, taken: frozenset[str] = frozenset()) -> Iterator[tuple[str, str, Any]]:
-    """Ways to hand a model its causal mask, for models that have none of their own: argument, words, maker."""
+    """Ways to pass a causal mask to a model that has none of its own: argument, its form in words, how to make it."""
     for parameter in parameters_of(model):
         plain = vocabulary.squash(parameter.name)
         if "mask" not in plain or "pad" in plain or parameter.name in taken:

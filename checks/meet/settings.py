@@ -1,6 +1,6 @@
-"""What a project itself gives its settings: keywords, defaults, command-line options, YAML and JSON, read as text.
+"""Values of settings found in a project's files: keywords, defaults, command-line options, YAML and JSON, read as text.
 
-Asked only where a constructor or a configuration wants a value that no size gives.
+Used only if a constructor or a configuration needs a value that is not a size.
 """
 
 from __future__ import annotations
@@ -18,28 +18,22 @@ from . import vocabulary
 ENDINGS = (".py", ".yaml", ".yml", ".json", ".toml", ".ipynb")
 MOST_FILES, MOST_BYTES = 300, 200_000
 SKIPPED = ("node_modules", "site-packages", "__pycache__", "venv")
-MARKS = (
-    ".git",
-    "pyproject.toml",
-    "setup.py",
-    "setup.cfg",
-    "requirements.txt",
-    "environment.yml",
-)  # of a project's root
+# Files that mark the root of a project.
+MARKS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "requirements.txt", "environment.yml")
 WORDS = {"true": True, "false": False, "null": None}  # of YAML and JSON
 ANNOTATION = r"(?::\s*[A-Za-z_][\w.\[\], |]*?)?"
 VALUE = r"""("[^"\n]*"|'[^'\n]*'|[-+.\w]+)"""
 
 
 class Project:
-    """The files around a subject, nearest first."""
+    """The files around the user's, nearest first."""
 
     def __init__(self, file: Path | None, near: Sequence[Path], far: Sequence[Path]) -> None:
         self.file, self.near, self.far = file, near, far
         self._texts: list[tuple[str, str]] | None = None
 
     def given(self, name: str) -> tuple[Any, str] | None:
-        """The first value that is written down for a setting, and the file; None where there is none."""
+        """The first value written for a setting, and its file; None if there is none."""
         named = rf"""(?<![\w.])\\?["']?{re.escape(name)}\\?["']?\s*"""
         assigned = re.compile(named + ANNOTATION + rf"[ \t]*[:=](?!=)[ \t]*{VALUE}")
         option = re.compile(rf"""add_argument\(\s*["']--?{re.escape(name).replace("_", "[-_]")}["']([^)]*)\)""")
@@ -64,7 +58,7 @@ class Project:
         return self._texts
 
     def _files(self) -> list[Path]:
-        """The subject's own file, those beside it, then its project's, tests last."""
+        """The user's own file, those beside it, then those of the project, tests last."""
         file = self.file
         if file is None:
             return []
@@ -106,7 +100,7 @@ def _literal(text: str) -> Any:
 
 
 def folders_above(folder: Path, near: list[Path]) -> list[Path]:
-    """The folders above, up to the root of the project; two of them where nothing marks a root."""
+    """The folders above, up to the root of the project; two of them if nothing marks a root."""
     above = []
     for parent in folder.resolve().parents:
         if parent == parent.parent or parent == Path.home():

@@ -1,4 +1,4 @@
-"""What a built model says of its own sizes: by its configuration, its tables and its repeated parts."""
+"""The sizes of a built model, by its configuration, its embedding tables and its repeated modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOLDERS = ("config", "cfg", "args", "params", "hparams", "model_args", "conf")
 
 
 def sizes_of(model: nn.Module) -> dict[str, int | None]:
-    """Sizes that can be told from outside; None for those that cannot."""
+    """The sizes that can be found out; None for those that cannot."""
     found: dict[str, int | None] = dict.fromkeys(vocabulary.SIZES[:5])
     for name, value in _declared(model):
         size = vocabulary.size_of(name)
@@ -36,8 +36,8 @@ def sizes_of(model: nn.Module) -> dict[str, int | None]:
     return found
 
 
-def reach(model: nn.Module, most: int, device: Any) -> int | None:
-    """How many tokens a plain forward reads at most; None where it reads `most`, or not even two."""
+def longest_input(model: nn.Module, most: int, device: Any) -> int | None:
+    """The most tokens that a plain forward reads; None if it reads `most`, or not even two."""
 
     def reads(T: int) -> bool:
         try:
@@ -53,7 +53,7 @@ def reach(model: nn.Module, most: int, device: Any) -> int | None:
 
 
 def _declared(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Integers by name: of the configuration that the model keeps, then of the model itself and its parts."""
+    """Named integers: of the configuration that the model keeps, then of the model itself and its parts."""
     for holder in (*(getattr(model, name, None) for name in HOLDERS), model, *list(model.modules())[1:]):
         values = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
         for name, value in list(values.items()):
@@ -62,7 +62,7 @@ def _declared(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _position_rows(model: nn.Module, tables: list[nn.Embedding]) -> int | None:
-    """Rows of a table of positions: a second embedding of the same width, or a parameter or buffer named for it."""
+    """The rows of a position table: a second embedding of the same width, or a parameter or buffer named like one."""
     if not tables:
         return None
     width, rows = tables[0].embedding_dim, tables[0].num_embeddings
@@ -96,20 +96,20 @@ def _repeated(model: nn.Module) -> int | None:
 
 
 def head_place(model: nn.Module, width: int) -> str:
-    """` (model.head: Linear to 50257)`, the module that makes logits of that width."""
+    """` (head is a Linear to 50257)`, the module that makes logits of that width; "" if none does."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.out_features == width:
             return f" ({name} is a Linear to {width})"
     return ""
 
 
-BY_ITSELF = {"_parameters", "_buffers", "_modules", "training"}  # what is put back in a way of its own
+BY_ITSELF = {"_parameters", "_buffers", "_modules", "training"}  # restored in ways of their own
 
 
 class Restored:
-    """One model, as it was at every call: parts, attributes (a rate, a forward of its own), weights, buffers.
+    """Puts one model back to what it was at each call: parts, attributes (a rate, a patched forward), weights, buffers.
 
-    The same object each time: a copy may share what it should not.
+    It is the same object each time: a copy might share what it should not.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -139,7 +139,7 @@ class Restored:
         return self.model
 
     def leave(self) -> None:
-        """For good: also in training or evaluation, part by part, as it was given to us."""
+        """Restores it for good, the training mode of each module included."""
         self()
         for module, training in self.modes:
             module.training = training

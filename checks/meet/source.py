@@ -1,4 +1,4 @@
-"""The code of one module of a user's, read as syntax."""
+"""The code of one of the user's modules as syntax trees."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Source:
 
     @functools.cached_property
     def guarded(self) -> dict[str, Any]:
-        """Literals that are assigned under `if __name__ == "__main__":`, which a module does not run."""
+        """Literals assigned under `if __name__ == "__main__":`, which an import does not run."""
         found = {}
         for statement in self.body:
             for node in statement.body if isinstance(statement, ast.If) and is_main_guard(statement) else ():
@@ -44,7 +44,7 @@ class Source:
 
     @functools.cached_property
     def free_names(self) -> tuple[str, ...]:
-        """Names that functions read and do not themselves define: globals."""
+        """Names that functions read but do not define: globals."""
         found: set[str] = set()
         for node in self.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,7 +1,7 @@
-"""Stand-ins for libraries that a subject imports and this machine lacks.
+"""Placeholders for libraries that user code imports and that are not installed.
 
-Most such imports are for training, logging or data, and the model never touches them. A stand-in lets definitions be
-made; a model that computes with one gets an error that names the library.
+Most such imports are for training, logging or data, and the model never uses them. With a placeholder the definitions
+can be made; a model that computes with one gets an error that names the library.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 
 
 class MissingLibrary(ImportError):
-    """The subject computes with something that could not be imported."""
+    """The model computes with something that could not be imported."""
 
 
 class LeftOut(ImportError):
-    """The subject computes with a value of its own whose line was not run."""
+    """The model computes with a value of its own files whose line was not run."""
 
 
 NOT_RUN = "its line was not run"
 
 
 class _Open(type):
-    """Of classes that derive from a stand-in: what they would inherit is a stand-in too."""
+    """For classes that derive from a placeholder: what they would inherit is a placeholder too."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -40,7 +40,7 @@ class Derived(metaclass=_Open):
 
 
 class Logged(torch.nn.Module):
-    """Stands for a LightningModule: it keeps its constructor's arguments as `hparams`; what it logs goes nowhere."""
+    """Stands for a LightningModule: keeps the constructor's arguments as `hparams`; what is logged is dropped."""
 
     def save_hyperparameters(self, *named: Any, **options: Any) -> None:
         frame = inspect.currentframe()
@@ -54,7 +54,7 @@ class Logged(torch.nn.Module):
     log_dict = log
 
 
-class Hyperparameters(dict):
+class Hyperparameters(dict[str, Any]):
     """Settings read by key or by name."""
 
     def __getattr__(self, name: str) -> Any:
@@ -78,7 +78,7 @@ class Stub:
         self.__dict__[name] = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As a decorator it changes nothing; as a progress bar it goes through what it was given."""
+        """As a decorator it changes nothing; as a progress bar it returns what it was given."""
         if len(args) == 1 and not kwargs and (callable(args[0]) and not isinstance(args[0], torch.nn.Module)):
             return args[0]
         if len(args) >= 1 and self.__name__ in ("tqdm", "trange", "track"):
@@ -86,7 +86,7 @@ class Stub:
         return Stub(f"{self._name}(…)", self._why)
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
-        """As a base class: a module where its name says so (LightningModule), else nothing."""
+        """As a base class: a module if its name says so (LightningModule), else an empty class."""
         module = "Module" in self.__name__ and not any(base is torch.nn.Module for base in bases)
         return (Logged,) if module else (Derived,)
 
@@ -122,14 +122,14 @@ class Stub:
 
     def _refuse(self, *args: Any) -> NoReturn:
         if self._why.startswith(NOT_RUN):
-            raise LeftOut(f"the model computes with {self._name}: {self._why}")
+            raise LeftOut(f"the model uses {self._name}: {self._why}")
         library = self._name.partition(".")[0].partition("(")[0]
         raise MissingLibrary(
-            f"the model computes with {self._name}, which is not to be had here ({self._why}); install {library} "
-            "(the name on PyPI may differ), or give a model that does without"
+            f"the model uses {self._name}, which could not be imported ({self._why}): install {library} "
+            "(the name on PyPI may differ)"
         )
 
-    __iter__ = __len__ = __int__ = __float__ = __index__ = _refuse  # type: ignore[assignment]
+    __iter__ = __len__ = __int__ = __float__ = __index__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __neg__ = __matmul__ = _refuse
     __rmatmul__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
@@ -150,5 +150,5 @@ def stub_for(module: str, name: str, error: BaseException) -> Stub:
 
 
 def left_out(module: str, name: str, file: str) -> Stub:
-    """What an import binds of a file of the subject's that was not run as it stands."""
+    """What an import binds for a name of a user's file of which only the definitions were run."""
     return Stub(f"{module}.{name}", f"{NOT_RUN} in {file}")

@@ -1,7 +1,7 @@
-"""What a constructor's parameter means by its name, as public code names them, and the value that it then gets.
+"""Names that public code gives to the parameters of constructors and of forward, and the values that they then get.
 
-A size is one of `SIZES`; what follows from the sizes (head width, feed-forward width, …) is derived, switches that
-would make a causal model something else are set, and everything else keeps its default.
+A size is one of `SIZES`. What follows from the sizes (head width, feed-forward width, …) is computed from them.
+Switches that decide whether a model is causal are set. Everything else keeps its default.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout")
 # All differ, so that no axis can be mistaken for another.
 DEFAULTS = {"vocab_size": 17, "block_size": 13, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0}
-MISSING: Any = type("Missing", (), {"__repr__": lambda self: "…"})()  # no value follows from the sizes
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "…"})()  # there is no value
 
 
 def squash(name: str) -> str:
-    """`numLayers`, `num_layers` and `N_LAYERS` are one name."""
+    """`numLayers`, `num_layers` and `N_LAYERS` are the same name."""
     return name.lower().replace("_", "").replace("-", "")
 
 
@@ -28,7 +28,7 @@ def words(text: str) -> frozenset[str]:
 
 
 def _spelled(before: str, words: str, after: str = "") -> set[str]:
-    """Every way to put one of each together; an empty choice is always among `before` and `after`."""
+    """Every spelling of a prefix, a word and a suffix; prefix and suffix may be absent."""
     return {
         b + word + a
         for b, word, a in itertools.product(["", *before.split()], words.split(), ["", *after.split()])
@@ -36,7 +36,6 @@ def _spelled(before: str, words: str, after: str = "") -> set[str]:
 
 
 COUNT = "n num number numberof numof nof no total max"
-PLURALS = "s es"
 WIDTH = _spelled(
     "n d num dim", "embd embed emb embedding embeddings embedded model dmodel", "dim dims size dimension width d"
 ) - {"model", "embedding", "embeddings"} | words(
@@ -97,17 +96,17 @@ CAUSAL = {"causal": True, "iscausal": True, "autoregressive": True, "isdecoder":
 CAUSAL_WORDS = {"noncausal": False, "bidirectional": False, "causal": True, "autoregressive": True}
 
 
-# What a parameter must mean that has no default and is in no table: the letters of the field, and words in a name.
+# What a parameter means that has no default and is in no table above: by its letter, or by words in its name.
 LETTERS = {"V": "vocab_size", "T": "block_size", "L": "n_layer", "H": "n_head", "D": "n_embd", "C": "n_embd"}
-ENDS = dict.fromkeys(
-    ("inputdim", "outputdim", "inputsize", "indim", "outdim"), "vocab_size"
-)  # where it has a width too
+# Where there is a width too.
+ENDS = dict.fromkeys(("inputdim", "outputdim", "inputsize", "indim", "outdim"), "vocab_size")
 
 
 def size_of(name: str, among: Iterable[str] = (), *, required: bool = False) -> str | None:
-    """The size that a parameter name stands for. `hidden_dim` is the width only where no other name `among` is.
+    """The size that a parameter name stands for, None for any other name.
 
-    A `required` parameter, which has no default to keep, is understood more freely.
+    `hidden_dim` is the width only if no other name `among` the parameters is. A `required` parameter, which has no
+    default to keep, is recognised more freely.
     """
     plain = squash(name)
     if name == "n":  # N is the number of layers in the paper; n is anything
@@ -145,7 +144,7 @@ def _by_words(plain: str) -> str | None:
     return None
 
 
-# What a parameter of forward is.
+# Names of forward's parameters.
 TARGETS = words("targets target labels label y ys lmlabels targetids targettokens targetseq gold tgts")
 SOURCES = words(
     "src source srcids srcseq srctokens srctokenids sourceids encinput encoderinput encoderinputs inputseq encinputs "
@@ -167,7 +166,7 @@ Rule = Callable[[Mapping[str, Any], Any], Any]
 
 
 def _whole(rule: Callable[[Mapping[str, Any]], int]) -> Rule:
-    """A number that follows from the sizes; a default of None (or below 1) means "derive it yourself" and stays."""
+    """A number that follows from the sizes; a default of None or below 1 means "computed by the model" and stays."""
     return lambda sizes, default: MISSING if default is None or _below_one(default) else rule(sizes)
 
 
@@ -176,16 +175,12 @@ def _below_one(default: Any) -> bool:
 
 
 def _key_value_heads(sizes: Mapping[str, Any]) -> int:
-    return max(sizes["n_head"] // 2, 1)
+    return max(int(sizes["n_head"]) // 2, 1)
 
 
 def _constant(value: Any) -> Rule:
-    """What a parameter without a default gets; one with a default keeps it."""
+    """A value for a parameter without a default; one with a default keeps it."""
     return lambda sizes, default: value if default is MISSING else MISSING
-
-
-def _always(value: Any) -> Rule:
-    return lambda sizes, default: value
 
 
 def _device(sizes: Mapping[str, Any], default: Any) -> Any:
@@ -232,16 +227,16 @@ DERIVED: dict[str, Rule] = {
                     _constant(0)),
     **dict.fromkeys(("learningrate", "lr", "lrinit", "weightdecay"), _constant(1e-3)),
     **dict.fromkeys(("rank", "r", "lorarank"), _constant(4)),
-    **dict.fromkeys(("inference", "inferencemode", "infer"), _constant(False)),  # it reads whole texts, and trains
+    **dict.fromkeys(("inference", "inferencemode", "infer"), _constant(False)),  # it must read whole texts
 }  # fmt: skip
 NUMBERS = HEAD_WIDTH | KEY_VALUE_HEADS | FEED_FORWARD | HIDDEN
 SWITCHES = ("bias", "use", "is", "tie", "share", "with", "has", "enable", "qkv", "gradient", "return", "flash")
 
 
 def causal(name: str, default: Any = MISSING, kind: Any = None) -> bool | None:
-    """What makes a model causal, of a parameter that decides it; None for any other.
+    """For a parameter that decides whether the model is causal, the value that makes it so; None for any other.
 
-    A longer name than the field's own, `use_causal_attention`, decides it where it is a truth value.
+    A longer name, `use_causal_attention`, counts if the parameter is a bool.
     """
     plain = squash(name)
     if plain in CAUSAL:
@@ -254,7 +249,7 @@ def causal(name: str, default: Any = MISSING, kind: Any = None) -> bool | None:
 def value_for(
     name: str, sizes: Mapping[str, Any], default: Any = MISSING, *, among: Iterable[str] = (), kind: Any = None
 ) -> Any:
-    """What a parameter gets that stands for no size; MISSING: its default, and an error if it has none.
+    """The value for a parameter that is not a size; MISSING if it keeps its default, or has none.
 
     `kind` is its annotation. Padding ids become `sizes["padding"]`, an id that no check uses, if there is one.
     """

@@ -1,4 +1,4 @@
-"""A file of weights put into a subject's model: the sizes it was saved with, the state under its usual keys."""
+"""Weights from a file (`--checkpoint`): the state_dict in it, the sizes it was saved with, and loading it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = 4  # names of tensors in an error
 
 
 def read(file: str) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The state_dict in a file, and the sizes that were saved with it or can be told from its shapes."""
+    """The state_dict in a file, and the sizes that were saved with it or follow from its shapes."""
     if not Path(file).is_file():
         raise UsageError(f"--checkpoint {file}: no such file")
     try:
@@ -36,7 +36,7 @@ def read(file: str) -> tuple[dict[str, Tensor], dict[str, int]]:
             f"a dict of {', '.join(map(str, list(saved)[:6]))}" if isinstance(saved, Mapping) else type(saved).__name__
         )
         raise UsageError(f"--checkpoint {file} holds no state_dict: it is {kind}")
-    return state, {**_told(state), **_saved_sizes(saved)}
+    return state, {**_sizes_of_shapes(state), **_saved_sizes(saved)}
 
 
 def _state(saved: Any) -> dict[str, Tensor] | None:
@@ -48,7 +48,7 @@ def _state(saved: Any) -> dict[str, Tensor] | None:
 
 
 def _saved_sizes(saved: Mapping[str, Any]) -> dict[str, int]:
-    """Integers named like sizes in the configuration that was saved beside the weights."""
+    """Integers named like sizes in the configuration that was saved with the weights."""
     found: dict[str, int] = {}
     for value in [saved, *saved.values()]:
         for name, number in value.items() if isinstance(value, Mapping) else ():
@@ -58,8 +58,8 @@ def _saved_sizes(saved: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def _told(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """What the shapes tell: vocabulary and width by the largest table, block size by that of positions, layers."""
+def _sizes_of_shapes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Sizes from shapes: vocabulary and width from the token table, block size from that of positions, layers."""
     tables = {name: x for name, x in state.items() if x.dim() == 2 and re.search("emb|wte|tok", name.lower())}
     found: dict[str, int] = {}
     positions = next(
@@ -74,10 +74,10 @@ def _told(state: Mapping[str, Tensor]) -> dict[str, int]:
     return {**found, "n_layer": max(layers) + 1} if layers else found
 
 
-def aligned(model: nn.Module, state: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, int]:
-    """What the saved shapes tell beside those of a model built in known sizes, whatever its tensors are called.
+def sizes_beside(model: nn.Module, state: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of saved weights, by comparing their shapes with those of a model built in known sizes.
 
-    Where an axis of the model's has the length of one size alone, the file's has what that size was there.
+    If an axis of the model has the length of one size, the same axis in the file has the length of that size there.
     """
     mine, found = model.state_dict(), dict[str, set[int]]()
     for name, x in _fitting(state, mine).items():
@@ -90,13 +90,13 @@ def aligned(model: nn.Module, state: Mapping[str, Tensor], sizes: Mapping[str, i
     return {size: lengths.pop() for size, lengths in found.items() if len(lengths) == 1}
 
 
-def put(model: nn.Module, state: Mapping[str, Tensor], file: str) -> None:
-    """Loads the weights. Raises UsageError that names what is missing, unknown or of another shape."""
+def load_into(model: nn.Module, state: Mapping[str, Tensor], file: str) -> None:
+    """Loads the weights. Raises UsageError that names the tensors that are missing, unknown or of another shape."""
     mine = model.state_dict()
     state = _fitting(state, mine)
     missing = [name for name in mine if name not in state]
     unknown = [name for name in state if name not in mine]
-    shapes = [f"{n} {list(x.shape)}, the model's {list(mine[n].shape)}" for n, x in state.items()
+    shapes = [f"{n} {list(x.shape)}, in the model {list(mine[n].shape)}" for n, x in state.items()
               if n in mine and isinstance(mine[n], Tensor) and mine[n].shape != x.shape]  # fmt: skip
     tied = [
         name
@@ -120,7 +120,7 @@ def _shares(one: Tensor, other: Tensor) -> bool:
 
 
 def _fitting(state: Mapping[str, Tensor], mine: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state under the names of the model, as far as it has them."""
+    """The state under the model's names for its tensors, as far as they match."""
     return next((s for s in _renamed(state) if set(s) & set(mine)), dict(state))
 
 

@@ -1,4 +1,4 @@
-"""Public code's ways to be built and called, one small file each: met from --model alone, and what the header says."""
+"""Ways in which public code builds and calls its models, a small file each: it loads, and its header has the facts."""
 
 from __future__ import annotations
 
@@ -14,61 +14,70 @@ from transformer_checks.checks.subject import Subject
 
 HERE = Path(__file__).parent / "conventions"
 
-# file[:NAME] -> what its header must say
+# file[:NAME] -> facts in its header
 FACTS = {
     "additive_mask.py": ("GPT(vocab_size, block_size, n_embd, n_head, n_layer)", "mask [B, T] float32, 0 keeps, -inf"),
     "annotated_dictionary.py": (
-        "a configuration with what it reads(",
+        "a configuration with the settings that the code reads(",
         "vocab_size, d_model, max_seq_len, number_of_transformer_block, num_heads",
     ),
     "asks_for_logits.py": ("forward(idx, get_logits) → dict with .logits logits",),
     "caches_filled.py": ("forward(idx, kv_caches) → (logits, ",),
-    "letters.py": ("Model(V, T_max, D, H)", "stretch=0.5", "stretch is as in", "letters.py"),
-    "loss_only.py": ("it gives a loss: the logits are those that it is made of", "it drops the last token"),
+    "letters.py": ("Model(V, T_max, D, H)", "stretch=0.5", "stretch is taken from", "letters.py"),
+    "loss_only.py": ("forward returns only a loss", "drops the last token: one is added"),
     "names_in_words.py": (
         "my_vocab_size, max_decoding_length, dim_vector, number_of_my_heads, num_decoder_stack_layers",
     ),
     "needed_though_optional.py": ("rope_theta=10000.0",),
-    "nested_keys.py": ("a configuration with what it reads(n_embd, vocab_size, block_size, n_head)", "is_causal=True"),
+    "nested_keys.py": (
+        "a configuration with the settings that the code reads(n_embd, vocab_size, block_size, n_head)",
+        "is_causal=True",
+    ),
     "parts_by_name.py": ("input_dim, hid_dim", "output_dim", "encoder='Encoder(…)'", "decoder='Decoder(…)'"),
     "reads_itself/kit/model.py": ("Config(vocab_size, block_size, n_embd)",),
-    "script_beside/model.py": ("data.py works at import", "data could not be imported: a stand-in is used"),
+    "script_beside/model.py": ("data.py is a script", "data could not be imported: a placeholder is used"),
     "settings/model.py": (
         "residual_multiplier=0.25, parallel_block=False",
-        "residual_multiplier is as in",
+        "residual_multiplier is taken from",
         "default.yaml",
-        "parallel_block is as in",
+        "parallel_block is taken from",
         "options.py",
     ),
     "shared_sizes/model.py": ("LanguageModel(CONTEXT_LENGTH, vocab_size, embedding_size, num_layers)",),
     "sizes_under_main.py": ("Transformer(d_model, max_len, n_heads, n_layers, vocab_size)",),
     "attention_mask_of_integers.py": ("padding mask: attention_mask [B, T] int64, true keeps",),
-    "attributes_only.py": ("a configuration with what it reads", "max_seq_len"),
+    "attributes_only.py": ("a configuration with the settings that the code reads", "max_seq_len"),
     "bidirectional_by_default.py": ("Model(words, dims, heads, layers)", "bidirectional=False"),
     "cache_inside.py": ("cache ✓ (use_cache=True, reset_cache())",),
     "cache_object.py": ("cache ✓ (cache=KVCache())",),
-    "caches_set_up.py": ("setup_caches(B, block size) before each call", "cache ✓ (setup_caches, input_pos=)"),
+    "caches_set_up.py": ("setup_caches(B, block size) is called", "cache ✓ (setup_caches, input_pos=)"),
     "causal_by_a_switch.py": ("use_causal_attention=True",),
-    "causal_mask_handed.py": ("mask is given a causal mask (True keeps)", "cache ✗"),
+    "causal_mask_handed.py": ("a causal mask is passed as mask (True keeps)", "cache ✗"),
     "classes_first.py": ("→ logits [B, V, T]",),
     "compared_string.py": ("norm_place='pre'",),
     "config_class_attributes.py": ("Config(",),
     "config_from_a_dictionary_or_none.py": ("Config(", "n_layer", "n_embd", "block_size", "vocab_size"),
     "config_class_with_kwargs.py": ("GPTConfig(", "n_layer", "n_head", "n_embd"),
-    "course_contract.py": ("brings tokenizer", "load_model_and_tokenizer(its folder)"),
-    "data_is_missing.py": ("FileNotFoundError at import", "logs_of_nowhere could not be imported: a stand-in is used"),
+    "course_contract.py": ("also found: tokenizer", "load_model_and_tokenizer(its folder)"),
+    "data_is_missing.py": (
+        "FileNotFoundError at import",
+        "logs_of_nowhere could not be imported: a placeholder is used",
+    ),
     "dataclass_config.py": ("GPTConfig(", "forward(idx, targets) → (logits, loss)", "ignore_index -1", "generate ✗"),
     "default_config_method.py": ("get_default_config()(", "vocab_size"),
     "dict_constant.py": ("CONFIG(vocab_size, seq_len, d_model, num_heads, num_layers)",),
     "dict_in_main.py": ("a dictionary(vocab_size, context_length, emb_dim, n_heads, n_layers)",),
     "dict_of_outputs.py": ("forward(idx) → dict with", ".logits logits"),
-    "drops_its_last_token.py": ("it drops the last token: one is added",),
-    "encode_decode_project.py": ("encode, decode, project → logits", "a fixed source"),
+    "drops_its_last_token.py": ("drops the last token: one is added",),
+    "encode_decode_project.py": ("encode, decode, project → logits", "source sentence is fixed"),
     "encoder_decoder.py": ("forward(src, tgt, src_mask, tgt_mask) → logits", "src is a fixed source"),
-    "exact_length.py": ("shorter ones are padded at the right",),
+    "exact_length.py": ("shorter inputs are padded on the right",),
     "extras_beside_logits.py": ("→ (logits, [",),
-    "factory.py": ("build_model(vocab_size, block_size)", "brings loss"),
-    "factory_with_a_name_of_its_own.py": ("make_model(vocab, max_len, d_model, h, N)", "the Assembled is the model"),
+    "factory.py": ("build_model(vocab_size, block_size)", "also found: loss"),
+    "factory_with_a_name_of_its_own.py": (
+        "make_model(vocab, max_len, d_model, h, N)",
+        "the Assembled is taken as the model",
+    ),
     "flat_logits.py": ("→ logits [B·T, V]",),
     "folder_of_its_name/model/model.py": (
         "Llama(vocab_size, dim, n_layers, max_position_embeddings)",
@@ -77,58 +86,58 @@ FACTS = {
     "guarded_import.py": ("forward(idx) → logits",),
     "half_precision_on_a_gpu.py": ("device='cpu'", "dtype=torch.float32"),
     "head_beside.py": ("generator(forward(idx)) → logits", "log-probabilities"),
-    "initialized_by_hand.py": ("init_weights() called after construction",),
+    "initialized_by_hand.py": ("init_weights() is called after construction",),
     "instance.py:model": ("instance.py:model", "one instance, at its own sizes"),
     "key_padding_mask.py": ("padding mask: key_padding_mask [B, T] bool, true drops",),
     "keywords.py": ("GPT(hidden_size, num_hidden_layers, num_attention_heads, vocab_size, max_position_embeddings)",),
-    "log_probabilities.py": ("· log-probabilities",),
+    "log_probabilities.py": ("returns log-probabilities",),
     "loss_on_the_model.py": ("forward(tokens, targets) → logits",),
     "mask_in_place_of_its_own.py": ("padding mask: mask [B, 1, T, T] bool, true keeps",),
-    "missing_libraries.py": ("wandb_of_nowhere could not be imported: a stand-in is used",),
+    "missing_libraries.py": ("wandb_of_nowhere could not be imported: a placeholder is used",),
     "module_globals.py": ("GPT(block_size, n_embd, n_head, n_layer, vocab_size)",),
     "nested_config.py": ("Config(vocab_size, max_len, width, heads, layers)",),
     "forward_for_training.py": ("forward_training(",),
     "lightning_is_missing.py": ("Model(vocab_size, d_model, num_heads, context_length)",),
     "names_of_the_figure.py": ("GPT(n_vocab, chan_dim, n_heads, Nx, max_context)",),
     "notebook.ipynb": ("notebook.ipynb is a notebook", "not cell 6"),
-    "numpy_class.py": ("f(array) → ", "it reads NumPy arrays"),
+    "numpy_class.py": ("f(array) → ", "NumPy arrays"),
     "object_with_logits.py": ("→ Output with .logits logits",),
-    "one_token_at_a_time.py": ("forward(tokens, start_pos)", "it reads one token at a time"),
-    "own_configuration_breaks.py": ("with GPTConfig as it stands", "raises AttributeError: it is built otherwise"),
+    "one_token_at_a_time.py": ("forward(tokens, start_pos)", "one token at a time"),
+    "own_configuration_breaks.py": ("with GPTConfig as it is", "raises AttributeError", "built another way"),
     "padded_vocabulary.py": ("vocabulary padded from 17 to 24",),
     "padding_id.py": ("pad_idx=17", "pad_idx is an id that no check uses"),
-    "past_given_back.py": ("cache ✓ (past=, given back)",),
+    "past_given_back.py": ("cache ✓ (past=, returned)",),
     "positional_odd_order.py": ("GPT(heads, emb_dim, ctx_len, num_tokens, depth)",),
     "positions_required.py": ("forward(idx, input_pos) → logits",),
     "preset_factory.py": ("preset_factory.py:GPT · GPT(vocab_size, block_size, n_embd)",),
     "preset_or_sizes.py": ("GPTConfig(", "model_type=None"),
     "presets.py": ("GPT(n_layer, n_head, n_embd)",),
     "presets_in_configuration.py": (
-        "a configuration with what it reads(",
+        "a configuration with the settings that the code reads(",
         "vocab_size, n_embd, context_size",
     ),
     "project/pkg/model.py": (
         "Config(vocab_size, seq_len, d_model, n_heads, n_layers)",
         "PackageNotFoundError at import",
     ),
-    "rows_of_ids.py": ("it reads one row of ids at a time",),
-    "script_that_trains.py": ("script_that_trains.py works at import", "not lines"),
+    "rows_of_ids.py": ("one row of ids at a time",),
+    "script_that_trains.py": ("script_that_trains.py is a script", "not lines"),
     "start_position.py": ("forward(tokens, start_pos) → logits",),
-    "time_first.py": ("forward([T, B] src) → logits", "time is the first axis"),
+    "time_first.py": ("forward([T, B] src) → logits", "the time axis comes first"),
     "tokenizer_argument.py": ("GPT(", "vocab_size"),
     "width_named_twice.py": ("hidden_size=32",),
 }
 
 
 @pytest.fixture(scope="module")
-def met() -> dict[str, Subject]:
+def loaded() -> dict[str, Subject]:
     return {}
 
 
-def meet(met: dict[str, Subject], name: str) -> Subject:
-    if name not in met:
-        met[name] = subject_of(str(HERE / name))
-    return met[name]
+def load(loaded: dict[str, Subject], name: str) -> Subject:
+    if name not in loaded:
+        loaded[name] = subject_of(str(HERE / name))
+    return loaded[name]
 
 
 def test_there_is_a_test_for_every_file():
@@ -138,8 +147,8 @@ def test_there_is_a_test_for_every_file():
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_its_logits_have_a_place_for_every_token(met, name):
-    subject = meet(met, name)
+def test_its_logits_have_a_place_for_every_token(loaded, name):
+    subject = load(loaded, name)
     model, T = subject.build(), min(5, subject.sizes.block_size)
     logits = subject.logits(model, subject.tokens(2, T))
     assert logits.shape == (2, T, subject.sizes.vocab_size)
@@ -147,16 +156,16 @@ def test_its_logits_have_a_place_for_every_token(met, name):
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_its_header_states_the_facts(met, name):
-    header = meet(met, name).header
+def test_its_header_states_the_facts(loaded, name):
+    header = load(loaded, name).header
     for fact in FACTS[name]:
         assert fact in header
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_its_past_does_not_hear_its_future(met, name):
-    """Which axis is time, which mask is wanted and what is cut off has been understood."""
-    subject = meet(met, name)
+def test_its_logits_do_not_depend_on_later_tokens(loaded, name):
+    """So its time axis, its masks and the tokens that it drops were all recognised."""
+    subject = load(loaded, name)
     model = subject.build()
     tokens = subject.tokens(3, 6, seed=1)
     other = tokens.clone()
@@ -167,8 +176,8 @@ def test_its_past_does_not_hear_its_future(met, name):
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_it_is_built_in_other_sizes_where_it_can_vary(met, name):
-    subject = meet(met, name)
+def test_it_is_built_in_other_sizes_if_it_takes_them(loaded, name):
+    subject = load(loaded, name)
     sizes = {key: value for key, value in dict(vocab_size=24, block_size=16).items() if subject.can_vary(key)}
     model = subject.build(seed=3, **sizes)
     vocabulary = sizes.get("vocab_size", subject.sizes.vocab_size)
@@ -177,14 +186,14 @@ def test_it_is_built_in_other_sizes_where_it_can_vary(met, name):
     assert subject.logits(model, tokens).shape == (2, length, vocabulary)
 
 
-def test_a_file_that_was_only_looked_into_says_nothing_of_the_loss(met):
-    """A configuration was sought in a file beside it, which has an ignore_index."""
-    assert "ignore_index" not in meet(met, "nested_keys.py").header
+def test_a_file_read_only_for_its_configuration_does_not_set_ignore_index(loaded):
+    """A file beside the model, imported only to look for a configuration, has an ignore_index."""
+    assert "ignore_index" not in load(loaded, "nested_keys.py").header
 
 
 @pytest.mark.parametrize("name", ["keywords.py", "dataclass_config.py", "key_padding_mask.py", "cache_object.py"])
-def test_plugging_in_is_a_few_models_and_a_few_forwards(name, monkeypatch):
-    """What bounds its time on any machine; a mask and a cache are told by trying, and take some more."""
+def test_loading_takes_a_few_models_and_a_few_forwards(name, monkeypatch):
+    """This bounds its time on any machine. Masks and caches are recognised by trying, which takes more forwards."""
     built, called = [], []
     build, run = Recipe.build, Forward.raw
     monkeypatch.setattr(Recipe, "build", lambda self, sizes: built.append(sizes) or build(self, sizes))
@@ -194,13 +203,13 @@ def test_plugging_in_is_a_few_models_and_a_few_forwards(name, monkeypatch):
     assert 1 <= len(called) <= (60 if "mask" in name or "cache" in name else 8)
 
 
-def test_seeds_give_models_and_the_same_seed_the_same():
+def test_the_same_seed_gives_the_same_model_and_another_seed_another():
     subject = subject_of(str(HERE / "keywords.py"))
     one, again, other = (subject.build(seed=seed).tokens.weight for seed in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
-def test_one_instance_is_put_back_to_what_it_was():
+def test_one_instance_is_restored_before_each_use():
     subject = subject_of(str(HERE / "instance.py:model"))
     before = subject.build().head.weight.detach().clone()
     model = subject.amplified()

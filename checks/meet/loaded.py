@@ -1,0 +1,117 @@
+"""`Loaded`: a model that was built and gave logits, with what is known about building and calling it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..expect import NotApplicable
+from ..subject import KeyValueCache, MaskForm
+from .build import Recipe
+from .cache import Cache, Protocol, find_protocol, step
+from .forward import LENGTH, ROWS, Forward
+from .logits import standing_for
+from .padding_mask import find_mask_forms, mask_argument
+from .sandbox import Sandbox
+
+
+@dataclass
+class Loaded:
+    """The user's model behind one interface: how it is built and called, in which sizes, with which parts."""
+
+    sandbox: Sandbox
+    shown: str  # model.py:GPT
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    sizes: dict[str, Any]
+    varies: frozenset[str]  # sizes that can be asked for
+    forward: Forward
+    constructor: str  # GPTConfig(vocab_size, block_size)
+    fresh: bool = True  # whether each build is a new model
+    recipe: Recipe | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
+    longest: int | None = None  # the most tokens that the model can read; None if it has no such limit
+    device: Any = "cpu"
+    has_generate: bool = False  # as a method of the model
+    assumed: list[str] = field(default_factory=list)
+    leave: Callable[[], None] = lambda: None  # puts an instance back to what it was given as
+
+    def logits(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        form: MaskForm | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """[B, T, V]; with a cache, [B, 1, V] if the model then returns the last position only."""
+        self.set_globals_for(model)
+        given = dict(more or {})
+        held = cast(Cache | None, cache)  # ours: made by new_cache
+        seen = mask if held is None else held.seen(mask, tokens)
+        if seen is not None:
+            form = form or self.mask_form
+            whole = held is None or held.protocol.whole_mask
+            given[form.argument] = form.encode(seen if whole else seen[:, -tokens.shape[1] :])
+        with self.sandbox:
+            if held is None:
+                return self.forward.logits(model, tokens, **given)
+            return step(self.forward, model, tokens, held, given)
+
+    @property
+    def mask_form(self) -> MaskForm:
+        if not self.mask_forms:
+            raise NotApplicable("the model takes no padding mask")
+        return self.mask_forms[0]
+
+    @functools.cached_property
+    def mask_forms(self) -> tuple[MaskForm, ...]:
+        """How the model takes a padding mask; () if it takes none."""
+        model = self.build(self.sizes)
+        argument = mask_argument(model, frozenset(self.forward.more))
+        if argument is None:
+            return ()
+        tokens = self.some_tokens()
+        with self.sandbox, torch.no_grad():
+            read = functools.partial(self.forward.logits, model)
+            return find_mask_forms(argument, read, tokens, self.sizes["vocab_size"])
+
+    @functools.cached_property
+    def protocol(self) -> Protocol | None:
+        """How the model's cache is used; None if no known way works."""
+        model = self.build(self.sizes)
+        with self.sandbox:
+            return find_protocol(self.forward, model, self.sandbox, self.sizes, self.some_tokens())
+
+    def new_cache(self, model: nn.Module, batch_size: int) -> Cache | None:
+        if self.protocol is None:
+            return None
+        with self.sandbox:
+            return self.protocol.new(model, batch_size)
+
+    @functools.cached_property
+    def returns(self) -> str:
+        """What the model returns as logits: "logits", "log-probabilities" or "probabilities"."""
+        model = self.build(self.sizes)
+        with torch.no_grad():
+            return standing_for(self.logits(model, self.some_tokens()))
+
+    def some_tokens(self) -> Tensor:
+        return some_tokens(self.sizes, self.device)
+
+    def set_globals_for(self, model: nn.Module) -> None:
+        """If the user's functions read sizes from globals, gives those globals the sizes of this model."""
+        if self.recipe is not None:
+            self.recipe.set_globals_for(model)
+
+
+def some_tokens(sizes: Mapping[str, Any], device: Any) -> Tensor:
+    """The small batch [B, T] on which a model is tried while it is loaded."""
+    length = min(LENGTH, sizes["block_size"])
+    generator = torch.Generator().manual_seed(6)
+    return torch.randint(sizes["vocab_size"], (ROWS, length), generator=generator).to(device)
