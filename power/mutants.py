@@ -27,7 +27,7 @@ from torch import Tensor
 
 from power.mutations import Mutant, distinct, mutants, negated
 from transformer_checks.checks.check_spec import declared
-from transformer_checks.checks.family.fit import FAMILIES, settled
+from transformer_checks.checks.family.fit import FAMILIES, fit_to
 from transformer_checks.checks.run.order import check_id, checks_in
 from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
@@ -160,7 +160,7 @@ def _called() -> Iterator[set[tuple[str, int]]]:
 def _family(subject: Subject) -> str:
     if declared(subject) in FAMILIES:
         return str(declared(subject))
-    return next((family for family in FAMILIES if settled(subject, family).agrees), "")
+    return next((family for family in FAMILIES if fit_to(subject, family).agrees), "")
 
 
 def judged(what: str, before: dict[str, Any], laws: tuple[str, ...]) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def judged(what: str, before: dict[str, Any], laws: tuple[str, ...]) -> dict[str
 
 def left_open(subject: Subject, family: str) -> dict[str, str]:
     """What a family leaves to each of its models, as it was found in this one."""
-    found = settled(subject, family) if family else None
+    found = fit_to(subject, family) if family else None
     if found is None or not found.agrees or found.plan is None:
         return {}
     plan = found.plan

@@ -1,4 +1,4 @@
-"""Agreement with a declared architecture: foreign weights mapped onto the reference, and the same numbers required.
+"""Agreement with a declared architecture: the reference with the model's own weights must give the model's numbers.
 
-`settled(subject)` of settling.py is the door; the checks are in check_spec.py.
+The entry point is `fit_to(subject, family)` in fit.py; the checks are in check_spec.py.
 """

@@ -1,206 +1,145 @@
-"""The known bugs on a subject's own weights: the one that gives its numbers exactly is what it has."""
+"""Why the logits differ: the known bugs that explain them exactly, and the first part that differs.
+
+Two bugs in different parts are separated in stages: with some sublayers set to zero in subject and reference.
+"""
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
-from ...transformer.model import GeluFeedForward, Transformer
-from .. import bugs
-from ..bugs import Bug, all_bugs
-from ..reference import reference_parts
-from .agreement import apart
-from .reference import Variant, build, family_config, undrawn, vary
+from ..subject import one_thread
+from .closeness import STAGES, apart, explicit, nearest, silenced, traced
+from .known_bugs import Catalogue, Simulated, damaged, explanations, fill, logits
+from .reference import Variant, build
+from .specimen import Fit
+from .trace import FirstDifference, checkpoints, first_difference
 from .weights.roles import Plan
 
-LIVE = 1e-10  # of the largest logit: a bug that moves less is no bug at these sizes
-
-
-@dataclass(frozen=True, eq=False)
-class Simulated:
-    """A damaged reference, to be given a subject's weights."""
-
-    bug: Bug
-    model: Transformer
-    scope: str = ""  # "in every block" or "in every norm" where the catalogue damages one
+LIKELY = 2  # of the nearest candidates: tried with two bugs before the others are tried with one
 
 
 @dataclass
-class Catalogue:
-    """The known bugs of one variant, built once: another plan, or silenced sublayers, only needs other weights."""
+class Explained:
+    """The known bugs that give the subject's logits: each of `ties` alone, or one of each group in `together`."""
 
-    config: dict[str, Any]
+    plan: Plan
     variant: Variant
-    models: list[Simulated] = field(default_factory=list)
-    whole: bool = False  # all are built
-    dead: set[int] = field(default_factory=set)  # models that give what the undamaged reference gives
-    idle: set[str] = field(default_factory=set)  # bugs whose models did so in another variant: not built
+    ties: list[Simulated] = field(default_factory=list)
+    together: list[list[Simulated]] = field(default_factory=list)  # a group of ties for each part
+    parts: list[str] = field(default_factory=list)  # stages in which the logits differ
+    complete: bool = True  # False if time ran out before every bug was tried
 
-    @classmethod
-    def of(cls, plan: Plan, variant: Variant, known: list[Catalogue]) -> Catalogue:
-        """The one of `known` that fits, or a new one, which joins them."""
-        config = family_config(plan, variant)
-        for catalogue in known:
-            if catalogue.config == config and catalogue.variant == variant:
-                return catalogue
-        idle = {bug for catalogue in known for bug in catalogue.idle | catalogue.without_effect()}
-        known.append(cls(config, variant, idle=idle))
-        return known[-1]
-
-    def without_effect(self) -> set[str]:
-        moving = {one.bug.id for one in self.models if id(one) not in self.dead}
-        return {one.bug.id for one in self.models} - moving
-
-    def __iter__(self) -> Iterator[Simulated]:
-        yield from self.models
-        if self.whole:
-            return
-        built = {id(one.bug) for one in self.models}
-        for bug in all_bugs().values():
-            if id(bug) not in built and bug.id not in self.idle:
-                yield from self._build(bug)
-        self.whole = True
-
-    def _build(self, bug: Bug) -> Iterator[Simulated]:
-        """As catalogued, and in more places unless it has done nothing so."""
-        model = damaged([bug], self.config, self.variant)
-        if model is None:
-            return
-        first = Simulated(bug, model)
-        self.models.append(first)
-        yield first
-        if id(first) not in self.dead:
-            for wider in _spread(model, bug, self.config, self.variant):
-                self.models.append(wider)
-                yield wider
+    @property
+    def ids(self) -> list[str]:
+        groups = [self.ties] if self.ties else self.together
+        return [one.bug.id for group in groups for one in group]
 
 
-def explanations(
-    catalogue: Catalogue, plan: Plan, tokens: Tensor, theirs: Tensor, bound: float, until: float
-) -> tuple[list[Simulated], bool]:
-    """The bugs that give the subject's logits, each of them exactly; and whether all were tried before `until`.
+def explain(fit: Fit, seconds: float) -> Explained | None:
+    """Tries single bugs with full weights, for the nearest candidates first; then one bug per part, all at once."""
+    with one_thread():
+        return _explain(fit, time.process_time() + seconds)
 
-    The first pass of a catalogue, which must be on full weights, drops what gives the undamaged reference's numbers.
+
+def _explain(fit: Fit, until: float) -> Explained | None:
+    bound = fit.specimen.bound.size
+    ranked = nearest(fit)
+    if not ranked:
+        return None
+    first = Explained(*ranked[0][:2], parts=_over(ranked[0][2], bound))
+    known: list[Catalogue] = []
+    for some in (ranked[:LIKELY], ranked[LIKELY:]):
+        for plan, variant, errors in some:
+            catalogue = Catalogue.of(plan, variant, known)
+            ties, complete = explanations(catalogue, plan, fit.specimen.tokens, fit.theirs, bound, until)
+            if ties:
+                ties = confirmed(fit, plan, variant, ties)
+            if ties:
+                return Explained(plan, variant, ties=ties, parts=_over(errors, bound), complete=complete)
+            first.complete &= complete
+        for plan, variant, errors in some[:LIKELY]:
+            together = _by_part(fit, Catalogue.of(plan, variant, known), plan, errors, until)
+            if together:
+                return Explained(plan, variant, together=together, parts=_over(errors, bound))
+    first.complete &= time.process_time() < until
+    return first
+
+
+def _over(errors: dict[str, float], bound: float) -> list[str]:
+    return [stage for stage, error in errors.items() if error > bound]
+
+
+def confirmed(fit: Fit, plan: Plan, variant: Variant, ties: list[Simulated]) -> list[Simulated]:
+    """The bugs that give the subject's logits in other calls too: with gradients, of one token, of one row.
+
+    If any bug explains them as it is, those that explain them only in every block are left out.
     """
-    found: list[Simulated] = []
-    sound = build(plan, catalogue.variant)
-    clean, weights = logits(sound, tokens), sound.state_dict()
-    for one in catalogue:
-        if time.process_time() > until:
-            return found, False
-        if id(one) in catalogue.dead:
-            continue
-        try:
-            ours = logits(fill(one.model, weights), tokens)
-        except Exception:  # damage that these sizes cannot bear is not what the subject has
-            ours = clean
-        if apart(ours, clean) <= LIVE:
-            if not catalogue.whole:
-                catalogue.dead.add(id(one))
-        elif (
-            bool(ours.isfinite().any())
-            and apart(theirs, ours[..., : theirs.shape[-1]]) <= bound
-            and all(one.bug is not o.bug for o in found)
-        ):
-            found.append(one)
-    return found, True
+    weights = build(plan, variant).state_dict()
+    for tokens in _other_calls(fit):
+        theirs = _with_gradients(fit, tokens)
+        if theirs is not None:
+            ties = [one for one in ties if _gives(fill(one.model, weights), tokens, theirs, fit.specimen.bound.size)]
+    return [one for one in ties if not one.scope] or ties
 
 
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Some bugs write on what they are given."""
-    with torch.no_grad():
-        return model(tokens.clone()).double()
+def _other_calls(fit: Fit) -> list[Tensor]:
+    tokens = fit.specimen.tokens
+    return [tokens, tokens[:, :1].contiguous(), tokens[:1, :5].contiguous()]
 
 
-def fill(model: Transformer, weights: dict[str, Tensor]) -> Transformer:
-    """A sound reference's weights into a damaged one; parts that damage took away stay away."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if name in weights and tensor.shape == weights[name].shape:
-                tensor.copy_(weights[name])
-    if "head.bias" in weights:
-        model.head.bias = nn.Parameter(weights["head.bias"].clone())
-    return model
-
-
-def damaged(bugs: list[Bug], config: dict[str, Any], variant: Variant) -> Transformer | None:
-    """The reference of a variant, built with the damage; None if a bug is not of such models."""
-    if not all(_applies(bug, config) for bug in bugs):
-        return None
-    attention = {name: bug.sizes[name] for bug in bugs for name in ("attention",) if name in bug.sizes}
-    others = {bug.of for bug in bugs} - {reference_parts}
-    if len(others) > 1:
-        return None
-    parts = (others.pop() if others else reference_parts)(**{**config, **attention})
+def _with_gradients(fit: Fit, tokens: Tensor) -> Tensor | None:
+    """The subject's logits; None where it refuses the call."""
+    specimen = fit.specimen
     try:
-        with undrawn():
-            for bug in bugs:
-                whole = parts.build_model
-                bug.damage(parts)
-                if parts.build_model is whole:
-                    return None
-            model = parts.build_model(dropout=0.0)
-    except Exception:  # a bug of sizes that this subject does not have
+        with torch.enable_grad(), specimen.running():
+            return specimen.subject.logits(specimen.model, tokens).detach().double()
+    except Exception:  # a single token, or a batch of another size, may be refused
         return None
-    if not isinstance(model, Transformer) or _of_another_kind(model, config):
-        return None
-    return vary(model, variant).eval()
 
 
-def _of_another_kind(model: Transformer, config: dict[str, Any]) -> bool:
-    """Whether damage that was made for a GPT-2 has put its feed-forward where a gated one was."""
-    gated = config["feed_forward"] == "swiglu"
-    return gated and any(isinstance(module, GeluFeedForward) for module in model.modules())
+def _gives(model: nn.Module, tokens: Tensor, theirs: Tensor, bound: float) -> bool:
+    with torch.enable_grad():
+        ours = model(tokens.clone()).detach()[..., : theirs.shape[-1]]
+    return apart(theirs, ours.double()) <= bound
 
 
-def _applies(bug: Bug, config: dict[str, Any]) -> bool:
-    """Whether the bug's kind of positions, norm and feed-forward is the subject's."""
-    return all(bug.sizes.get(name, config[name]) == config[name] for name in ("norm", "feed_forward")) and _kind(
-        bug.sizes.get("positions", config["positions"])
-    ) == _kind(config["positions"])
+def _by_part(
+    fit: Fit, catalogue: Catalogue, plan: Plan, errors: dict[str, float], until: float
+) -> list[list[Simulated]]:
+    """For each stage that differs, the bugs that explain it; empty unless together they give the full logits."""
+    specimen, bound = fit.specimen, fit.specimen.bound.size
+    groups: list[list[Simulated]] = []
+    for stage, which in STAGES.items():
+        if errors[stage] <= bound:
+            continue
+        with silenced(plan, which):
+            ties, _ = explanations(catalogue, plan, specimen.tokens, specimen.logits(), bound, until)
+            ties = confirmed(fit, plan, catalogue.variant, ties)
+        if not ties:
+            return []
+        if not any({one.bug.id for one in ties} & {one.bug.id for one in group} for group in groups):
+            groups.append(ties)
+    if len(groups) < 2:
+        return []
+    for choice in product(*groups):
+        model = damaged([one.bug for one in choice], catalogue.config, catalogue.variant)
+        if model is not None and _same(fill(model, build(plan, catalogue.variant).state_dict()), fit, bound):
+            return groups
+    return []
 
 
-def _kind(positions: str) -> str:
-    return positions.partition("-")[0]
+def first_part_that_differs(fit: Fit, plan: Plan, variant: Variant) -> FirstDifference | None:
+    """With the line of the subject's code that computes it."""
+    with one_thread():
+        tokens, theirs = traced(fit)
+        return first_difference(theirs, checkpoints(explicit(plan, variant), tokens), fit.specimen.logits(tokens))
 
 
-def _spread(model: Transformer, bug: Bug, config: dict[str, Any], variant: Variant) -> Iterator[Simulated]:
-    """The same damage in every block, or in every norm, where the catalogue has it in some."""
-    kinds = {name: type(module) for name, module in model.named_modules()}
-    damage = {name: kind for name, kind in kinds.items() if _is_damaged(kind)}
-    done = [damage.keys()]
-    for scope, alike in (("in every block", _in_block), ("in every norm", _norm_class)):
-        new = {alike(name, kind): kind for name, kind in damage.items()}
-        new.pop(None, None)
-        wider = {name: new[alike(name, kind)] for name, kind in kinds.items() if alike(name, kind) in new}
-        if wider and all(wider.keys() != names for names in done):
-            done.append(wider.keys())
-            yield Simulated(bug, _again(bug, config, variant, wider), scope)
-
-
-def _is_damaged(kind: type) -> bool:
-    return any(base.__module__.startswith(bugs.__name__) for base in kind.__mro__)
-
-
-def _in_block(name: str, kind: type) -> str | None:
-    """A part's name without the number of its block; None outside."""
-    starred, inside = re.subn(r"^blocks\.\d+", "blocks.*", name)
-    return starred if inside else None
-
-
-def _norm_class(name: str, kind: type) -> str | None:
-    return next((norm.__name__ for norm in (nn.LayerNorm, nn.RMSNorm) if issubclass(kind, norm)), None)
-
-
-def _again(bug: Bug, config: dict[str, Any], variant: Variant, classes: dict[str, type]) -> Transformer:
-    model = damaged([bug], config, variant)
-    assert model is not None
-    for name, kind in classes.items():
-        model.get_submodule(name).__class__ = kind
-    return model
+def _same(model: nn.Module, fit: Fit, bound: float) -> bool:
+    ours = logits(model, fit.specimen.tokens)[..., : fit.theirs.shape[-1]]
+    return ours.shape == fit.theirs.shape and apart(fit.theirs, ours) <= bound

@@ -1,4 +1,4 @@
-"""Which family, plan and variant a subject is: built at telling sizes, mapped, and compared with the reference."""
+"""Which plan and variant of a family the subject is: its weights are mapped, and its logits compared."""
 
 from __future__ import annotations
 
@@ -7,130 +7,105 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..expect import note
 from ..subject import Subject, one_thread
-from .agreement import apart
-from .closeness import nearest
-from .norms import NormForm, measure
-from .reference import USUAL_BASES, USUAL_EPS, USUAL_STRETCHES, Stretch, Variant, build, norms_of, variants
-from .specimen import Settled, Specimen, specimen
-from .weights.inventory import Weight
-from .weights.planning import plans, unsettled
+from .aspects.constants import norm_form
+from .closeness import Candidate, disagreement, nearest
+from .reference import USUAL_BASES, USUAL_EPS, USUAL_SCALINGS, RopeScaling, norms_of, variants
+from .specimen import Fit, Specimen, specimen_of
+from .weights.planning import plans, undetermined
 from .weights.roles import NoPlan, Plan
-from .weights.table import shown, tabled
+from .weights.table import plans_from_table, shown
 
 FAMILIES = ("gpt2", "llama")
-LARGEST_EPS = 1e-4  # a norm's epsilon beyond this is no longer left open
-FACTORS = ("factor", "rope_factor", "scale_factor", "rope_scale_factor", "scaling_factor")  # of stretched frequencies
+LARGEST_EPS = 1e-4  # a larger epsilon is not a choice that a family leaves open
+# What configurations call the factor of RoPE scaling, and the context length of the training.
+FACTORS = ("factor", "rope_factor", "scale_factor", "rope_scale_factor", "scaling_factor")
 ORIGINALS = ("original_max_position_embeddings", "original_context_length", "old_context_len", "original_max_seq_len")
-FIRST = 16  # candidates that are tried before the choices are settled one by one
-SECONDS = 1.5  # for mapping and agreement
+FIRST = 16  # candidates that are tried before the nearest is searched choice by choice
+SECONDS = 1.5  # of processor time for one fit
 
 
-def _settle(subject: Subject, family: str) -> Settled:
-    return settle(specimen(subject), family)
-
-
-def settled(subject: Subject, family: str) -> Settled:
-    """How the subject compares with this family; found once."""
-    found = subject.once(_settle, family)
-    if found.plan is not None:
-        note(weights=shown(found.plan))
-        if not found.agrees and (open_ := unsettled(found.plan)):
+def fit_to(subject: Subject, family: str) -> Fit:
+    """How well the subject fits this family; found once per subject. Notes its weights in the verdict."""
+    fit = subject.once(_fit_subject, family)
+    if fit.plan is not None:
+        note(weights=shown(fit.plan))
+        if not fit.agrees and (open_ := undetermined(fit.plan)):
             note(unsettled=open_)
-    return found
+    return fit
 
 
-def settle(seen: Specimen, family: str) -> Settled:
-    """The plan and variant of the family that give the subject's logits; else those that come nearest by rank."""
+def _fit_subject(subject: Subject, family: str) -> Fit:
+    return fit_specimen(specimen_of(subject), family)
+
+
+def fit_specimen(specimen: Specimen, family: str) -> Fit:
+    """The plan and variant of the family that give the specimen's logits; the best that was tried if none does."""
     start = time.process_time()
-    found = Settled(family, seen, seen.logits())
-    table = seen.subject.spec.table
+    fit = Fit(family, specimen, specimen.logits())
+    table = specimen.subject.spec.table
+    inventory, shape = specimen.inventory, specimen.shape
     try:
-        candidates = list(tabled(seen.inventory, seen.shape, table) if table else plans(seen.inventory, seen.shape))
+        candidates = list(plans_from_table(inventory, shape, table) if table else plans(inventory, shape))
     except NoPlan as reason:
-        found.why_not = str(reason)
-        return found
-    found.why_not = unlike(candidates[0], family)
-    if found.why_not:
-        return found
+        fit.why_not = str(reason)
+        return fit
+    fit.why_not = unlike(candidates[0], family)
+    if fit.why_not:
+        return fit
     with one_thread():
-        grouped = candidates[0].n_kv_head != seen.shape.n_head
-        ways = variants(family, _eps(seen, candidates[0]), _bases(seen), grouped, _stretches(seen))
-        if bool((found.theirs.logsumexp(-1).abs() < 1e-9).all()):
-            ways = [replace(way, log_probabilities=True) for way in ways]
-        found.candidates = [(plan, way) for plan in candidates for way in ways]
-        _try(found, found.candidates[:FIRST])
-        if not found.agrees:
-            _try(found, [(plan, variant) for plan, variant, _ in nearest(found)])
-        if not found.agrees:
-            _try(found, found.candidates[FIRST:], until=start + SECONDS)
-    found.seconds = time.process_time() - start
-    return found
+        grouped = candidates[0].n_kv_head != shape.n_head
+        open_ = variants(family, _eps(specimen, candidates[0]), _bases(specimen), grouped, _scalings(specimen))
+        if bool((fit.theirs.logsumexp(-1).abs() < 1e-9).all()):
+            open_ = [replace(variant, log_probabilities=True) for variant in open_]
+        fit.candidates = [(plan, variant) for plan in candidates for variant in open_]
+        _try(fit, fit.candidates[:FIRST])
+        if not fit.agrees:
+            _try(fit, [(plan, variant) for plan, variant, _ in nearest(fit)])
+        if not fit.agrees:
+            _try(fit, fit.candidates[FIRST:], until=start + SECONDS)
+    fit.seconds = time.process_time() - start
+    return fit
 
 
-def _try(found: Settled, candidates: list[tuple[Plan, Variant]], until: float = float("inf")) -> None:
-    """Up to the first that agrees; the best is kept."""
+def _try(fit: Fit, candidates: list[Candidate], until: float = float("inf")) -> None:
+    """Compares one after another until one agrees; keeps the best."""
     for plan, variant in candidates:
-        if found.agrees or time.process_time() > until:
+        if fit.agrees or time.process_time() > until:
             return
-        error = disagreement(found.specimen, plan, variant, found.theirs)
-        found.tried += 1
-        if found.error is None or error < found.error:
-            found.plan, found.variant, found.error = plan, variant, error
+        error = disagreement(fit.specimen, plan, variant, fit.theirs)
+        fit.tried += 1
+        if fit.error is None or error < fit.error:
+            fit.plan, fit.variant, fit.error = plan, variant, error
 
 
 def unlike(plan: Plan, family: str) -> str:
-    """What of the weights cannot be this family's; "" if they can."""
+    """Why these weights cannot be this family's; "" if they can."""
     if family == "gpt2" and plan.positions is None and not plan.gated:
         T, C = plan.shape.block_size, plan.shape.n_embd
-        return f"no position embedding is found: no weight outside the layers is a table [{T}, {C}], and no buffer"
+        return f"it has no position embedding: no weight or buffer outside the layers has shape [{T}, {C}]"
     if family == "gpt2" and plan.gated:
-        return "its feed-forward has a gate (three matrices), and GPT-2's has none"
+        return "its feed-forward has a gate (three matrices); GPT-2's has none"
     if family == "llama" and not plan.gated:
-        return "its feed-forward has no gate, and Llama's has (SwiGLU, three matrices)"
+        return "its feed-forward has no gate; Llama's has one (SwiGLU, three matrices)"
     return ""
 
 
-def disagreement(seen: Specimen, plan: Plan, variant: Variant, theirs: Tensor) -> float:
-    """The largest difference of the logits, of the largest logit."""
-    with torch.no_grad():
-        ours = build(plan, variant)(seen.tokens)[..., : theirs.shape[-1]]
-    return apart(theirs, ours.double())
-
-
-def _eps(seen: Specimen, plan: Plan) -> list[tuple[float, ...]]:
+def _eps(specimen: Specimen, plan: Plan) -> list[tuple[float, ...]]:
     """The epsilons to try: those measured, else the usual ones."""
-    forms = [norm_form(seen, plan, name) for name in norms_of(plan)]
+    forms = [norm_form(specimen, plan, name) for name in norms_of(plan)]
     if all(form is not None for form in forms):
         eps = [form.eps if form.eps <= LARGEST_EPS else 1e-5 for form in forms if form is not None]
         return [tuple(eps)]
     return [(eps,) for eps in USUAL_EPS]
 
 
-def norm_form(seen: Specimen, plan: Plan, name: str) -> NormForm | None:
-    """The form of the first layer's norm of this name, or of the final one; None if it cannot be told."""
-    norm = norms_of(plan)[name]
-    if norm is None:
-        return None
-    layer = seen.inventory.layers[0]
-    gain, bias = (w if w is None or isinstance(w, Weight) else layer[w] for w in (norm.gain, norm.bias))
-    if gain is None:
-        return None
-    values = gain.tensor.detach() + (1.0 if norm.minus_one else 0.0)
-    try:
-        with torch.no_grad(), seen.running():
-            return measure(gain.owner, values, None if bias is None else bias.tensor.detach(), values)
-    except Exception:  # the owner of the gain is no norm that can be called alone
-        return None
-
-
-def _numbers(seen: Specimen) -> Iterator[tuple[str, float]]:
-    """The numbers that the model and its configurations name, those inside a configuration's dicts included."""
-    for module in seen.model.modules():
+def _numbers(specimen: Specimen) -> Iterator[tuple[str, float]]:
+    """The numbers among the attributes of the model's modules and configurations, and inside dicts of these."""
+    for module in specimen.model.modules():
         for holder in (module, getattr(module, "config", None), getattr(module, "args", None)):
             values = holder if isinstance(holder, dict) else _attributes(holder)
             inside = [value for value in values.values() if isinstance(value, dict)]
@@ -141,23 +116,23 @@ def _numbers(seen: Specimen) -> Iterator[tuple[str, float]]:
 
 
 def _attributes(holder: Any) -> dict[str, Any]:
-    """Of an object; of a configuration those of its class too, where some keep their values."""
+    """The attributes of an object; of a configuration those of its class too, where some keep their values."""
     kinds = () if holder is None or isinstance(holder, nn.Module) else type(holder).__mro__[-2::-1]
     return {name: value for each in (*kinds, holder) for name, value in getattr(each, "__dict__", {}).items()}
 
 
-def _bases(seen: Specimen) -> tuple[float, ...]:
-    """Rotary bases to try: what the model or its configuration says, then the usual ones."""
-    said = [value for name, value in _numbers(seen) if ("theta" in name or "base" in name) and value > 1]
-    return tuple(dict.fromkeys((*said, *USUAL_BASES)))
+def _bases(specimen: Specimen) -> tuple[float, ...]:
+    """RoPE bases to try: those in the model or its configuration, then the usual ones."""
+    own = [value for name, value in _numbers(specimen) if ("theta" in name or "base" in name) and value > 1]
+    return tuple(dict.fromkeys((*own, *USUAL_BASES)))
 
 
-def _stretches(seen: Specimen) -> tuple[Stretch, ...]:
-    """Stretched rotary frequencies to try: what a configuration says, and Llama 3.1's."""
-    said = dict(_numbers(seen))
-    factor = next((value for name, value in said.items() if name in FACTORS and value > 1), None)
-    original = next((value for name, value in said.items() if name in ORIGINALS), 8192.0)
+def _scalings(specimen: Specimen) -> tuple[RopeScaling, ...]:
+    """RoPE scalings to try: that of the configuration, and Llama 3.1's."""
+    own = dict(_numbers(specimen))
+    factor = next((value for name, value in own.items() if name in FACTORS and value > 1), None)
+    original = next((value for name, value in own.items() if name in ORIGINALS), 8192.0)
     if factor is None:
-        return USUAL_STRETCHES
-    low, high = said.get("low_freq_factor", 1.0), said.get("high_freq_factor", 4.0)
-    return tuple(dict.fromkeys((Stretch(factor, low, high, original), Stretch(factor), *USUAL_STRETCHES)))
+        return USUAL_SCALINGS
+    low, high = own.get("low_freq_factor", 1.0), own.get("high_freq_factor", 4.0)
+    return tuple(dict.fromkeys((RopeScaling(factor, low, high, original), RopeScaling(factor), *USUAL_SCALINGS)))

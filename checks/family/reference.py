@@ -1,6 +1,7 @@
-"""The reference with a subject's weights in it, in the variant of the family that the subject is.
+"""The reference with the subject's weights, in the variant of the family that the subject implements.
 
-A variant is what a published family leaves open; what goes beyond it is a design or a bug, and is simulated.
+A variant is a choice that a published family leaves open: the form of GELU, a norm's epsilon, the layout of RoPE.
+Any other difference is a bug or a design of its own, and known_bugs.py simulates it.
 """
 
 from __future__ import annotations
@@ -17,30 +18,31 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ...transformer.model import Attention, Block, GeluFeedForward, ModelConfig, RotaryPositions, Transformer
-from .weights.roles import Plan, Value
+from .weights.roles import Norm, Plan, Value
 
-USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)  # those of published models; 1e-5 in GPT-2, 1e-5 and 1e-6 in Llama
+USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)  # of published models: 1e-5 in GPT-2, 1e-5 and 1e-6 in Llama
 USUAL_BASES = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0)
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """How rotary frequencies are stretched for contexts longer than those of the training.
+class RopeScaling:
+    """How rotary frequencies are scaled for contexts longer than those of the training.
 
-    With `original` 0 all are divided by `factor` (Chen et al. 2023); else as Llama 3.1 does: those of wavelengths
-    longer than original / low, none of those shorter than original / high, and between them part of it.
+    With `original` 0 every frequency is divided by `factor` (linear scaling, Chen et al. 2023). Otherwise as in
+    Llama 3.1: wavelengths longer than original / low are divided by the factor, those shorter than original / high
+    are kept, and those between are interpolated.
     """
 
     factor: float
     low: float = 1.0
     high: float = 4.0
-    original: float = 0.0
+    original: float = 0.0  # context length of the training, in tokens
 
     def __str__(self) -> str:
-        way = "as Llama 3.1's" if self.original else "all alike"
-        return f"frequencies stretched {self.factor:g} times, {way}"
+        kind = "as in Llama 3.1" if self.original else "linear scaling"
+        return f"RoPE frequencies divided by {self.factor:g} ({kind})"
 
-    def of(self, frequencies: Tensor) -> Tensor:
+    def scaled(self, frequencies: Tensor) -> Tensor:
         if not self.original:
             return frequencies / self.factor
         turns = self.original * frequencies / (2 * torch.pi)  # in the original context
@@ -48,43 +50,43 @@ class Stretch:
         return kept * frequencies + (1 - kept) * frequencies / self.factor
 
 
-STRETCHED_BASE = 500_000.0
-USUAL_STRETCHES = (Stretch(8.0, original=8192.0), Stretch(32.0, original=8192.0))  # Llama 3.1 and 3.2
+SCALED_BASE = 500_000.0  # of Llama 3.1 and 3.2
+USUAL_SCALINGS = (RopeScaling(8.0, original=8192.0), RopeScaling(32.0, original=8192.0))  # Llama 3.1 and 3.2
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Which GPT-2 or Llama it is, beyond sizes, biases and tying."""
+    """The choices that a family leaves open, other than sizes, biases and tying."""
 
     family: str
     positions: str = "learned"
     activation: str = "gelu-tanh"
-    eps: tuple[float, ...] = (1e-5,)  # one for all norms, or attention's, feed-forward's and final
+    eps: tuple[float, ...] = (1e-5,)  # one for all norms; or before attention, before the feed-forward, and final
     rope_base: float = 10_000.0
-    mirrored: bool = False  # rotary angles of the opposite sign: the same family of models
-    tiled: bool = False  # query head h reads key-value head h mod G: the same family of models
-    stretch: Stretch | None = None  # of rotary frequencies
+    mirrored: bool = False  # rotary angles of the opposite sign; other weights make them equivalent
+    tiled: bool = False  # query head h reads key-value head h mod G; other weights make them equivalent
+    rope_scaling: RopeScaling | None = None
     log_probabilities: bool = False
 
     def __str__(self) -> str:
         return ", ".join(self.words())
 
     def words(self) -> list[str]:
-        said = []
+        words = []
         if self.family == "gpt2":
-            said.append({"gelu-tanh": "tanh GELU", "gelu-exact": "exact GELU"}[self.activation])
+            words.append({"gelu-tanh": "tanh GELU", "gelu-exact": "exact GELU"}[self.activation])
         else:
-            layout = "halves" if self.positions == "rotary" else "interleaved pairs"
-            said.append(f"rotary positions in {layout}, base {self.rope_base:g}")
-            said += [str(self.stretch)] if self.stretch is not None else []
-            said += ["rotating backwards"] if self.mirrored else []
-            said += ["tiled key-value heads"] if self.tiled else []
-        said.append(f"epsilon {', '.join(f'{eps:.3g}' for eps in dict.fromkeys(self.eps))}")
-        return said + (["log-probabilities"] if self.log_probabilities else [])
+            layout = "rotate-half" if self.positions == "rotary" else "interleaved"
+            words.append(f"{layout} RoPE, base {self.rope_base:g}")
+            words += [str(self.rope_scaling)] if self.rope_scaling is not None else []
+            words += ["RoPE angles negated"] if self.mirrored else []
+            words += ["query head h reads key-value head h mod G"] if self.tiled else []
+        words.append(f"epsilon {', '.join(f'{eps:.3g}' for eps in dict.fromkeys(self.eps))}")
+        return words + (["log-probabilities"] if self.log_probabilities else [])
 
 
 def family_config(plan: Plan, variant: Variant) -> dict[str, Any]:
-    """The fields of ModelConfig that make the reference this plan's and this variant's."""
+    """The fields of ModelConfig for the sizes of this plan and the parts of this variant."""
     shape, width = plan.shape, plan.shape.n_embd
     table = plan.positions.numel // width if plan.positions is not None else shape.block_size
     parts = (
@@ -100,14 +102,14 @@ def family_config(plan: Plan, variant: Variant) -> dict[str, Any]:
 
 
 def build(plan: Plan, variant: Variant, value: Value = lambda w: w.tensor.detach()) -> Transformer:
-    """The reference with their weights; what they lack is a zero bias or a gain of one."""
-    with undrawn():
+    """The reference with the subject's weights. Biases that the subject lacks are zero, gains are one."""
+    with uninitialized():
         model = Transformer(ModelConfig(**family_config(plan, variant)))
     return vary(load(model, plan, value), variant)
 
 
-class _Undrawn(TorchFunctionMode):
-    """Weights that are filled later need not be drawn now."""
+class _SkipInitialization(TorchFunctionMode):
+    """Leaves weights undrawn that are overwritten later anyway."""
 
     DRAWING = ("normal_", "uniform_", "kaiming_uniform_")
 
@@ -119,16 +121,16 @@ class _Undrawn(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def undrawn() -> Iterator[None]:
-    """Inside, models are built in float64 with weights that hold anything; the random state is then as it was.
+def uninitialized() -> Iterator[None]:
+    """Inside, models are built in float64 and their weights hold arbitrary numbers. Restores the random state.
 
-    `fork_rng` would take as long as the building.
+    `fork_rng` would take as long as building the model.
     """
     dtype, state = torch.get_default_dtype(), torch.get_rng_state()
     torch.set_default_dtype(torch.float64)
     torch.default_generator.manual_seed(0)
     try:
-        with _Undrawn():
+        with _SkipInitialization():
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -136,7 +138,7 @@ def undrawn() -> Iterator[None]:
 
 
 def load(model: Transformer, plan: Plan, value: Value = lambda w: w.tensor.detach()) -> Transformer:
-    """Their weights into a reference, damaged or not; parts that damage took away stay away."""
+    """Copies the subject's weights into a reference, damaged or not. Parts that the damage removed stay removed."""
     theirs = plan.state(value)
     for name, norm in norms_of(plan).items():
         if norm is not None and norm.minus_one:
@@ -154,7 +156,8 @@ def load(model: Transformer, plan: Plan, value: Value = lambda w: w.tensor.detac
     return model.eval()
 
 
-def norms_of(plan: Plan) -> dict[str, Any]:
+def norms_of(plan: Plan) -> dict[str, Norm | None]:
+    """By the names of the reference: the norms of a block, and the final one."""
     return {
         "attention_norm": plan.attention_norm,
         "feed_forward_norm": plan.feed_forward_norm,
@@ -163,7 +166,7 @@ def norms_of(plan: Plan) -> dict[str, Any]:
 
 
 def vary(model: Transformer, variant: Variant) -> Transformer:
-    """Makes the reference the variant, by the class of the part that differs; a damaged part keeps its damage."""
+    """Turns the reference into the variant by changing the classes of some parts. A damaged part keeps its damage."""
     eps = variant.eps * 3 if len(variant.eps) == 1 else variant.eps
     set_eps(model.norm, eps[0], eps[2])
     for block in cast(Iterable[Block], model.blocks):
@@ -173,7 +176,7 @@ def vary(model: Transformer, variant: Variant) -> Transformer:
             override(block.feed_forward, GeluFeedForward, activation=lambda self, x: F.gelu(x))
         if variant.tiled:
             override(block.attention, Attention, share=tiled)
-    if variant.mirrored or variant.stretch is not None:
+    if variant.mirrored or variant.rope_scaling is not None:
         override(model.positions, RotaryPositions, angles=angles(variant))
     if variant.log_probabilities:
         override(model, Transformer, forward=log_probabilities)
@@ -181,13 +184,13 @@ def vary(model: Transformer, variant: Variant) -> Transformer:
 
 
 def set_eps(norm: Any, built: float, eps: float) -> None:
-    """Another epsilon than it was built with, unless damage has changed it."""
+    """Sets the epsilon, unless damage has changed it from the one that the norm was built with."""
     if getattr(norm, "eps", None) == built:
         norm.eps = eps
 
 
 def override(module: nn.Module, kind: type, **methods: Any) -> None:
-    """Gives a module other methods, unless it is damaged in just these."""
+    """Gives a module other methods, except where damage has already replaced them."""
     mine = type(module)
     methods = {name: new for name, new in methods.items() if getattr(mine, name, None) is getattr(kind, name)}
     if methods:
@@ -199,12 +202,12 @@ def tiled(self: Attention, x: Tensor) -> Tensor:
 
 
 def angles(variant: Variant) -> Any:
-    """Of positions [..., T], as `RotaryPositions.angles`, in the variant's direction and stretched as it is."""
+    """A replacement for `RotaryPositions.angles` with the variant's sign and scaling."""
 
     def of(self: RotaryPositions, positions: Tensor, dtype: torch.dtype) -> Tensor:
         frequencies = RotaryPositions.angles(self, torch.ones_like(positions[..., :1]), dtype)
-        if variant.stretch is not None:
-            frequencies = variant.stretch.of(frequencies)
+        if variant.rope_scaling is not None:
+            frequencies = variant.rope_scaling.scaled(frequencies)
         return positions[..., None] * (-frequencies if variant.mirrored else frequencies)
 
     return of
@@ -215,14 +218,18 @@ def log_probabilities(self: Transformer, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def variants(
-    family: str, eps: list[tuple[float, ...]], bases: tuple[float, ...], grouped: bool, stretches: tuple[Stretch, ...]
+    family: str,
+    eps: list[tuple[float, ...]],
+    bases: tuple[float, ...],
+    grouped: bool,
+    scalings: tuple[RopeScaling, ...],
 ) -> list[Variant]:
-    """Every variant of a family, the usual ones first; stretched frequencies only of the likeliest base and 3.1's."""
+    """Every variant of a family, the usual ones first. RoPE scaling only with the likeliest base and Llama 3.1's."""
     if family == "gpt2":
         return [Variant("gpt2", activation=a, eps=e) for e in eps for a in ("gelu-tanh", "gelu-exact")]
     return [
-        Variant("llama", p, "silu", e, b, mirrored=m, tiled=t, stretch=s)
-        for b, s in (*product(bases, [None]), *product(dict.fromkeys((bases[0], STRETCHED_BASE)), stretches))
+        Variant("llama", p, "silu", e, b, mirrored=m, tiled=t, rope_scaling=s)
+        for b, s in (*product(bases, [None]), *product(dict.fromkeys((bases[0], SCALED_BASE)), scalings))
         for m in (False, True)
         for t in ((False, True) if grouped else (False,))
         for e in eps

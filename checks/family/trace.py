@@ -1,6 +1,6 @@
-"""The first part that differs: every number that a model computes, looked up among those of the reference.
+"""The first part that differs: every tensor that the subject computes is looked up among those of the reference.
 
-A tensor is known by sums over its entries, whatever its layout: heads before or after time, one matrix or several.
+Tensors are compared by sums over their entries, which do not depend on the layout: heads before or after time.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from ..expect import Where, shown
 from ..watch.location import OURS, TORCH
 from .weights.inventory import QUESTIONS
 
-SAME = 1e-8  # relative: sums over a tensor's entries, in float64
-OPTIONAL = {"queries", "keys", "values", "turned queries", "turned keys", "attention scores", "attention weights",
+SAME = 1e-8  # relative difference of the sums, in float64
+# What a correct model need not compute as a tensor of its own: a fused kernel has no scores.
+OPTIONAL = {"queries", "keys", "values", "rotated queries", "rotated keys", "attention scores", "attention weights",
             "feed-forward input", "activation", "token embedding"}  # fmt: skip
 
 
 @dataclass
 class Step:
-    """One function call of the model."""
+    """One result of a function that the model calls."""
 
     function: str
     sums: Tensor
@@ -49,23 +50,24 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Parting:
-    """Where two models part: the last number that agrees, the first part that does not, and the line after it."""
+class FirstDifference:
+    """The last tensor that agrees, the first part that differs, and the line that computes it."""
 
     agrees: str
     differs: str
     where: Where | None
-    function: str  # what the line calls
-    ratio: float | None = None  # where theirs is a multiple of ours
+    function: str  # called on that line
+    ratio: float | None = None  # where the subject's tensor is a multiple of the reference's
 
     def __str__(self) -> str:
         multiple = f" ({self.ratio:.4g} times the reference's)" if self.ratio is not None else ""
         line = f", at {self.where}" if self.where else ""
-        return f"up to the {self.agrees} all agrees; the {self.differs} is the first that does not{multiple}{line}"
+        what = f"the first difference is in the {self.differs}"
+        return f"everything agrees up to the {self.agrees}; {what}{multiple}{line}"
 
 
 def sums(x: Tensor) -> Tensor:
-    """The number of entries, and sums over the finite ones that no reordering changes."""
+    """The number of finite entries, and sums over them that no reordering changes."""
     flat = x.detach().double().flatten()
     flat = flat[flat.isfinite()]
     return torch.stack([torch.tensor(float(len(flat))), flat.sum(), flat.abs().sum(), flat.square().sum(),
@@ -73,13 +75,19 @@ def sums(x: Tensor) -> Tensor:
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
-    """Signed sums may cancel: they are held against the sum of their absolute values."""
-    size = torch.stack([b[0], b[2], b[2], b[3], b[3].clamp(min=1e-300) ** 1.5, b[5]]).clamp(min=1e-300)
-    return bool(a[0] == b[0]) and bool(((a - b).abs() <= SAME * size).all())
+    """Whether two tensors have the same sums."""
+    return bool(a[0] == b[0]) and bool(((a - b).abs() <= SAME * sizes(b)).all())
+
+
+def sizes(sums: Tensor) -> Tensor:
+    """[..., 6], what each sum is compared with: signed sums may cancel, so it is a sum of absolute values."""
+    count, _, absolute, squares, _, roots = sums.unbind(-1)
+    cubes = squares.clamp(min=1e-300) ** 1.5
+    return torch.stack([count, absolute, absolute, squares, cubes, roots], -1).clamp(min=1e-300)
 
 
 class Steps(TorchFunctionMode):
-    """Notes every floating-point result, and the line of the subject's code that asked for it."""
+    """Records every floating-point result of the subject, and the line that computed it."""
 
     def __init__(self, model: nn.Module, smallest: int) -> None:
         super().__init__()
@@ -97,7 +105,7 @@ class Steps(TorchFunctionMode):
         return result
 
     def place(self) -> Where:
-        """The innermost line outside torch and the checks (the bugs are subjects), and the module that it is in."""
+        """The innermost running line outside torch and the checks, and its module. Bugs count as a subject's code."""
         frame: FrameType | None = sys._getframe(2)
         bugs = os.path.join(OURS, "bugs")
         while frame is not None:
@@ -112,7 +120,7 @@ class Steps(TorchFunctionMode):
 
 
 def steps(model: nn.Module, run: Callable[[], Any], smallest: int) -> list[Step]:
-    """Every result of at least `smallest` numbers; of one that reads its tokens in pieces, of all at once."""
+    """Every result with at least `smallest` entries. The pieces of a model that reads tokens piecewise are joined."""
     starts: list[int] = []
     seen = Steps(model, smallest)
     hook = model.register_forward_pre_hook(lambda *_: starts.append(len(seen.found)))
@@ -127,7 +135,7 @@ def steps(model: nn.Module, run: Callable[[], Any], smallest: int) -> list[Step]
 
 
 def folded(found: list[Step], starts: list[int]) -> list[Step]:
-    """The same step of every piece as one: sums over entries add up. As they are where the pieces differ."""
+    """Joins the same step of every piece, by adding its sums; unchanged if the pieces take different steps."""
     length = starts[1] - starts[0]
     parts = [found[start : start + length] for start in starts]
     if len({tuple(step.function for step in part) for part in parts}) > 1:
@@ -137,7 +145,7 @@ def folded(found: list[Step], starts: list[int]) -> list[Step]:
 
 
 def checkpoints(model: Transformer, tokens: Tensor) -> list[Checkpoint]:
-    """What the reference computes, in order. Attention step by step, whatever the kernel."""
+    """What the reference computes, in order. The reference must compute attention step by step."""
     found: list[Checkpoint] = []
     with torch.no_grad(), _watched(model, found):
         model(tokens)
@@ -166,7 +174,7 @@ def _watched(model: Transformer, found: list[Checkpoint]) -> Iterator[None]:
         one: Any = block
         watch(one.attention_norm, "forward", "norm before attention", block=index)
         watch(one.attention, "split_heads", "queries", "keys", "values", block=index)
-        watch(one.attention, "place", "turned queries", "turned keys", block=index)
+        watch(one.attention, "place", "rotated queries", "rotated keys", block=index)
         watch(one.attention, "scores", "attention scores", block=index)
         watch(one.attention, "weights", "attention weights", block=index)
         watch(one.attention, "merge_heads", "merged heads", block=index)
@@ -186,10 +194,9 @@ def _watched(model: Transformer, found: list[Checkpoint]) -> Iterator[None]:
 
 
 def matched(seen: list[Step], wanted: list[Checkpoint], logits: Tensor) -> dict[int, int]:
-    """By the place of a number of the reference, the first step that gave it. The logits must be those returned."""
+    """By the index of a tensor of the reference, the first step that gave it. The logits must be those returned."""
     a, b = torch.stack([step.sums for step in seen]), torch.stack([c.sums for c in wanted])
-    size = torch.stack([b[:, 0], b[:, 2], b[:, 2], b[:, 3], b[:, 3].clamp(min=1e-300) ** 1.5, b[:, 5]], dim=1)
-    near = ((a[:, None] - b).abs() <= SAME * size.clamp(min=1e-300)).all(dim=-1) & (a[:, None, 0] == b[:, 0])
+    near = ((a[:, None] - b).abs() <= SAME * sizes(b)).all(dim=-1) & (a[:, None, 0] == b[:, 0])
     found = {index: int(steps.nonzero()[0]) for index, steps in enumerate(near.T) if bool(steps.any())}
     if not alike(sums(logits), wanted[-1].sums):
         found.pop(len(wanted) - 1, None)
@@ -201,16 +208,16 @@ def required(wanted: list[Checkpoint]) -> list[int]:
 
 
 def depth(seen: list[Step], wanted: list[Checkpoint], logits: Tensor) -> int:
-    """How many numbers of the reference the model has before the first that it lacks and must have."""
+    """How many tensors of the reference the model computes before the first required one that it does not."""
     found = matched(seen, wanted, logits)
     lacking = next((index for index in required(wanted) if index not in found), len(wanted))
     return sum(index < lacking for index in found)
 
 
-def parting(seen: list[Step], wanted: list[Checkpoint], logits: Tensor) -> Parting | None:
-    """Where the steps leave the reference; None where every part that must be there is, and the logits are the last.
+def first_difference(seen: list[Step], wanted: list[Checkpoint], logits: Tensor) -> FirstDifference | None:
+    """Where the steps first differ from the reference; None where every required tensor is found.
 
-    None too where nothing that it computes is of the embedding's size: it reads its tokens in another way.
+    None too where no result has the size of the embedded tokens: the model reads its tokens in some other way.
     """
     if all(step.sums[0] != wanted[0].sums[0] for step in seen):
         return None
@@ -229,14 +236,14 @@ def parting(seen: list[Step], wanted: list[Checkpoint], logits: Tensor) -> Parti
     if step is not None and step.function == "scaled_dot_product_attention":
         named = named.replace("merged heads", "attention scores, mask or softmax")
     agrees = "tokens" if last is None else str(wanted[last])
-    return Parting(agrees, named, step.where if step else None, step.function if step else "",
+    return FirstDifference(agrees, named, step.where if step else None, step.function if step else "",
                    _ratio(step, wanted[first]) if step else None)  # fmt: skip
 
 
 def _next(seen: list[Step], wanted: list[Checkpoint], after: int, like: Checkpoint) -> Step | None:
-    """The first step behind that gives numbers which neither the reference nor the model had before.
+    """The first step after this index with a result that is new: not in the reference, and not computed before.
 
-    One of as many numbers as the part has, or a fused attention; else any.
+    Preferably one with as many entries as the part, or a fused attention.
     """
     known = [c.sums for c in wanted] + [step.sums for step in seen[: after + 1]]
     new = [step for step in seen[after + 1 :] if not any(alike(step.sums, k) for k in known)]
@@ -245,7 +252,7 @@ def _next(seen: list[Step], wanted: list[Checkpoint], after: int, like: Checkpoi
 
 
 def _ratio(step: Step, wanted: Checkpoint) -> float | None:
-    """How many times the reference's numbers these are, if they are a multiple of them."""
+    """The factor, if the step's result is a multiple of the reference's."""
     if step.sums[0] != wanted.sums[0] or not float(wanted.sums[3]) > 0:
         return None
     factor = float((step.sums[3] / wanted.sums[3]).sqrt())

@@ -72,7 +72,7 @@ def _bug(id: str, declared: Mapping[str, Any]) -> Subject:
 
 def _fit(subject: Subject) -> None:
     """Whether the table of weights fits the model is said before anything runs. Raises UsageError where it does not."""
-    from ..family.fit import settled
+    from ..family.fit import fit_to
 
     with contextlib.suppress(NotApplicable):
-        settled(subject, subject.spec.family)
+        fit_to(subject, subject.spec.family)

@@ -1,1 +1,1 @@
-"""What a declared architecture fixes beyond its logits."""
+"""What a declared architecture fixes besides the logits of one forward pass: training, decoding, constants."""

@@ -1,1 +1,1 @@
-"""A foreign model's weights, and which of the reference's each of them is."""
+"""A model's weights, and which weight of the reference each of them is."""

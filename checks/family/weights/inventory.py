@@ -1,6 +1,6 @@
-"""A foreign model's weights, found by identity: what each is shaped like, who owns it, which layer, when it is used.
+"""All weights of a model, found by identity: each one's shape, owner, layer, and order of use in a forward pass.
 
-Names play no part here, so that hidden or unusual ones cost nothing.
+Names play no part here, so that unusual ones do no harm.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-# What asks a tensor about itself, and what gives the same numbers in another shape: neither is a use.
+# Functions that only ask a tensor about itself, or return the same numbers in another shape. Neither counts as a use.
 QUESTIONS = {"__get__", "size", "dim", "numel", "stride", "data_ptr", "__len__", "is_floating_point", "is_contiguous",
              "element_size", "ndimension", "get_device", "__repr__", "__hash__", "untyped_storage"}  # fmt: skip
 VIEWS = {"t", "transpose", "permute", "view", "reshape", "contiguous", "expand", "detach", "unsqueeze", "squeeze", "to",
          "type_as", "double", "float", "__getitem__", "chunk", "split", "unbind", "flatten", "swapaxes", "narrow",
          "expand_as", "view_as", "clone", "requires_grad_", "type"}  # fmt: skip
 
-CALL = 100  # an order is the number of a call times this, and the place among its arguments
+CALL = 100  # the order of a use is the number of the call times this, plus the place among its arguments
 
-# Functions that multiply by a matrix, and whether they want it [in, out].
+# Functions that multiply by a matrix, and whether they take it as [in, out].
 USED_INPUT_FIRST = {"linear": False, "matmul": True, "__matmul__": True, "__rmatmul__": True, "mm": True, "addmm": True}
 
 
 @dataclass(eq=False)
 class Weight:
-    """One tensor of the subject, under its first name."""
+    """One tensor of the subject. A tied tensor is one weight with several names."""
 
     name: str
     tensor: Tensor
     owner: nn.Module
-    trained: bool  # a parameter; else a buffer
-    start: Tensor  # its values at initialization
-    names: list[str] = field(default_factory=list)  # all names; more than one where it is tied
+    trained: bool  # a parameter, not a buffer
+    start: Tensor  # values at initialization
+    names: list[str] = field(default_factory=list)  # more than one if it is tied
     order: int | None = None  # of its first use in a forward pass; None if it is never used
-    by: str = ""  # the function that used it first
+    by: str = ""  # the function that uses it first
     call: int | None = None  # the number of that call: a matrix and its bias share it
-    input_first: bool | None = None  # a matrix stored [in, out]; None where its use does not tell
+    input_first: bool | None = None  # whether a matrix is stored as [in, out]; None where its use does not tell
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,10 +60,10 @@ class Weight:
 
 @dataclass
 class Inventory:
-    """`layers[l][r]` is weight r of layer l, the same r for the same part; `outer` belongs to no layer."""
+    """The weights of a model, by layer."""
 
-    outer: list[Weight]
-    layers: list[list[Weight]]
+    outer: list[Weight]  # those of no layer
+    layers: list[list[Weight]]  # the same place in each layer holds the same part
     buffers: list[Weight]
 
     @property
@@ -88,7 +88,7 @@ def take(model: nn.Module, run: Callable[[], Any], n_layer: int) -> Inventory:
 
 
 def _by_identity(model: nn.Module) -> list[Weight]:
-    found: dict[tuple, Weight] = {}
+    found: dict[tuple[object, ...], Weight] = {}
     owners = dict(model.named_modules(remove_duplicate=False))
     for trained, tensors in (
         (True, model.named_parameters(remove_duplicate=False)),
@@ -100,20 +100,21 @@ def _by_identity(model: nn.Module) -> list[Weight]:
             owner = owners[name.rpartition(".")[0]]
             start = tensor.detach().clone()
             place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-            key = place if tensor.numel() else (id(tensor),)
+            key: tuple[object, ...] = place if tensor.numel() else (id(tensor),)
             found.setdefault(key, Weight(name, tensor, owner, trained, start)).names.append(name)
     return list(found.values())
 
 
 def _layers(module: nn.Module, n_layer: int) -> list[list[list[Tensor]]]:
-    """What repeats layer by layer, outermost: lists of k·n_layer parts of the same shapes, a module's parameters each.
+    """What repeats in every layer: groups of k·n_layer parts with the same shapes.
 
-    The parameters of a ParameterList or ParameterDict are such parts themselves.
+    A part is the parameters of one module, the outermost that repeats, or one parameter of a ParameterList or
+    ParameterDict.
     """
     alone = list(module.parameters(recurse=False)) if isinstance(module, nn.ParameterList | nn.ParameterDict) else []
     everything: list[tuple[nn.Module | None, list[Tensor]]] = [(None, [p]) for p in alone]
     everything += [(child, list(child.parameters())) for child in module._modules.values() if child is not None]
-    siblings: dict[tuple, list[tuple[nn.Module | None, list[Tensor]]]] = {}
+    siblings: dict[tuple[tuple[int, ...], ...], list[tuple[nn.Module | None, list[Tensor]]]] = {}
     for child, parameters in everything:
         siblings.setdefault(tuple(tuple(p.shape) for p in parameters), []).append((child, parameters))
     found = []
@@ -126,13 +127,13 @@ def _layers(module: nn.Module, n_layer: int) -> list[list[list[Tensor]]]:
 
 
 def _in_turn(parts: list[list[Weight]]) -> list[list[Weight]]:
-    """By first use where each is used; a list may hold all queries' matrices before all keys'."""
+    """By first use if all are used: a list may hold the query matrices of all layers before all key matrices."""
     firsts = [min((w.order for w in part if w.order is not None), default=-1) for part in parts]
     return parts if -1 in firsts else [parts[index] for index in sorted(range(len(parts)), key=firsts.__getitem__)]
 
 
 class _Uses(TorchFunctionMode):
-    """Notes when each weight is first used, and by which function."""
+    """Records when each weight is first used, and by which function."""
 
     def __init__(self, weights: list[Weight]) -> None:
         super().__init__()
@@ -168,7 +169,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def contracts_first(equation: str, operand: int) -> bool | None:
-    """Whether an operand with two axes, as in `bpm,mh->bph`, is summed over its first; None where that is not so."""
+    """Whether einsum sums a matrix (`mh` in `bpm,mh->bph`) over its first axis; None if not over exactly one."""
     inputs, _, output = equation.replace(" ", "").partition("->")
     axes = inputs.split(",")[operand]
     if len(axes) != 2 or (axes[0] in output) == (axes[1] in output):
@@ -183,7 +184,7 @@ def record_use(weights: list[Weight], run: Callable[[], Any]) -> None:
 
 
 def _in_order(weights: list[Weight]) -> list[Weight]:
-    """By first use; an unused weight follows the call that uses the one beside it."""
+    """By first use. An unused weight comes after the call that uses the weight before it."""
     place = 0
     keys = {}
     for weight in weights:
@@ -193,7 +194,7 @@ def _in_order(weights: list[Weight]) -> list[Weight]:
 
 
 def _aligned(layers: list[list[Weight]]) -> list[list[Weight]]:
-    """Every layer in the order in which the first uses its weights."""
+    """The weights of every layer in the order in which the first layer uses them."""
     if not layers:
         return []
     order = {id(w): index for index, w in enumerate(layers[0])}

@@ -1,7 +1,8 @@
-"""From an inventory to candidate plans, the likeliest first.
+"""Candidate plans from an inventory, the likeliest first. Which of them is right is decided by comparing logits.
 
-Outer weights by shape and time of use; norms are modules that own vectors only; in a layer the attention's matrices are
-used before the feed-forward's and its output projection last. Usual names only rank what is left.
+Weights outside the layers are told by shape and order of use. Norms are modules that own only vectors. In a layer the
+matrices of attention are used before those of the feed-forward, and the output projection is the last of each. Names
+only rank the candidates that are left: which of three equal matrices is the query.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .inventory import Inventory, Weight
 from .roles import Matrix, NoPlan, Norm, Plan, Shape
 
-# What public code calls them. Only a ranking: agreement decides.
+Placed = tuple[Any, Weight]  # a weight, with its place in a layer (or itself outside the layers)
+# What public code calls them: used for ranking only.
 CALLED = {
     "q": r"(^|[._])(w?q|q_?proj|to_q|q_?lin(ear)?|quer(y|ies)|w_?q(uery)?|q_?attn|toqueries|linear_q)([._\d]|$)",
     "k": r"(^|[._])(w?k|k_?proj|to_k|k_?lin(ear)?|keys?|w_?k(ey)?|k_?attn|tokeys|linear_k)([._\d]|$)",
@@ -27,12 +30,12 @@ CALLED = {
 
 
 def plans(inventory: Inventory, shape: Shape) -> Iterator[Plan]:
-    """Candidate plans. Raises NoPlan, which says why, when the weights cannot be those of a GPT-2 or a Llama."""
+    """Candidate plans. Raises NoPlan, with the reason, if the weights can be neither a GPT-2's nor a Llama's."""
     yield from arranged(_plan(inventory, shape))
 
 
 def arranged(plan: Plan) -> Iterator[Plan]:
-    """The plan with queries, keys and values, gate and input in every order that is still open."""
+    """The plan with queries, keys and values, and gate and input, in every order that is still possible."""
     for arrangement in arrangements(plan):
         for gate_first in _gates(plan):
             yield replace(plan, arrangement=arrangement, gate_first=gate_first, feed_forward=_gated(plan, gate_first))
@@ -40,10 +43,10 @@ def arranged(plan: Plan) -> Iterator[Plan]:
 
 def _plan(inventory: Inventory, shape: Shape) -> Plan:
     if not inventory.layers:
-        raise NoPlan("no modules repeat layer by layer")
+        raise NoPlan("no modules with the same weights repeat once per layer")
     layer = inventory.layers[0]
     if any([w.shape for w in other] != [w.shape for w in layer] for other in inventory.layers):
-        raise NoPlan("the layers differ in their weights")
+        raise NoPlan("the layers have weights of different shapes")
     outer = _outer(inventory, shape)
     norms = _norms([(place, w) for place, w in enumerate(layer)], shape.n_embd)
     matrices = _matrices(layer, shape, norms)
@@ -67,15 +70,15 @@ def _plan(inventory: Inventory, shape: Shape) -> Plan:
     return replace(plan, unplaced=tuple(_unplaced(plan)))
 
 
-def _outer(inventory: Inventory, shape: Shape) -> dict:
-    """Embedding, positions, head and final norm among the weights of no layer."""
+def _outer(inventory: Inventory, shape: Shape) -> dict[str, Any]:
+    """Embedding, positions, head and final norm among the weights outside the layers."""
     V, T, C = shape.vocab_size, shape.block_size, shape.n_embd
     layers = [w.order for layer in inventory.layers for w in layer if w.order is not None]
     first, last = min(layers, default=0), max(layers, default=0)
     tables = [w for w in inventory.outer if not w.is_vector]
     matrices = [w for w in tables if C in w.shape and len(w.shape) == 2 and w.numel // C >= V]
     if not matrices:
-        raise NoPlan(f"no weight has the shape of an embedding, [{V}, {C}]")
+        raise NoPlan(f"no weight has the shape of a token embedding, [{V}, {C}]")
     looked_up = [w for w in matrices if w.by == "embedding"] or matrices
     vocabulary = [w for w in matrices if w.numel == looked_up[0].numel]
     rest = [w for w in tables if w not in vocabulary]
@@ -93,10 +96,10 @@ def _outer(inventory: Inventory, shape: Shape) -> dict:
     )
 
 
-def _norms(weights: list[tuple], width: int) -> list[Norm]:
-    """Norms in order of use; a place is what the caller calls a weight."""
-    found: dict[object, list[tuple]] = {}
-    before: object = None  # the gain that stands last, whose bias may follow
+def _norms(weights: list[Placed], width: int) -> list[Norm]:
+    """Norms in order of use."""
+    found: dict[object, list[Placed]] = {}
+    before: object = None  # the last gain, whose bias may follow
     for place, weight in weights:
         key = _norm_key(weight, before) if weight.is_vector and weight.numel == width else None
         if key is not None:
@@ -106,7 +109,7 @@ def _norms(weights: list[tuple], width: int) -> list[Norm]:
 
 
 def _norm_key(weight: Weight, gain_before: object) -> object:
-    """What a norm's gain and bias share: the call, or the module that owns nothing else; or they start at 1 and 0."""
+    """What gain and bias of a norm have in common: the call, the owner, or that they follow each other as 1 and 0."""
     if weight.by in ("layer_norm", "rms_norm"):
         return "call", weight.call
     owned = list(weight.owner.parameters(recurse=False))
@@ -118,12 +121,12 @@ def _norm_key(weight: Weight, gain_before: object) -> object:
     return gain_before if bool((weight.start == 0).all()) else None
 
 
-def _is_vector(tensor) -> bool:
+def _is_vector(tensor: Tensor) -> bool:
     return sum(n > 1 for n in tensor.shape) <= 1
 
 
-def _norm(pair: list[tuple]) -> Norm:
-    """A gain starts at one and a bias at zero; a gain alone that starts at zero is stored minus one."""
+def _norm(pair: list[Placed]) -> Norm:
+    """A gain starts at one and a bias at zero. A gain without a bias that starts at zero is stored minus one."""
     if len(pair) == 1:
         place, weight = pair[0]
         return Norm(place, minus_one=bool((weight.start == 0).all()))
@@ -133,7 +136,7 @@ def _norm(pair: list[tuple]) -> Norm:
 
 
 def _matrices(layer: list[Weight], shape: Shape, norms: list[Norm]) -> list[Matrix]:
-    """The projections of a layer in order of use, each with the vector beside it that is as long as its output."""
+    """The projections of a layer in order of use, each with its bias."""
     taken = {place for norm in norms for place in (norm.gain, norm.bias) if place is not None}
     vectors = {p: w for p, w in enumerate(layer) if _is_bias(w, shape) and p not in taken}
     found = []
@@ -144,7 +147,8 @@ def _matrices(layer: list[Weight], shape: Shape, norms: list[Norm]) -> list[Matr
         bias = _beside(place, weight, (out, into), vectors)
         if bias is not None and weight.input_first is None and vectors[bias].numel == into != out:
             out, into = into, out
-        vectors.pop(bias, None)  # type: ignore[arg-type]
+        if bias is not None:
+            vectors.pop(bias)
         found.append(Matrix(place, bias, out, into))
     return found
 
@@ -155,20 +159,20 @@ def _is_bias(weight: Weight, shape: Shape) -> bool:
 
 
 def _sizes(weight: Weight, shape: Shape) -> tuple[int, int]:
-    """(out, in) of a matrix, one of a stack of heads' matrices included."""
+    """(out, in) of a matrix, or of a stack of matrices, one per head."""
     C = shape.n_embd
     if len(weight.shape) == 3 and weight.by == "conv1d":
         return weight.shape[0], weight.shape[1]
     if len(weight.shape) in (3, 4) and C in weight.shape:
         return weight.numel // C, C
     if len(weight.shape) != 2:
-        raise NoPlan(f"{weight} is neither a matrix nor one matrix a head")
+        raise NoPlan(f"{weight} is neither a matrix nor a stack of matrices, one per head")
     a, b = weight.shape
     return (b, a) if weight.input_first else (a, b)
 
 
 def _beside(place: int, weight: Weight, sizes: tuple[int, int], vectors: dict[int, Weight]) -> int | None:
-    """The bias of a matrix: used in the same call, or of the same owner and as long as the output."""
+    """The place of a matrix's bias: used in the same call, or of the same owner and as long as the output."""
     out, into = sizes
     for other, vector in vectors.items():
         if vector.call is not None and vector.call == weight.call and vector.numel in (out, into):
@@ -177,7 +181,7 @@ def _beside(place: int, weight: Weight, sizes: tuple[int, int], vectors: dict[in
     mine = mine or [p for p, v in vectors.items() if v.owner is weight.owner and v.numel == into != out]
     if place + 1 in mine:  # used right after
         return place + 1
-    if len(mine) > 1:  # several matrices in one module: the vector that is called most alike
+    if len(mine) > 1:  # several matrices in one module: the vector with the most similar name
         mine.sort(key=lambda p: -_alike(vectors[p].name, weight.name))
     return mine[0] if mine else None
 
@@ -189,7 +193,7 @@ def _alike(one: str, other: str) -> int:
 
 
 def _split(matrices: list[Matrix], layer: list[Weight], shape: Shape) -> tuple[list[Matrix], list[Matrix]]:
-    """The attention's projections and the feed-forward's."""
+    """The projections of attention, and those of the feed-forward."""
     C = shape.n_embd
     for count in (3, 2):
         if len(matrices) <= count:
@@ -222,7 +226,7 @@ def _form(attention: list[Matrix], layer: list[Weight], shape: Shape) -> tuple[s
     inside = attention[:-1]
     n_kv_head = (sum(m.out for m in inside) - H * D) // (2 * D)
     if H % n_kv_head:
-        raise NoPlan(f"{n_kv_head} key-value heads for {H} query heads")
+        raise NoPlan(f"{H} query heads are no multiple of {n_kv_head} key-value heads")
     outs = sorted(m.out for m in inside)
     if len(inside) == 1:
         return "fused", n_kv_head
@@ -232,11 +236,11 @@ def _form(attention: list[Matrix], layer: list[Weight], shape: Shape) -> tuple[s
         return "query and pair", n_kv_head
     if len(inside) == 3 * H and set(outs) == {D}:
         return "per head", n_kv_head
-    raise NoPlan("queries, keys and values are held in an unknown way: " + ", ".join(str(layer[m.at]) for m in inside))
+    raise NoPlan("the query, key and value weights have unknown shapes: " + ", ".join(str(layer[m.at]) for m in inside))
 
 
 def arrangements(plan: Plan) -> list[str]:
-    """How queries, keys and values may lie in the matrices that hold them, the usual and well-named first."""
+    """The possible layouts of queries, keys and values, the usual ones and those that fit the names first."""
     letters = ["".join(p) for p in permutations("qkv")]
     if plan.form == "fused" and plan.n_kv_head == plan.shape.n_head:
         return [f"{p}|{layout}" for layout in ("3hd", "h3d", "hd3", "3dh", "d3h", "dh3") for p in letters]
@@ -244,7 +248,7 @@ def arrangements(plan: Plan) -> list[str]:
         orders = letters if plan.form == "fused" else ["qkv", "qvk"]
         layouts = ("3hd", "h3d", "hd3") if plan.form == "query and pair" else ("3hd",)
         return [f"{p}|{layout}" for layout in (*layouts, "grouped") for p in orders]
-    if plan.settled:
+    if plan.from_table:
         return ["qkv|hd"] if plan.form == "per head" else ["qkv|hd", "qkv|dh"]
     layer = plan.inventory.layers[0]
     names = [layer[m.at].name for m in plan.attention[:3]]
@@ -265,12 +269,12 @@ def _sizes_fit(letters: str, plan: Plan) -> bool:
 
 
 def called(name: str, role: str) -> bool:
-    """Whether public code calls what is of this role so."""
+    """Whether this is a usual name for this role."""
     return re.search(CALLED[role], name.lower()) is not None
 
 
 def _gates(plan: Plan) -> tuple[bool, ...]:
-    if not plan.gated or (plan.settled and len(plan.feed_forward) == 2):
+    if not plan.gated or (plan.from_table and len(plan.feed_forward) == 2):
         return (True,)
     names = [plan.inventory.layers[0][m.at].name for m in plan.feed_forward]
     if len(names) == 1:
@@ -279,13 +283,13 @@ def _gates(plan: Plan) -> tuple[bool, ...]:
     return (False, True) if swapped else (True, False)
 
 
-def unsettled(plan: Plan) -> list[str]:
-    """The weights whose parts neither shape nor name nor a table tells apart."""
+def undetermined(plan: Plan) -> list[str]:
+    """The weights whose roles follow neither from shapes nor from names nor from a table."""
     layer = plan.inventory.layers[0]
     names = [layer[m.at].name for m in plan.attention]
     if plan.form == "fused":
         return [f"{names[0]} (the order of queries, keys and values in it)"]
-    if plan.settled:
+    if plan.from_table:
         return []
     open_ = names if plan.form != "query and pair" else []
     if plan.form == "split" and all(called(n, letter) for n, letter in zip(names, plan.arrangement, strict=False)):
@@ -295,12 +299,12 @@ def unsettled(plan: Plan) -> list[str]:
 
 
 def _gated(plan: Plan, gate_first: bool) -> tuple[Matrix, ...]:
-    """Gate before input."""
+    """The feed-forward's matrices, gate before input."""
     return plan.feed_forward if gate_first or len(plan.feed_forward) == 1 else plan.feed_forward[::-1]
 
 
 def _unplaced(plan: Plan) -> list[Weight]:
-    """Weights that have no place in the plan."""
+    """Weights that the plan does not use."""
     matrices = (*plan.attention, plan.output, *plan.feed_forward, plan.feed_forward_output)
     places = {place for m in matrices for place in (m.at, m.bias)}
     norms = (plan.attention_norm, plan.feed_forward_norm)

@@ -1,7 +1,6 @@
-"""What each weight of an inventory may be: candidate plans that turn foreign weights into the reference's.
+"""A plan: which part of the reference each weight of the subject is, and how it is laid out.
 
-A plan is read off shapes, owners and order of use. What these leave open (which of three equal matrices is the query)
-is a list of candidates, the likeliest by name first; agreement decides in the end.
+`Plan.state` turns the subject's weights into those of the reference. planning.py makes plans.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ Value = Callable[[Weight], Tensor | None]
 
 
 class NoPlan(ValueError):
-    """The weights cannot be those of either family; the message says which do not fit."""
+    """The weights are neither a GPT-2's nor a Llama's; the message says which of them do not fit."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that a plan is made for."""
+    """The sizes of the model."""
 
     vocab_size: int
     block_size: int
@@ -38,7 +37,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Norm:
-    """Gain and bias of a norm, as places in a layer's list (or weights of the outer list)."""
+    """Gain and bias of a norm: places in a layer's list of weights, or the weights themselves outside the layers."""
 
     gain: Any
     bias: Any = None
@@ -47,7 +46,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A projection: the places of its matrix and bias in a layer's list."""
+    """A projection: the places of its matrix and bias in a layer's list of weights."""
 
     at: int
     bias: int | None
@@ -57,7 +56,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Plan:
-    """How their weights become ours. `arrangement` is how queries, keys and values lie in what holds them."""
+    """How the subject's weights become the reference's."""
 
     inventory: Inventory
     shape: Shape
@@ -74,11 +73,13 @@ class Plan:
     output: Matrix
     feed_forward: tuple[Matrix, ...]  # input; or gate, input; or both in one
     feed_forward_output: Matrix
+    # How queries, keys and values are laid out: "qkv|h3d" is the order of the letters and of the axes (3, heads,
+    # features) in a fused matrix; "vqk|dh" the order of three matrices and of the axes in each.
     arrangement: str = ""
     gate_first: bool = True
     gated: bool = False
-    unplaced: tuple[Weight, ...] = field(default=())
-    settled: bool = False  # a table says which matrix is which
+    unplaced: tuple[Weight, ...] = field(default=())  # weights that are no part of the reference
+    from_table: bool = False  # the user's table says which matrix is which
 
     @property
     def tied(self) -> bool:
@@ -86,7 +87,7 @@ class Plan:
 
     @property
     def query_first(self) -> bool:
-        """Whether, of a query's matrix and one of keys and values, the query's comes first."""
+        """With one matrix for queries and one for keys and values: whether the first is for queries."""
         return self.attention[0].out == self.shape.n_head * self.shape.head_width
 
     @property
@@ -94,7 +95,7 @@ class Plan:
         return self.feed_forward_output.into
 
     def state(self, value: Value) -> dict[str, Tensor]:
-        """Ours, by the names of `Transformer.state_dict`, from `value` of theirs; without what they do not have."""
+        """`value` of the subject's weights, by the names of `Transformer.state_dict`; without those that it lacks."""
         found: dict[str, Tensor | None] = {
             "embedding.weight": _table(value(self.embedding), self.shape.n_embd),
             "head.weight": _table(value(self.head), self.shape.n_embd),
@@ -134,8 +135,8 @@ class Plan:
             found[prefix + f"feed_forward.output.{kind}"] = self._get(self.feed_forward_output, kind, get, output=True)
         return {name: t if t is None or name.endswith("weight") else t.flatten() for name, t in found.items()}
 
-    def _get(self, m: Matrix, kind: str, get: Callable, *, output: bool = False) -> Tensor | None:
-        """[out, in] of a matrix, [out, 1] of a bias."""
+    def _get(self, m: Matrix, kind: str, get: Callable[[int], Tensor | None], *, output: bool = False) -> Tensor | None:
+        """[out, in] for a matrix, [out, 1] for a bias."""
         if kind == "bias":
             bias = None if m.bias is None else get(m.bias)
             return None if bias is None else bias.reshape(-1, 1)
@@ -158,7 +159,7 @@ class Plan:
         return torch.cat([_heads(by_letter[letter], self.arrangement, D) for letter in "qkv"])
 
     def _merged(self, output: Tensor | None, kind: str) -> Tensor | None:
-        """The output projection's columns in the order head, feature."""
+        """The output projection with its columns in the order (head, feature)."""
         if output is None or kind == "bias" or not self.arrangement.endswith("dh"):
             return output
         H, D = self.shape.n_head, self.shape.head_width
@@ -166,23 +167,23 @@ class Plan:
 
 
 def _places(layer: list[Weight], value: Value) -> Callable[[int], Tensor | None]:
-    """`value` of the weight at a place of a layer."""
+    """A function from a place in the layer to the `value` of the weight there."""
     return lambda place: value(layer[place])
 
 
 def _heads(x: Tensor, arrangement: str, D: int) -> Tensor:
-    """Rows in the order head, feature."""
+    """The rows in the order (head, feature)."""
     if not arrangement.endswith("dh"):
         return x
     return x.view(D, -1, x.shape[-1]).transpose(0, 1).reshape(x.shape)
 
 
 def _untangle(x: Tensor, arrangement: str, H: int, G: int, D: int) -> Tensor:
-    """`qkv|3hd` to rows of all queries, then keys, then values. H is 0 where only keys and values are inside."""
+    """Sorts rows laid out as `arrangement` into all queries, then keys, then values. H is 0 if there are no queries."""
     letters, layout = arrangement.split("|")
     last = x.shape[-1]
     letters = letters if H else letters.replace("q", "")
-    if layout == "grouped":  # each key-value head after the queries that read it
+    if layout == "grouped":  # each key-value head follows the query heads that read it
         groups = x.view(G, -1, D, last)
         parts = dict(k=groups[:, -2], v=groups[:, -1])
         if H:
@@ -194,7 +195,7 @@ def _untangle(x: Tensor, arrangement: str, H: int, G: int, D: int) -> Tensor:
         parts = dict(zip(letters, cube, strict=True))
     else:
         heads = dict(q=H, k=G, v=G)
-        parts = dict(zip(letters, x.split([heads[letter] * D for letter in letters]), strict=True))
+        parts = dict(zip(letters, torch.split(x, [heads[letter] * D for letter in letters]), strict=True))
     return torch.cat([parts[letter].reshape(-1, last) for letter in "qkv" if letter in parts])
 
 

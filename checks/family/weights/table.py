@@ -1,7 +1,7 @@
-"""A table {theirs: ours} of a subject's weights: written to be shown, read back to settle what shapes leave open.
+"""The table of a model's weights: which weight of the reference each one is, by name. It can be printed and read back.
 
-A layer's number is written `*`: {"h.*.attn.c_attn.weight": "blocks.*.attention.qkv.weight"}. Ours are the names of the
-reference, with queries, keys and values apart or together as the subject holds them.
+A layer's number is written as `*`: {"h.*.attn.c_attn.weight": "blocks.*.attention.qkv.weight"}. The values are names of
+the reference's weights, with queries, keys and values apart or together as in the model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...meet.errors import UsageError
@@ -33,11 +33,11 @@ SPECS = ("auto", "gpt2", "llama")
 SPELLED = {"q": "query", "k": "key", "v": "value"}
 
 
-# -- shown
+# -- printing
 
 
 def shown(plan: Plan) -> dict[str, str]:
-    """The plan as a table; a weight that is both embedding and head stands in it under both of its names."""
+    """The plan as a table. A weight that is both embedding and head is listed under each of its names."""
     found = {plan.embedding.name: "embedding.weight"}
     if not plan.tied or len(plan.head.names) > 1:
         found[plan.head.names[-1]] = "head.weight"
@@ -59,7 +59,7 @@ def _norm(name: str, norm: Norm | None) -> Iterator[tuple[Any, str]]:
 
 
 def _in_layers(plan: Plan) -> Iterator[tuple[list[int], str]]:
-    """Places in a layer (one for each head where heads are apart) and what stands there."""
+    """Places in a layer (one per head where every head has its own weight), and the reference's name for them."""
     for name in NORMS:
         for place, ours in _norm(name, getattr(plan, name)):
             yield [place], ours
@@ -92,7 +92,7 @@ def _feed_forward(plan: Plan) -> Iterator[tuple[str, Matrix]]:
 
 
 def pattern(names: list[str]) -> str:
-    """`h.*.attn.weight` for h.0.attn.weight, h.1.attn.weight …; the first name where they differ otherwise too."""
+    """`h.*.attn.weight` for h.0.attn.weight, h.1.attn.weight, …; the first name if they differ in more than numbers."""
     split = [re.split(r"(\d+)", name) for name in names]
     if len({len(parts) for parts in split}) > 1:
         return names[0]
@@ -100,31 +100,33 @@ def pattern(names: list[str]) -> str:
     return "".join(next(iter(c)) if len(c) == 1 else "*" for c in columns)
 
 
-# -- read back
+# -- reading
 
 
 def read(path: str) -> dict[str, str]:
-    """The table in a JSON file. Raises UsageError for what is none, and for a name that the reference does not have."""
+    """The table in a JSON file. Raises UsageError if it is not a table, or names a weight that the reference lacks."""
     try:
         with open(path, encoding="utf-8") as file:
             table = json.load(file)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        raise UsageError(f"{path} is no JSON: {error}") from None
+        raise UsageError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(table, dict) or not all(isinstance(ours, str) for ours in table.values()):
-        raise UsageError(f'{path} must hold a table of names, {{"theirs": "ours", …}}')
+        raise UsageError(f'{path}: expected an object {{"name in your model": "name in the reference", …}}')
     for theirs, ours in table.items():
         if ours not in OURS:
             numbered = re.sub(r"^blocks\.\d+\.", "blocks.*.", ours)
             near = [numbered] if numbered in OURS else difflib.get_close_matches(ours, OURS, n=3)
             near = near or [f"{part}.weight" for part in PARTS]
-            raise UsageError(f"{path}: {theirs!r} is {ours!r}, which the reference has not; it has {', '.join(near)}")
+            raise UsageError(
+                f"{path}: the reference has no weight {ours!r} (for {theirs!r}); expected {', '.join(near)}"
+            )
     return table
 
 
 def declared_spec(text: str) -> Spec:
-    """What a user declares: `gpt2`, `llama`, `auto`, or with a table of weights in a file, `gpt2:FILE.json`.
+    """What a user declares: `gpt2`, `llama`, `auto`, or a family with a table of weights, `gpt2:FILE.json`.
 
     Raises UsageError for another family, and for a table that cannot be read.
     """
@@ -134,26 +136,26 @@ def declared_spec(text: str) -> Spec:
     return Spec(family, path, read(path) if colon else {})
 
 
-def tabled(inventory: Inventory, shape: Shape, table: dict[str, str]) -> list[Plan]:
-    """The candidate plans that fit the table, which may be partial; where none does it must say all.
+def plans_from_table(inventory: Inventory, shape: Shape, table: Mapping[str, str]) -> list[Plan]:
+    """The candidate plans that agree with the table, which may be partial. If none does, the table must be complete.
 
-    Raises UsageError for a name or a shape that is wrong, and for what is missing.
+    Raises UsageError for a wrong name or shape, and for missing entries.
     """
     try:
         fits = [plan for plan in plans(inventory, shape) if table.items() <= shown(plan).items()]
     except NoPlan:
         fits = []
-    return fits or list(arranged(_Reading(inventory, shape, table).plan()))
+    return fits or list(arranged(_CompleteTable(inventory, shape, table).plan()))
 
 
-class _Reading:
-    """A whole table as a plan."""
+class _CompleteTable:
+    """Makes a plan of a complete table."""
 
-    def __init__(self, inventory: Inventory, shape: Shape, table: dict[str, str]) -> None:
+    def __init__(self, inventory: Inventory, shape: Shape, table: Mapping[str, str]) -> None:
         self.inventory, self.shape = inventory, shape
         self.weights = [*inventory.weights, *inventory.buffers]
         self.outer: dict[str, Weight] = {}
-        self.layered: dict[str, dict[int, list[Weight]]] = {}  # ours to layer to weights, one for each head
+        self.layered: dict[str, dict[int, list[Weight]]] = {}  # by name in the reference and layer, one per head
         for theirs, ours in table.items():
             self._place(theirs, ours)
         self.layers = self._layers()
@@ -164,25 +166,25 @@ class _Reading:
             self.outer[ours] = found[0][1]
             return
         if "*" not in theirs:
-            raise UsageError(f"{theirs!r} is {ours!r}: write * for the layer's number in both")
+            raise UsageError(f"{theirs!r}: {ours!r}: write * for the layer's number in both names")
         for numbers, weight in found:
             self.layered.setdefault(ours, {}).setdefault(numbers[0], []).append(weight)
 
     def _called(self, theirs: str) -> list[tuple[tuple[int, ...], Weight]]:
-        """The weights under a name with its numbers, in their order."""
+        """The weights that match a name, sorted by the numbers that stand for its `*`."""
         regex = re.compile(re.escape(theirs).replace(r"\*", r"(\d+)"))
         found = [(tuple(map(int, match.groups())), weight)
                  for weight in self.weights for name in weight.names if (match := regex.fullmatch(name))]  # fmt: skip
         if not found:
             known = sorted({re.sub(r"\d+", "*", name) for weight in self.weights for name in weight.names})
             near = difflib.get_close_matches(theirs, known, n=3) or known
-            raise UsageError(f"the model has no weight {theirs!r}; it has {', '.join(near)}")
+            raise UsageError(f"your model has no weight {theirs!r}; did you mean {', '.join(near)}?")
         return sorted(found, key=lambda each: each[0])
 
     def _layers(self) -> list[list[Weight]]:
         numbers = {ours: sorted(layers) for ours, layers in self.layered.items()}
         if len({tuple(each) for each in numbers.values()}) > 1:
-            raise UsageError(f"the table's layers differ: {numbers}")
+            raise UsageError(f"the table's entries match different layers: {numbers}")
         found = [[w for layers in self.layered.values() for w in layers[n]] for n in next(iter(numbers.values()), [])]
         order = sorted(range(len(found[0])), key=lambda i: found[0][i].order or 0) if found else []
         return [[layer[place] for place in order] for layer in found]
@@ -198,7 +200,10 @@ class _Reading:
         rows = sum(w.numel for part in ATTENTION[attention] for w in self._first(f"attention.{part}.weight")) // C
         G = (rows - H * D) // (2 * D)
         if G < 1 or H % G or rows != (H + 2 * G) * D:
-            raise UsageError(f"queries, keys and values have {rows} rows: no grouping of {H} heads of {D} features has")
+            raise UsageError(
+                f"queries, keys and values have {rows} rows together; expected {H * D} plus {2 * D} per key-value "
+                f"head, with a number of key-value heads that divides {H}"
+            )
         hidden = self._first("feed_forward.output.weight")[0].numel // C
         heads = {"query": H, "key": G, "value": G, "key_value": 2 * G, "qkv": H + 2 * G}
         matrices = [self._matrices(f"attention.{p}", heads[p] * D, C) for p in ATTENTION[attention]]
@@ -216,12 +221,12 @@ class _Reading:
             feed_forward=tuple(self._matrices(f"feed_forward.{p}", widths[p], C)[0]
                                for p in FEED_FORWARD[feed_forward]),
             feed_forward_output=self._matrices("feed_forward.output", C, hidden)[0],
-            gated=feed_forward != "plain", settled=True,
+            gated=feed_forward != "plain", from_table=True,
         )  # fmt: skip
         return plan
 
     def _which(self, sublayer: str, forms: dict[str, tuple[str, ...]]) -> str:
-        """The form whose parts are all in the table; the last if none is."""
+        """The form whose parts are all in the table; the last form if there is none."""
         for form, parts in forms.items():
             if all(f"blocks.*.{sublayer}.{part}.weight" in self.layered for part in parts):
                 return form
@@ -235,10 +240,12 @@ class _Reading:
             taken = {id(w) for layers in self.layered.values() for ws in layers.values() for w in ws}
             taken |= {id(w) for w in self.outer.values()}
             free = sorted({re.sub(r"\d+", "*", w.name) for w in self.weights if id(w) not in taken})
-            raise UsageError(f"the table says nothing of {', '.join(missing)}; the model also has {', '.join(free)}")
+            raise UsageError(
+                f"the table has no entry for {', '.join(missing)}; weights without an entry: {', '.join(free)}"
+            )
 
     def _first(self, ours: str) -> list[Weight]:
-        """What stands for it in the first layer."""
+        """The weights for it in the first layer."""
         return next(iter(self.layered[f"blocks.*.{ours}"].values()))
 
     def _at(self, ours: str) -> list[int]:
@@ -249,14 +256,14 @@ class _Reading:
         return next(place for place, w in enumerate(self.layers[0]) if w is weight)
 
     def _matrices(self, name: str, out: int, into: int) -> list[Matrix]:
-        """One matrix, or one a head, with the biases."""
+        """One matrix, or one per head, with the biases."""
         places, biases = self._at(f"{name}.weight"), self._at(f"{name}.bias")
         each = out // len(places)
         for kind, ats, size in (("weight", places, each * into), ("bias", biases, each)):
             for weight in (self.layers[0][at] for at in ats):
                 if weight.numel != size or len(ats) != len(places):
                     shape = [each, into] if kind == "weight" else [each]
-                    raise UsageError(f"{weight} cannot be blocks.*.{name}.{kind}, which is {shape}")
+                    raise UsageError(f"{weight} cannot be blocks.*.{name}.{kind}, expected shape {shape}")
         return [Matrix(at, biases[i] if biases else None, each, into) for i, at in enumerate(places)]
 
     def _norm(self, name: str) -> Norm | None:
@@ -279,10 +286,10 @@ class _Reading:
 
     def _is_vector(self, weight: Weight, name: str) -> None:
         if weight.numel != self.shape.n_embd:
-            raise UsageError(f"{weight} cannot be of {name}, which is [{self.shape.n_embd}]")
+            raise UsageError(f"{weight} cannot belong to {name}, expected shape [{self.shape.n_embd}]")
 
     def _outer(self, ours: str, width: int) -> Weight:
         weight = self.outer.get(ours, self.outer["embedding.weight"])
         if width not in weight.shape or weight.numel // width < self.shape.vocab_size:
-            raise UsageError(f"{weight} cannot be {ours}, which is [{self.shape.vocab_size}, {width}]")
+            raise UsageError(f"{weight} cannot be {ours}, expected shape [{self.shape.vocab_size}, {width}]")
         return weight

@@ -1,4 +1,4 @@
-"""Known bugs planted in the transformers library from outside: each fails, is named, and its part is found."""
+"""Known bugs planted in a library's models: each fails, is named, and its part is found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers.models.gpt2.modeling_gpt2 as gpt2
 import transformers.models.llama.modeling_llama as llama
 from torch.nn import functional as F
 
-from tests.test_spec_mapping import hf_gpt2, hf_llama
+from tests.test_family_weights import hf_gpt2, hf_llama
 from transformer_checks.checks.check_spec import check_logits_agree
 from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
@@ -20,7 +20,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def after_init(kind: type, change: Callable[[Any], None]) -> Patch:
-    """Every module of the class is changed when it has been made."""
+    """Changes every module of the class after it is built."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
         made = kind.__init__
@@ -51,7 +51,7 @@ def only_queries_turned(q, k, cos, sin, *args, turn=llama.apply_rotary_pos_emb, 
 
 
 GROUPED = hf_llama(2, attn_implementation="eager")
-# The library's model, the known bug, how it is planted, the part that is named.
+# The library's model, the known bug, how to plant it, the part that the finding names.
 PLANTED: list[tuple[Callable, str, Patch, str]] = [
     (hf_gpt2, "relu-for-gelu", after_init(gpt2.GPT2MLP, lambda m: setattr(m.act, "forward", F.relu)), "activation"),
     (hf_gpt2, "mlp-no-activation",
@@ -70,9 +70,8 @@ PLANTED: list[tuple[Callable, str, Patch, str]] = [
 
 @pytest.mark.parametrize("build, bug, patch, part", PLANTED, ids=[bug for _, bug, *_ in PLANTED])
 def test_a_bug_planted_in_a_library_is_named(build, bug, patch, part, monkeypatch):
-    monkeypatch.setattr(
-        "transformer_checks.checks.check_spec.SIMULATION_SECONDS", 60.0
-    )  # a busy machine must not decide
+    # Must not depend on how busy the machine is.
+    monkeypatch.setattr("transformer_checks.checks.check_spec.SIMULATION_SECONDS", 60.0)
     patch(monkeypatch)
     subject = subject_of(build, seed=3, spec="gpt2" if build is hf_gpt2 else "llama")
     verdict = judge(check_logits_agree, subject, {})
@@ -81,7 +80,7 @@ def test_a_bug_planted_in_a_library_is_named(build, bug, patch, part, monkeypatc
     assert part in verdict.evidence["first_part_that_differs"]
 
 
-def test_what_is_in_no_catalogue_is_given_no_name(monkeypatch):
+def test_an_unknown_bug_is_given_no_name(monkeypatch):
     after_init(gpt2.GPT2MLP, lambda m: setattr(m.act, "forward", F.softplus))(monkeypatch)
     subject = subject_of(hf_gpt2, seed=3, spec="gpt2")
     verdict = judge(check_logits_agree, subject, {})

@@ -1,4 +1,4 @@
-"""Foreign weights find their place in the reference without a table, whatever they are called and however they lie."""
+"""Weights are mapped onto the reference without a table, whatever their names and layout."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from transformer_checks.checks.bugs.designs import no_positions
-from transformer_checks.checks.family.fit import settled
-from transformer_checks.checks.family.specimen import Settled
+from transformer_checks.checks.family.fit import fit_to
+from transformer_checks.checks.family.specimen import Fit
 from transformer_checks.checks.family.weights import inventory
 from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.subject import Subject
@@ -19,14 +19,14 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import x_transformers
 FOREIGN = Path(__file__).parent / "foreign"
-# What each file is, where the family leaves it open.
+# What is found in each file: how queries, keys and values are stored, and the variant.
 STYLES = {
     "conv1d_fused": ("fused", "qkv|3hd", ["tanh GELU", "epsilon 1e-05"]),
     "einsum_heads": ("split", "qkv|hd", ["tanh GELU", "epsilon 1e-05"]),
     "fused_by_head": ("fused", "kvq|h3d", ["exact GELU", "epsilon 1e-06"]),
     "last_position": ("fused", "qkv|3hd", ["exact GELU", "epsilon 1e-05"]),
-    "llama_complex": ("split", "qkv|hd", ["rotary positions in interleaved pairs, base 10000", "epsilon 1e-06"]),
-    "llama_fused": ("fused", "qkv|3hd", ["rotary positions in halves, base 10000", "epsilon 1e-05"]),
+    "llama_complex": ("split", "qkv|hd", ["interleaved RoPE, base 10000", "epsilon 1e-06"]),
+    "llama_fused": ("fused", "qkv|3hd", ["rotate-half RoPE, base 10000", "epsilon 1e-05"]),
     "separate_heads": ("per head", "kqv|hd", ["exact GELU", "epsilon 1e-05"]),
     "split_feature_first": ("split", "vqk|dh", ["tanh GELU", "epsilon 1e-05"]),
     "stacked_layers": ("split", "qkv|hd", ["tanh GELU", "epsilon 1e-05"]),
@@ -42,18 +42,18 @@ def foreign(name: str, seed: int = 5, spec: str = "auto") -> Subject:
     return subject_of(str(FOREIGN / f"{name}.py"), seed=seed, spec=spec)
 
 
-def agrees(found: Settled) -> Settled:
-    assert found.agrees, f"{found.error} {found.why_not} {found.variant} {found.tried}"
-    return found
+def agrees(fit: Fit) -> Fit:
+    assert fit.agrees, f"{fit.error} {fit.why_not} {fit.variant} {fit.tried}"
+    return fit
 
 
-def test_every_foreign_file_is_held_to_what_it_is():
+def test_every_foreign_file_has_its_expected_result():
     assert {path.stem for path in FOREIGN.glob("*.py")} == set(STYLES)
 
 
 @pytest.mark.parametrize("name", STYLES)
 def test_a_from_scratch_model_agrees_without_a_table(name):
-    found = agrees(settled(foreign(name), family(name)))
+    found = agrees(fit_to(foreign(name), family(name)))
     assert (found.plan.form, found.plan.arrangement, found.variant.words()) == STYLES[name]
     assert found.plan.unplaced == ()
 
@@ -63,7 +63,7 @@ def hashed(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_hidden_names_cost_nothing(name, monkeypatch):
+def test_hidden_names_do_no_harm(name, monkeypatch):
     by_identity = inventory._by_identity
 
     def without_names(model):
@@ -73,7 +73,7 @@ def test_hidden_names_cost_nothing(name, monkeypatch):
         return weights
 
     monkeypatch.setattr(inventory, "_by_identity", without_names)
-    found = agrees(settled(foreign(name), family(name)))
+    found = agrees(fit_to(foreign(name), family(name)))
     assert found.plan.inventory.weights[0].name.startswith("n")
 
 
@@ -108,7 +108,7 @@ def x_llama(groups):
     def x_transformers_llama(vocab_size, block_size, n_layer, n_head, n_embd):
         from loguru import logger
 
-        logger.disable("x_transformers")  # small heads make it talk
+        logger.disable("x_transformers")  # it logs a warning about small heads
         width = n_embd // n_head
         layers = x_transformers.Decoder(
             dim=n_embd, depth=n_layer, heads=n_head, attn_dim_head=width, attn_kv_heads=max(n_head // groups, 1),
@@ -121,7 +121,7 @@ def x_llama(groups):
     return x_transformers_llama
 
 
-# How many query heads read one key-value head, whether the embedding is the head, whether there are biases.
+# Query heads per key-value head, whether the head is tied, whether there are biases.
 LIBRARIES = {
     "transformers' gpt2": ("gpt2", hf_gpt2, 1, True, True),
     "transformers' llama": ("llama", hf_llama(1), 1, False, False),
@@ -137,31 +137,32 @@ LIBRARIES = {
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_librarys_model_agrees_without_a_table(name):
     wanted, build, groups, tied, biased = LIBRARIES[name]
-    plan = agrees(settled(subject_of(build, seed=5), wanted)).plan
+    plan = agrees(fit_to(subject_of(build, seed=5), wanted)).plan
     assert plan.shape.n_head // plan.n_kv_head == groups
     assert plan.tied == tied
     assert (plan.output.bias is not None) == biased
     assert plan.unplaced == ()
 
 
-# -- stretched rotary frequencies
+# -- RoPE scaling
 
 
-STRETCHED = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+LLAMA_3_SCALING = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
              "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "scaling, said",
-    [(STRETCHED, "frequencies stretched 8 times, as Llama 3.1's"),
-     (STRETCHED | {"factor": 5.0, "low_freq_factor": 2.0}, "frequencies stretched 5 times, as Llama 3.1's"),
-     ({"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}, "frequencies stretched 2 times, all alike")],
+    [(LLAMA_3_SCALING, "RoPE frequencies divided by 8 (as in Llama 3.1)"),
+     (LLAMA_3_SCALING | {"factor": 5.0, "low_freq_factor": 2.0}, "RoPE frequencies divided by 5 (as in Llama 3.1)"),
+     ({"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}, "RoPE frequencies divided by 2 (linear scaling)"),
+    ],
 )  # fmt: skip
-def test_stretched_rotary_frequencies_are_a_variant(scaling, said):
-    found = agrees(settled(subject_of(hf_llama(2, rope_parameters=scaling), seed=5), "llama"))
+def test_rope_scaling_is_a_variant(scaling, said):
+    found = agrees(fit_to(subject_of(hf_llama(2, rope_parameters=scaling), seed=5), "llama"))
     assert said in found.variant.words()
 
 
-def test_a_gpt2_without_a_position_table_is_told_so():
-    found = settled(Subject("no positions", no_positions(), seed=0), "gpt2")
-    assert not found.agrees and "no position embedding is found" in found.why_not
+def test_a_gpt2_without_a_position_embedding_is_reported():
+    found = fit_to(Subject("no positions", no_positions(), seed=0), "gpt2")
+    assert not found.agrees and "no position embedding" in found.why_not

@@ -1,4 +1,4 @@
-"""What a declared architecture says beside logits: gradients, epsilons, weights, their start, what is dropped."""
+"""What a declared architecture fixes besides logits: gradients, epsilon, weights, initialization, dropout, decoding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from tests import variants  # noqa: F401  (adds its controls)
 from tests.controls import CONTROLS
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import changed
-from transformer_checks.checks.family.aspects.dropping import dropped
-from transformer_checks.checks.family.aspects.gradients import slopes
-from transformer_checks.checks.family.aspects.initialization import drawn
-from transformer_checks.checks.family.aspects.tiny import parting_scale
-from transformer_checks.checks.family.fit import settled
+from transformer_checks.checks.family.aspects.constants import scale_that_differs
+from transformer_checks.checks.family.aspects.learning import dropouts, gradients, initialization
+from transformer_checks.checks.family.fit import fit_to
 from transformer_checks.checks.reference import reference_parts
 from transformer_checks.checks.run.order import checks_in
 from transformer_checks.checks.run.subjects import subject_of
@@ -37,7 +35,7 @@ def verdict(subject: Subject, name: str, spec: str = "gpt2") -> Verdict:
     [("gpt2", "gpt2"), ("reference-gpt2-explicit", "gpt2"), ("llama", "llama"), ("llama-grouped-tied-biased", "llama"),
      ("grouped-and-tiled", "llama")],
 )  # fmt: skip
-def test_no_right_model_is_accused(name, spec):
+def test_no_correct_model_fails(name, spec):
     subject = CONTROLS[name](seed=2)
     for check in CHECKS:
         found = verdict(subject, check, spec)
@@ -50,10 +48,10 @@ def test_without_a_declaration_nothing_is_judged():
 
 
 def test_gradients_agree_to_rounding():
-    found = settled(CONTROLS["gpt2"](seed=0), "gpt2")
-    compared = slopes(found)
-    assert max(slope.error for slope in compared) < 1e-12
-    assert "blocks.0.attention.qkv.weight" in {slope.part for slope in compared}
+    found = fit_to(CONTROLS["gpt2"](seed=0), "gpt2")
+    compared = gradients(found)
+    assert max(pair.error for pair in compared) < 1e-12
+    assert "blocks.0.attention.qkv.weight" in {pair.part for pair in compared}
 
 
 def test_a_gradient_that_is_scaled_names_the_weight_and_the_factor():
@@ -66,14 +64,14 @@ def test_a_gradient_that_is_scaled_names_the_weight_and_the_factor():
     assert set(found.evidence["gradients"]) == {f"blocks.{n}.attention.output.weight" for n in range(3)}
 
 
-def test_an_epsilon_that_is_a_floor_shows_at_tiny_embeddings():
+def test_an_epsilon_used_as_a_floor_shows_at_tiny_embeddings():
     subject = all_bugs()["norm-epsilon-is-a-floor"].subject(seed=0)
-    assert settled(subject, "llama").agrees
-    tiny = parting_scale(settled(subject, "llama"))
+    assert fit_to(subject, "llama").agrees
+    tiny = scale_that_differs(fit_to(subject, "llama"))
     assert tiny is not None and tiny.factor <= 1e-4
 
 
-def test_an_odd_epsilon_is_measured_and_a_power_of_ten_left_open():
+def test_an_unusual_epsilon_fails_and_any_power_of_ten_passes():
     found = verdict(all_bugs()["norm-epsilon-doubled"].subject(seed=0), "check_tiny_activations_agree")
     assert found.outcome == "failed" and "epsilon of 2e-05" in found.says and found.where is not None
     assert found.where.module == "norm"
@@ -82,30 +80,30 @@ def test_an_odd_epsilon_is_measured_and_a_power_of_ten_left_open():
         assert verdict(subject, "check_tiny_activations_agree").outcome == "passed", eps
 
 
-def test_a_head_that_starts_as_a_copy_is_no_tie():
+def test_a_head_that_starts_as_a_copy_is_not_tied():
     found = verdict(all_bugs()["tied-weights-broken"].subject(seed=0), "check_weights_are_the_familys")
     assert found.outcome == "failed" and "head.weight" in found.says and "embedding.weight" in found.says
 
 
-def test_an_untied_head_is_said_and_not_accused():
+def test_an_untied_head_is_advice():
     found = verdict(Subject("untied", reference_parts(tied=False)), "check_weights_are_the_familys")
-    assert found.outcome == "passed" and any("table of its own" in remark for remark in found.remarks)
+    assert found.outcome == "passed" and any("not tied" in remark for remark in found.remarks)
 
 
-def test_weights_without_a_place_are_counted():
+def test_weights_that_gpt2_lacks_are_counted():
     found = verdict(all_bugs()["weights-without-a-place"].subject(seed=0), "check_weights_are_the_familys")
     assert found.evidence["of_them_without_a_place"] == 3 * 2 * 60
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_right_draws_fit(seed):
-    matrices, constants = drawn(settled(Subject("transformer", reference_parts(), seed=seed), "gpt2"))
+def test_a_correct_initialization_fits(seed):
+    matrices, constants = initialization(fit_to(Subject("transformer", reference_parts(), seed=seed), "gpt2"))
     assert all(one.fits for one in (*matrices, *constants))
     assert {"token embedding", "position table", "attention output"} <= {one.role for one in matrices}
 
 
 @pytest.mark.parametrize("factor", [0.94, 1.06])
-def test_a_deviation_off_by_six_percent_is_seen(factor):
+def test_a_deviation_off_by_six_percent_fails(factor):
     def rescale(model: nn.Module) -> None:
         with torch.no_grad():
             for block in model.blocks:
@@ -121,8 +119,8 @@ def test_an_unscaled_residual_projection_is_named():
     assert found.likely == ("residual-init-unscaled",) and found.evidence["role"] == "attention output"
 
 
-def test_what_is_dropped_is_seen_where():
-    sites = dropped(settled(CONTROLS["gpt2"](seed=0), "gpt2"))
+def test_every_dropout_is_seen_with_its_place():
+    sites = dropouts(fit_to(CONTROLS["gpt2"](seed=0), "gpt2"))
     assert [(site.part, site.block) for site in sites[:4]] == [
         ("embedded tokens and positions", None), ("attention weights", 0), ("attention output", 0),
         ("feed-forward output", 0),
@@ -132,12 +130,12 @@ def test_what_is_dropped_is_seen_where():
 
 @pytest.mark.parametrize(
     "id, what",
-    [("dropout-site-missing", "feed-forward's output is not dropped"), ("dropout-twice", "twice"),
-     ("dropout-before-the-softmax", "attention scores of block 0 is dropped"),
-     ("dropout-on-the-norm", "norm before attention of block 0 is dropped"),
-     ("dropout-inside-the-feed-forward", "activation of block 0 is dropped")],
+    [("dropout-site-missing", "no dropout on the feed-forward's output"), ("dropout-twice", "twice"),
+     ("dropout-before-the-softmax", "applied to the attention scores of block 0"),
+     ("dropout-on-the-norm", "applied to the norm before attention of block 0"),
+     ("dropout-inside-the-feed-forward", "applied to the activation of block 0")],
 )  # fmt: skip
-def test_a_dropout_out_of_place_is_named(id, what):
+def test_a_misplaced_dropout_is_named(id, what):
     found = verdict(all_bugs()[id].subject(seed=0), "check_dropout_sites_are_the_familys")
     assert found.outcome == "failed" and what in found.says and found.likely == (id,)
 
@@ -151,7 +149,7 @@ def test_an_unusual_scale_is_advice_without_a_declaration():
     "id, what",
     [("last-position-is-the-first", "position 0"), ("last-position-of-the-last-row", "last row of the batch")],
 )
-def test_a_last_position_that_is_another_is_named(id, what):
+def test_another_position_than_the_last_is_named(id, what):
     found = verdict(all_bugs()[id].subject(seed=0), "check_last_position_agrees")
     assert found.outcome == "failed" and what in found.evidence["these_are"] and found.likely == (id,)
     assert "logits_to_keep=1" in found.evidence["how"]
@@ -172,21 +170,21 @@ def test_the_call_without_targets_may_be_wrong_alone(tmp_path):
     assert verdict(wrong, "check_last_position_agrees").evidence["these_are"] == "position 0"
 
 
-def test_what_generate_draws_from_is_caught():
+def test_the_distribution_that_generate_draws_from_is_compared():
     right = verdict(Subject("transformer", reference_parts(), seed=0), "check_generation_draws_from_the_logits")
     assert right.outcome == "passed" and right.evidence["draws"] == 6 and right.evidence["powers"] == [1.0]
     wrong = verdict(all_bugs()["generation-of-the-last-row"].subject(seed=0), "check_generation_draws_from_the_logits")
     assert wrong.outcome == "failed" and wrong.evidence["row"] == 0 and wrong.where is None
 
 
-def test_a_fixed_temperature_is_said_and_not_accused():
+def test_a_fixed_temperature_is_advice():
     parts = reference_parts()
     draw = parts.generate
     parts.generate = lambda model, prompt, max_new_tokens, temperature=1.0: draw(
         model, prompt, max_new_tokens, temperature=temperature * 0.8
     )
     found = verdict(Subject("cooler", parts, seed=0), "check_generation_draws_from_the_logits")
-    assert found.outcome == "passed" and any("draws at 0.8" in remark for remark in found.remarks)
+    assert found.outcome == "passed" and any("at temperature 0.8" in remark for remark in found.remarks)
 
 
 @pytest.mark.parametrize(
@@ -195,15 +193,15 @@ def test_a_fixed_temperature_is_said_and_not_accused():
      ("split_feature_first", "gpt2", "no biases"), ("llama_fused", "llama", "stored minus one"),
      ("separate_heads", "gpt2", "the head has a bias")],
 )  # fmt: skip
-def test_what_published_weights_would_not_fit_is_said(name, spec, what):
+def test_what_published_weights_would_not_fit_is_advice(name, spec, what):
     found = verdict(subject_of(str(HERE / "foreign" / f"{name}.py"), seed=0), "check_weights_are_the_familys", spec)
     assert found.outcome == "passed" and any(what in remark for remark in found.remarks), found.remarks
 
 
-def test_a_query_that_is_called_key_is_said(tmp_path):
+def test_a_query_matrix_named_key_is_advice(tmp_path):
     text = (HERE / "foreign" / "llama_complex.py").read_text().replace("args.n_kv_heads", "args.n_heads")
     assert "(self.wq, self.wk, self.wv)" in text
     (tmp_path / "model.py").write_text(text.replace("(self.wq, self.wk, self.wv)", "(self.wk, self.wq, self.wv)"))
     found = verdict(subject_of(str(tmp_path / "model.py"), seed=0), "check_weights_are_the_familys", "llama")
     assert found.outcome == "passed"
-    assert any("wk.weight makes the queries" in remark for remark in found.remarks), found.remarks
+    assert any("wk.weight computes the queries" in remark for remark in found.remarks), found.remarks

@@ -1,4 +1,4 @@
-"""A declared architecture: what agrees passes, what differs is named with its part, its line and its bug."""
+"""Agreement with a declared architecture: a difference is reported with its part, its line and its known bug."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def verdict(subject: Subject, spec: str = "auto", check: Any = check_logits_agre
     return judge(check, subject, {})
 
 
-# What the finding must say of each: the part that differs first, and the module whose line it is.
+# What the finding must name: the first part that differs, and the module of its line.
 NAMED = {
     "scale-by-d-model": ("attention scores, mask or softmax of block 0", "blocks.0.attention"),
     "scale-missing": ("attention scores, mask or softmax of block 0", "blocks.0.attention"),
@@ -35,9 +35,9 @@ NAMED = {
     "final-norm-missing": ("final norm", "forward"),
     "post-norm-for-pre-norm": ("norm before attention of block 0", "blocks.0.attention"),
     "residual-from-normed-input": ("residual stream of block 0", "blocks.0"),
-    "rope-base-of-its-own": ("turned queries of block 0", "positions"),
-    "rope-pairing-mismatch": ("turned queries of block 0", "positions"),
-    "rope-opposite-signs": ("turned keys of block 0", "positions"),
+    "rope-base-of-its-own": ("rotated queries of block 0", "positions"),
+    "rope-pairing-mismatch": ("rotated queries of block 0", "positions"),
+    "rope-opposite-signs": ("rotated keys of block 0", "positions"),
     "rope-missing": ("attention scores, mask or softmax of block 0", "blocks.0.attention"),
     "norm-wrong-eps": ("norm before attention of block 0", "blocks.0"),
     "gqa-k-v-grouping-mismatch": ("attention scores, mask or softmax of block 0", "blocks.0.attention"),
@@ -48,7 +48,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("id", NAMED)
-def test_a_departure_is_named_with_its_part_and_line(id):
+def test_a_known_bug_is_named_with_its_part_and_line(id):
     bug = all_bugs()[id]
     family = bug.sizes.get("spec", "llama")
     parts = bug.of(**{**(LLAMA if family == "llama" else {}), **bug.sizes})
@@ -74,7 +74,7 @@ def test_what_the_family_leaves_open_agrees(name, spec):
 
 
 @pytest.mark.parametrize("name, spec, what", [("gpt2", "llama", "no gate"), ("llama", "gpt2", "has a gate")])
-def test_another_family_is_told_so(name, spec, what):
+def test_another_family_is_reported(name, spec, what):
     found = verdict(CONTROLS[name](seed=0), spec)
     assert found.outcome == "failed" and what in found.says
 
@@ -99,8 +99,8 @@ def test_without_a_declaration_another_family_is_not_accused(name):
     assert found.outcome in ("passed", "not_applicable") and found.likely == ()
 
 
-def test_a_bug_that_writes_on_its_tokens_does_not_spoil_those_after_it():
-    """Simulation runs the whole catalogue on the same tokens."""
+def test_a_bug_that_modifies_its_tokens_does_not_affect_the_next_ones():
+    """Simulation runs all known bugs on the same tokens."""
     found = verdict(all_bugs()["last-block-skipped"].subject(seed=0), "gpt2")
     assert "last-block-skipped" in found.likely
 
@@ -113,14 +113,14 @@ def test_two_bugs_in_different_parts_are_separated():
     assert len(found.evidence["stages"]) == 2
 
 
-def test_ties_are_said_to_be_ties():
-    """Without positions, and with angles that are the same for every token, the numbers are the same."""
+def test_ties_are_reported_as_ties():
+    """No rotation, and the same rotation for every token, give the same logits."""
     found = verdict(all_bugs()["rope-missing"].subject(seed=0), "llama")
     assert {"rope-missing", "rope-on-the-wrong-axis"} <= set(found.likely)
-    assert "which is the same here" in found.says
+    assert "with the same logits" in found.says
 
 
-def test_what_no_bug_explains_is_said():
+def test_a_difference_that_no_known_bug_explains_is_reported():
     subject = all_bugs()["scale-by-d-model"].subject(seed=0)
     build = subject.parts.build_model
 
@@ -137,18 +137,18 @@ def test_what_no_bug_explains_is_said():
 
 
 def test_the_part_named_is_that_of_the_right_variant(monkeypatch):
-    """No bug is tried: the layout of the rotary pairs is told by how far the numbers agree."""
+    """No bug is tried: the layout of RoPE is found by how long the forward passes agree."""
     monkeypatch.setattr("transformer_checks.checks.check_spec.SIMULATION_SECONDS", 0.0)
     bug = all_bugs()["scale-by-d-model"]
     parts = bug.of(**{**LLAMA, "positions": "rotary-interleaved"})
     bug.damage(parts)
     found = verdict(Subject("interleaved", parts), "llama")
     assert found.evidence["first_part_that_differs"] == "attention scores, mask or softmax of block 0"
-    assert found.evidence["variant"][0].startswith("rotary positions in interleaved pairs")
+    assert found.evidence["variant"][0].startswith("interleaved RoPE")
 
 
 def test_the_part_named_is_that_of_the_right_gelu():
-    """An update of another size is no bug that is known: the exact GELU before it must not be blamed."""
+    """A residual update of another size is no known bug: the exact GELU before it must not be blamed."""
     parts = reference_parts()
     build = parts.build_model
 
@@ -166,7 +166,7 @@ def test_the_part_named_is_that_of_the_right_gelu():
     assert found.evidence["first_part_that_differs"] == "residual stream of block 0"
 
 
-def test_a_bug_of_one_norm_is_known_in_all():
+def test_a_bug_of_one_norm_is_recognized_in_all_norms():
     parts = reference_parts()
     all_bugs()["norm-over-sequence"].damage(parts)
     build = parts.build_model
@@ -184,16 +184,16 @@ def test_a_bug_of_one_norm_is_known_in_all():
 
 
 def test_what_only_agrees_without_gradients_is_not_named(monkeypatch):
-    """Without the scale's own entry, another that gives its numbers in one mode only must not stand in for it."""
+    """With its own entry removed, a bug that gives the same logits only without gradients must not be named instead."""
     known = {id: bug for id, bug in all_bugs().items() if id != "scale-missing"}
     assert "other-scale-without-gradients" in known
     subject = all_bugs()["scale-missing"].subject(seed=0)
-    monkeypatch.setattr("transformer_checks.checks.family.blame.all_bugs", lambda: known)
+    monkeypatch.setattr("transformer_checks.checks.family.known_bugs.all_bugs", lambda: known)
     assert verdict(subject, "gpt2").likely == ()
 
 
-def test_pieces_of_a_sequence_are_followed_as_a_whole():
-    """A model that reads its tokens one at a time computes the reference's numbers, a position in each call."""
+def test_pieces_of_a_sequence_are_joined():
+    """A model may read its tokens one at a time."""
     model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 5), nn.Tanh()).double()
     tokens = torch.arange(8).reshape(2, 4) % 7
     whole = steps(model, lambda: model(tokens), tokens.numel())

@@ -1,4 +1,4 @@
-"""A table of which weight is which: shown, read back, partial or whole, and refused with the name that is wrong."""
+"""The table of a model's weights: printed, read back, partial or complete, and refused with the wrong name."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from tests.test_spec_mapping import FOREIGN, STYLES, family, foreign
-from transformer_checks.checks.family import fit as settling
-from transformer_checks.checks.family.fit import settled
-from transformer_checks.checks.family.weights.planning import unsettled
+from tests.test_family_weights import FOREIGN, STYLES, family, foreign
+from transformer_checks.checks.family import fit
+from transformer_checks.checks.family.fit import fit_to
+from transformer_checks.checks.family.weights.planning import undetermined
 from transformer_checks.checks.family.weights.roles import NoPlan
 from transformer_checks.checks.family.weights.table import pattern, shown
 from transformer_checks.checks.meet.errors import UsageError
@@ -23,20 +23,20 @@ def with_table(name, table, tmp_path):
     path = tmp_path / "weights.json"
     path.write_text(json.dumps(table))
     subject = foreign(name, spec=f"{family(name)}:{path}")
-    return settled(subject, family(name))
+    return fit_to(subject, family(name))
 
 
 @pytest.mark.parametrize("name", STYLES)
 def test_what_is_shown_can_be_read_back(name, tmp_path):
-    table = shown(settled(foreign(name), family(name)).plan)
+    table = shown(fit_to(foreign(name), family(name)).plan)
     again = with_table(name, table, tmp_path)
     assert again.agrees
     assert shown(again.plan) == table
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_a_whole_table_needs_no_plan_of_ours(name, tmp_path, monkeypatch):
-    table = shown(settled(foreign(name), family(name)).plan)
+def test_a_complete_table_needs_no_plan_of_ours(name, tmp_path, monkeypatch):
+    table = shown(fit_to(foreign(name), family(name)).plan)
 
     def nothing(inventory, shape):
         raise NoPlan("nothing is found")
@@ -48,11 +48,11 @@ def test_a_whole_table_needs_no_plan_of_ours(name, tmp_path, monkeypatch):
 
 
 def test_the_table_says_which_weight_is_which():
-    table = shown(settled(foreign("separate_heads"), "gpt2").plan)
+    table = shown(fit_to(foreign("separate_heads"), "gpt2").plan)
     assert table["blocks.*.sa.heads.*.key.weight"] == "blocks.*.attention.key.weight"
     assert table["blocks.*.ffwd.net.2.bias"] == "blocks.*.feed_forward.output.bias"
     assert table["position_embedding_table.weight"] == "positions.table.weight"
-    tied = shown(settled(foreign("llama_fused"), "llama").plan)
+    tied = shown(fit_to(foreign("llama_fused"), "llama").plan)
     assert tied["embed.weight"] == "embedding.weight" and tied["unembed.weight"] == "head.weight"
     assert tied["layers.*.gate_up.weight"] == "blocks.*.feed_forward.gate_and_input.weight"
 
@@ -60,7 +60,7 @@ def test_the_table_says_which_weight_is_which():
 def test_a_partial_table_leaves_the_rest_to_be_found(tmp_path):
     right = with_table("split_feature_first", {"z.*.three.b.weight": "blocks.*.attention.query.weight"}, tmp_path)
     assert right.agrees
-    assert right.tried < settled(foreign("split_feature_first"), "gpt2").tried
+    assert right.tried < fit_to(foreign("split_feature_first"), "gpt2").tried
 
 
 def test_a_wrong_table_does_not_agree(tmp_path):
@@ -75,7 +75,7 @@ def test_a_wrong_table_does_not_agree(tmp_path):
         ("h.*.attn.c_atn.weight", "blocks.*.attention.qkv.weight", "h.*.attn.c_attn.weight"),
         ("h.0.attn.c_attn.weight", "blocks.0.attention.qkv.weight", "blocks.*.attention.qkv.weight"),
         ("h.0.attn.c_attn.weight", "blocks.*.attention.qkv.weight", "write *"),
-        ("h.*.attn.c_proj.weight", "blocks.*.attention.qkv.weight", "the table says nothing of"),
+        ("h.*.attn.c_proj.weight", "blocks.*.attention.qkv.weight", "no entry for"),
     ],
 )
 def test_a_wrong_entry_is_named(theirs, ours, said, tmp_path):
@@ -84,8 +84,8 @@ def test_a_wrong_entry_is_named(theirs, ours, said, tmp_path):
     assert said in str(error.value)
 
 
-def test_a_wrong_shape_and_what_is_missing_are_named(tmp_path):
-    table = shown(settled(foreign("conv1d_fused"), "gpt2").plan)
+def test_a_wrong_shape_and_missing_entries_are_named(tmp_path):
+    table = shown(fit_to(foreign("conv1d_fused"), "gpt2").plan)
     swapped = dict(table)
     swapped["h.*.c_fc.weight"], swapped["h.*.attn.c_attn.weight"] = (
         table["h.*.attn.c_attn.weight"], table["h.*.c_fc.weight"])  # fmt: skip
@@ -98,43 +98,43 @@ def test_a_wrong_shape_and_what_is_missing_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{", '{"wte.weight": 3}'])
-def test_a_file_that_holds_no_table_is_refused(text, tmp_path):
+def test_a_file_without_a_table_is_refused(text, tmp_path):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UsageError, match=r"bad\.json"):
         foreign("conv1d_fused", spec=f"gpt2:{tmp_path / 'bad.json'}")
 
 
 @pytest.mark.parametrize("spec", ["bert", "auto:x.json", "gpt2:not/there.json"])
-def test_a_declaration_that_cannot_be_is_refused(spec):
+def test_an_invalid_declaration_is_refused(spec):
     with pytest.raises(UsageError) as error:
         foreign("conv1d_fused", spec=spec)
     assert spec.rpartition(":")[2] in str(error.value)
 
 
-def test_what_cannot_be_told_is_named():
-    """Three matrices of a shape, used in another order than their letters: only agreement tells them apart."""
-    plan = settled(foreign("split_feature_first"), "gpt2").plan
-    assert unsettled(plan) == [f"z.0.three.{letter}.weight" for letter in "abc"]
-    assert unsettled(settled(foreign("llama_complex"), "llama").plan) == []
+def test_weights_that_cannot_be_told_apart_are_named():
+    """Three matrices of the same shape, used in another order than q, k, v: only the logits tell them apart."""
+    plan = fit_to(foreign("split_feature_first"), "gpt2").plan
+    assert undetermined(plan) == [f"z.0.three.{letter}.weight" for letter in "abc"]
+    assert undetermined(fit_to(foreign("llama_complex"), "llama").plan) == []
 
 
-def test_the_finding_says_what_could_not_be_told(monkeypatch):
-    real = settling.disagreement
-    monkeypatch.setattr(settling, "disagreement", lambda *args: max(real(*args), 0.5))
+def test_the_finding_names_weights_that_cannot_be_told_apart(monkeypatch):
+    real = fit.disagreement
+    monkeypatch.setattr(fit, "disagreement", lambda *args: max(real(*args), 0.5))
     report = check_model(str(FOREIGN / "split_feature_first.py"), checks=["check_logits_agree"], spec="gpt2", seed=1)
     evidence = report["check_logits_agree"].evidence
     assert evidence["unsettled"] == [f"z.0.three.{letter}.weight" for letter in "abc"]
     assert evidence["weights"]["x.weight"] == "embedding.weight"
 
 
-def test_a_finding_is_repeated_with_its_table(tmp_path):
+def test_the_command_to_reproduce_has_the_table(tmp_path):
     path = tmp_path / "weights.json"
     path.write_text("{}")
     subject = foreign("conv1d_fused", spec=f"gpt2:{path}")
-    assert f"--spec gpt2:{path}" in subject.reproduce(test_a_finding_is_repeated_with_its_table)
+    assert f"--spec gpt2:{path}" in subject.reproduce(test_the_command_to_reproduce_has_the_table)
 
 
-def test_minus_v_shows_the_table(pytester):
+def test_minus_v_prints_the_table(pytester):
     file = FOREIGN / "conv1d_fused.py"
     result = pytester.runpytest("-v", "--model", file, "--spec", "gpt2", "--seed", "1", "-k", "logits_agree")
     result.assert_outcomes(passed=1)
