@@ -1,4 +1,4 @@
-"""Checkpoints: a training that is saved and resumed goes on as if nothing had happened, and bad files are refused."""
+"""Checkpoints: a resumed training continues exactly, saving has no side effects, and bad files are refused."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .training.runs import Step, TrainerRun, examples, flat, model_of, needs_tra
 from .watch.draws import seeded
 
 RESUMES = "check_checkpoint.check_a_resumed_training_goes_on_bit_for_bit"
-HALF = 4  # steps before and after the checkpoint: with 7 examples, 3 a step, it is saved amid an epoch
+HALF = 4  # steps before and after the checkpoint; with 7 examples and 3 per step, it is saved during an epoch
 
 
 @needs("check_training.check_a_step_follows_the_gradient")
 def check_a_resumed_training_goes_on_bit_for_bit(subject: Subject) -> None:
-    """2 N steps give the same bits as N steps, a save, a load into a fresh trainer, and N steps, dropout included."""
+    """Training must continue exactly after a save and a load into a new trainer: the same weights, bit for bit."""
     with folder() as path:
         first = Training(subject, dropout=0.3)
         first.go(HALF)
@@ -41,7 +41,8 @@ def check_a_resumed_training_goes_on_bit_for_bit(subject: Subject) -> None:
     largest = float((whole.weights - resumed.weights).abs().max())
     says, likely = parting(subject, whole, resumed)
     fail(
-        f"{HALF} steps after a resume the weights are {largest:.3g} from those of the training that went on: {says}",
+        f"{HALF} steps after resuming, the weights differ by {largest:.3g} from those of the uninterrupted training: "
+        f"{says}",
         likely=likely,
         advice="Save and load the step count, optimizer, data order and random states together with the weights.",
         difference=largest,
@@ -50,27 +51,27 @@ def check_a_resumed_training_goes_on_bit_for_bit(subject: Subject) -> None:
 
 
 def parting(subject: Subject, whole: Stretch, resumed: Stretch) -> tuple[str, tuple[str, ...]]:
-    """What the resumed training had lost, found by what differs first."""
+    """What the checkpoint lost, found from the first difference."""
     if not torch.equal(whole.steps[0].before, resumed.steps[0].before):
-        return "the weights themselves are not those saved", ("checkpoint-aliases-live-weights",)
+        return "the weights are not the ones that were saved", ("checkpoint-aliases-live-weights",)
     if whole.rates != resumed.rates:
         at = next(i for i, (a, b) in enumerate(zip(whole.rates, resumed.rates, strict=True)) if a != b)
         return (
-            f"the learning rate of step {HALF + at + 1} is {resumed.rates[at]:.4g}, not {whole.rates[at]:.4g}: the "
-            "schedule begins anew",
+            f"the learning rate of step {HALF + at + 1} is {resumed.rates[at]:.4g}, expected {whole.rates[at]:.4g}: "
+            "the schedule starts again",
             ("checkpoint-without-step",),
         )
     for number, (a, b) in enumerate(zip(whole.steps, resumed.steps, strict=True), start=HALF + 1):
         if a.examples != b.examples:
             return (
-                f"step {number} is trained on other examples: the order of the data begins anew",
+                f"step {number} uses other examples: the order of the data starts again",
                 ("resume-replays-data-order",),
             )
     if whole.steps[0].loss != resumed.steps[0].loss:
-        return "the first loss is another although weights and examples are the same: dropout draws anew", (
+        return "the first loss differs although weights and examples are the same: dropout draws other numbers", (
             "checkpoint-without-rng",
         )
-    return "the first step moves other ways from the same gradient: the optimizer has forgotten its averages", (
+    return "the first update differs although the gradient is the same: the optimizer has lost its moment estimates", (
         "checkpoint-without-optimizer",
     )
 
@@ -78,9 +79,9 @@ def parting(subject: Subject, whole: Stretch, resumed: Stretch) -> tuple[str, tu
 @slow("two new processes")
 @needs(RESUMES)
 def check_a_new_process_resumes_bit_for_bit(subject: Subject) -> None:
-    """A training resumed in a new process gives the bits of one that went on in the process that it began in."""
+    """Training resumed in a new process must give the same weights, bit for bit, as training that was not stopped."""
     if subject.name != "transformer" and not subject.name.startswith("bug:"):
-        raise NotApplicable("a new process has no way to this subject's trainer")
+        raise NotApplicable("a new process cannot load this trainer")
     with folder() as path:
         whole = in_new_process(subject, path, "training.go(N); training.save(path); training.go(N)")
         resumed = in_new_process(subject, path, "training.resume(path); training.go(N)", other=True)
@@ -88,16 +89,17 @@ def check_a_new_process_resumes_bit_for_bit(subject: Subject) -> None:
         return
     apart = float((whole - resumed).abs().max())
     fail(
-        f"resumed in a new process, {HALF} steps end at weights {apart:.3g} from those of the process that went on",
+        f"{HALF} steps after resuming in a new process, the weights differ by {apart:.3g} from those of the "
+        "uninterrupted training",
         likely=("checkpoint-without-rng", "checkpoint-without-step", "checkpoint-without-optimizer"),
-        advice="Save all that a fresh process would draw or count anew.",
+        advice="Save everything that a new process would otherwise draw or count from the start.",
     )
 
 
 def in_new_process(subject: Subject, path: Path, does: str, *, other: bool = False) -> Tensor:
-    """The weights at the end of a training in a Python of its own, on one thread as every check is.
+    """The weights at the end of a training in a new Python process, on one thread.
 
-    On several threads a matrix product may add up in as many parts as the load of the machine leaves cores free.
+    On several threads, the order of a sum may depend on the load of the machine.
     """
     end = path.with_name("end.pt")
     code = f"""
@@ -112,12 +114,13 @@ torch.save(flat(training.run.model), {str(end)!r})
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["the new process failed"])[-1])
-    return torch.load(end, weights_only=True)
+    weights: Tensor = torch.load(end, weights_only=True)
+    return weights
 
 
 @needs(RESUMES)
 def check_a_checkpoint_is_a_snapshot(subject: Subject) -> None:
-    """What was saved stays as it was when the training goes on."""
+    """A saved checkpoint must not change when training continues."""
     with folder() as path:
         training = Training(subject)
         training.go(1)
@@ -130,16 +133,16 @@ def check_a_checkpoint_is_a_snapshot(subject: Subject) -> None:
     if not torch.equal(found, saved):
         moved = torch.equal(found, flat(training.run.model))
         fail(
-            f"a checkpoint changes after it is saved, by {float((found - saved).abs().max()):.3g} in 2 steps"
+            f"the checkpoint changes by {float((found - saved).abs().max()):.3g} within 2 steps after it was saved"
             + (": it holds the live weights, not a copy" if moved else ""),
             likely=("checkpoint-aliases-live-weights",),
-            advice="Clone or serialize at once: state_dict() refers to the weights themselves.",
+            advice="Clone or write the weights at once: state_dict() refers to the live tensors.",
         )
 
 
 @needs(RESUMES)
 def check_saving_changes_nothing(subject: Subject) -> None:
-    """A training that saves on its way ends at the same bits as one that does not."""
+    """Saving must not change the training: the weights must be bit for bit the same with and without it."""
     ends = []
     for saves in (False, True):
         with folder() as path, seeded(5):
@@ -150,22 +153,22 @@ def check_saving_changes_nothing(subject: Subject) -> None:
             ends.append(training.go(2).weights)
     if not torch.equal(*ends):
         fail(
-            "saving changes the training: two steps later the weights are "
+            "saving changes the training: two steps later the weights differ by "
             f"{float((ends[0] - ends[1]).abs().max()):.3g} from those of a training that did not save",
             likely=("saving-draws",),
-            advice="Save without drawing, without a change of mode or dtype, without a step.",
+            advice="Save without drawing random numbers, changing the mode or dtype, or making a step.",
         )
 
 
 def check_other_weights_are_refused(subject: Subject) -> None:
-    """Weights of another model, with a tensor missing, unknown or of another shape, raise and change nothing."""
+    """Loading weights with a missing, unknown or wrongly shaped tensor must raise an error and change nothing."""
     load: Callable[[nn.Module, dict[str, Tensor]], Any] = subject.part("load_weights") or load_plainly
     for name, damage in DAMAGES.items():
         model = model_of(subject)
         before, state = flat(model), {key: value.clone() for key, value in model.state_dict().items()}
         plain = {key: value for key, value in state.items() if key not in adapted(model)}
         if not any(value.dim() == 2 for value in plain.values()):
-            raise NotApplicable("the model loads its weights in a way of its own")
+            raise NotApplicable("the model overrides how its weights are loaded")
         with torch.no_grad():
             damaged = damage({key: value + 1 if value.is_floating_point() else value for key, value in plain.items()})
         try:
@@ -173,16 +176,16 @@ def check_other_weights_are_refused(subject: Subject) -> None:
         except Exception:
             if load is not load_plainly and not torch.equal(before, flat(model)):
                 fail(
-                    f"weights with {name} are refused only after some were copied",
+                    f"weights with {name} are refused only after some tensors were copied",
                     likely=("load-half-way",),
-                    advice="Compare all names and shapes before the first tensor is copied.",
+                    advice="Compare all names and shapes before copying the first tensor.",
                 )
             continue
         changed = "the rest is copied" if not torch.equal(before, flat(model)) else "nothing is copied"
         fail(
-            f"weights with {name} are loaded without an error ({changed}): another model's checkpoint goes unnoticed",
+            f"weights with {name} are loaded without an error ({changed}): a checkpoint of another model is accepted",
             likely=("load-not-strict",),
-            advice="load_state_dict(weights, strict=True), which is the default.",
+            advice="Call load_state_dict(weights, strict=True), which is the default.",
             damage=name,
         )
 
@@ -200,7 +203,7 @@ def with_one_more(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def adapted(model: nn.Module) -> set[str]:
-    """What a module loads in a way of its own, such as a table of positions cut to the length that is asked for."""
+    """Tensors of modules that override loading, such as a position table that is cut to the length needed."""
     own = [
         name
         for name, module in model.named_modules()
@@ -223,20 +226,20 @@ DAMAGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 
 
 class Trap:
-    """Leaves a folder behind when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
 
-    def __reduce__(self) -> tuple[Callable, tuple]:
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return os.mkdir, (str(self.mark),)
 
 
 def check_a_file_with_code_is_not_run(subject: Subject) -> None:
-    """A checkpoint that holds code raises when it is loaded, and the code does not run."""
+    """Loading a checkpoint that contains code must raise an error and must not run the code."""
     load = subject.part("load")
     if load is None:
-        raise NotApplicable("the subject brings no load")
+        raise NotApplicable("no function load was found in your file")
     with folder() as path:
         mark = path.with_name("ran")
         writers: dict[str, Callable[[Any], Any]] = {
@@ -252,19 +255,19 @@ def check_a_file_with_code_is_not_run(subject: Subject) -> None:
                 refused = type(error).__name__
             if mark.exists() or not refused:
                 fail(
-                    f"{name} with code in it is loaded"
-                    + (" and its code runs" if mark.exists() else " without an error"),
+                    f"{name} that contains code is loaded"
+                    + (", and the code runs" if mark.exists() else " without an error"),
                     likely=("load-runs-code",),
-                    advice="torch.load(path, weights_only=True).",
+                    advice="Use torch.load(path, weights_only=True).",
                 )
 
 
-# A training that checkpoints are taken of
+# A training run to take checkpoints of
 
 
 @dataclass
 class Stretch:
-    """Some steps in a row: what they did, their learning rates, and the weights at the end."""
+    """Consecutive steps: their updates, their learning rates, and the weights at the end."""
 
     steps: list[Step]
     rates: list[float]
@@ -272,7 +275,7 @@ class Stretch:
 
 
 class Training:
-    """A trainer with everything that a checkpoint has to hold; an `other` one begins elsewhere in every way."""
+    """A trainer with everything that a checkpoint must contain; an `other` one starts from a different state."""
 
     def __init__(self, subject: Subject, *, dropout: float = 0.0, other: bool = False) -> None:
         needs_trainer(subject)
@@ -283,12 +286,12 @@ class Training:
         )  # fmt: skip
         for name in ("save", "resume"):
             if not hasattr(self.run.trainer, name):
-                raise NotApplicable(f"the trainer has no {name}")
+                raise NotApplicable(f"your trainer has no {name}")
         self.other = other
 
     def go(self, steps: int) -> Stretch:
         done, rates = [], []
-        with seeded(11 + self.other):  # a process of its own has drawn other numbers
+        with seeded(11 + self.other):  # a new process would have drawn other numbers
             for _ in range(steps):
                 done.append(self.run.step())
                 rates.append(self.run.trainer.optimizer.param_groups[0]["lr"])

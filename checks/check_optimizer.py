@@ -1,4 +1,4 @@
-"""The optimizer: which parameters it holds and moves, which of them decay, and at which rate."""
+"""The optimizer: which parameters it holds and updates, which of them decay, and the learning rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .training.steps import at, schedule_ticks_once
 
 @needs(FOLLOWS)
 def check_every_parameter_moves(subject: Subject) -> None:
-    """With the optimizer that trains it, every parameter that has a gradient moves, and a frozen one does not."""
+    """Every parameter with a gradient must change in an optimizer step, and a frozen one must not."""
     window = examples(subject, 4)
     model = model_of(subject).float()
     frozen = freeze_one(model)
@@ -35,25 +35,25 @@ def check_every_parameter_moves(subject: Subject) -> None:
     still = [n for n, g in gradient.items() if float(g.abs().max()) > 1e-7 * largest and not moved[n].any()]
     if still:
         fail(
-            f"{len(still)} of {len(moved)} parameters have a gradient and do not move in 2 steps: {shortened(still)}",
+            f"{len(still)} of {len(moved)} parameters have a gradient but do not change in 2 steps: {shortened(still)}",
             likely=(
                 ("optimizer-misses-embeddings", "optimizer-holds-stale-params")
                 if any(piece.any() for piece in moved.values())
                 else ("zero-grad-between-backward-and-step",)
             ),
-            advice="Build the optimizer from model.parameters(), after every change of the model (to, tie, load).",
+            advice="Create the optimizer from model.parameters(), after moving, tying or replacing any of them.",
             parameters=still,
         )
     if frozen is not None and moved[frozen].any():
         fail(
-            f"{frozen} has requires_grad=False and moves all the same",
+            f"{frozen} has requires_grad=False but changes in an optimizer step",
             likely=("optimizer-moves-frozen",),
-            advice="Give the optimizer only parameters that require a gradient; weight decay moves the others too.",
+            advice="Pass only parameters that require a gradient to the optimizer: weight decay changes the others.",
         )
 
 
 def freeze_one(model: nn.Module) -> str | None:
-    """Freezes the last vector of the model, which is hardly ever alone; its name."""
+    """Freezes the last one-dimensional parameter, if there is another one, and returns its name."""
     vectors = [name for name, p in model.named_parameters() if p.dim() == 1 and p.requires_grad]
     if len(vectors) < 2:
         return None
@@ -66,7 +66,7 @@ def shortened(names: list[str]) -> str:
 
 
 def check_the_optimizer_owns_each_parameter_once(subject: Subject) -> None:
-    """The optimizer holds the model's own trained parameters, each once, and nothing else."""
+    """The optimizer must hold each trainable parameter of the model exactly once, and nothing else."""
     needs_trainer(subject)
     model = model_of(subject)
     frozen = freeze_one(model)
@@ -80,12 +80,12 @@ def check_the_optimizer_owns_each_parameter_once(subject: Subject) -> None:
     if missing or strangers or twice:
         likely = ("optimizer-holds-stale-params",) if strangers else ("optimizer-misses-embeddings",)
         says = [f"it misses {shortened(missing)}"] * bool(missing)
-        says += [f"it holds {len(strangers)} that are not the model's (any more)"] * bool(strangers)
+        says += [f"it holds {len(strangers)} that do not belong to the model (any more)"] * bool(strangers)
         says += [f"it holds {shortened(twice)} twice"] * bool(twice)
         fail(
-            f"the optimizer does not hold the model's {len(owned)} parameters once each: {'; '.join(says)}",
+            f"the optimizer does not hold each of the model's {len(owned)} parameters once: {'; '.join(says)}",
             likely=("optimizer-holds-twice",) if twice and not missing and not strangers else likely,
-            advice="Build it from model.parameters() after the model is where it is trained.",
+            advice="Create the optimizer from model.parameters(), after the model is on its device.",
             missing=missing,
             twice=twice,
         )
@@ -94,12 +94,12 @@ def check_the_optimizer_owns_each_parameter_once(subject: Subject) -> None:
 
 
 def check_decay_keeps_to_its_groups(subject: Subject) -> None:
-    """Without a gradient, decay shrinks the parameters that are meant to decay by 1 - rate × decay, no others."""
+    """With a gradient of 0, weight decay must scale exactly the parameters meant to decay by 1 - rate × decay."""
     needs_trainer(subject)
     model = model_of(subject)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.5)  # a bias of 0 shows no decay
+            parameter.add_(0.5)  # in a bias of 0, decay would not show
     nothing = TrainerRun(subject, model, examples(subject, 2)).trainer.objective
 
     def without_gradient(network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -123,12 +123,12 @@ def check_decay_keeps_to_its_groups(subject: Subject) -> None:
     wrongly, spared = [n for n in decayed if n not in meant], [n for n in meant if n not in decayed]
     if wrongly or spared:
         says = [f"{shortened(wrongly)} should not decay"] * bool(wrongly)
-        says += [f"{shortened(spared)} should"] * bool(spared)
+        says += [f"{shortened(spared)} should decay"] * bool(spared)
         fail(
-            f"{len(decayed)} of {len(before)} parameters decay without a gradient; declared are the matrices "
-            f"({len(meant)}), not embeddings, norms or biases: {'; '.join(says)}",
+            f"{len(decayed)} of {len(before)} parameters decay, expected the {len(meant)} matrices as declared (no "
+            f"embeddings, norms or biases): {'; '.join(says)}",
             likely=("norm-alias-in-decay-group", "decay-on-everything"),
-            advice="Group by p.dim() >= 2 rather than by the classes of norms that you can think of.",
+            advice="Group parameters by p.dim() >= 2 instead of by a list of norm classes.",
             wrongly=wrongly,
             spared=spared,
         )
@@ -136,15 +136,15 @@ def check_decay_keeps_to_its_groups(subject: Subject) -> None:
         shrunk = float((after[name] / before[name]).median())
         if not math.isclose(shrunk, 1 - rate * decay, rel_tol=1e-6):
             fail(
-                f"{name} shrinks to {shrunk:.6g} of itself in a step without a gradient; "
-                f"1 - rate × decay is {1 - rate * decay:.6g}",
+                f"a step with a gradient of 0 scales {name} by {shrunk:.6g}, expected {1 - rate * decay:.6g} "
+                "(1 - rate × decay)",
                 likely=("decay-twice",),
-                advice="Decay once: in the optimizer or in the loss.",
+                advice="Apply weight decay once: in the optimizer or in the loss.",
             )
 
 
 def check_the_learning_rate_follows_its_schedule(subject: Subject) -> None:
-    """Warm-up, then cosine: one tick an optimizer step, whatever the micro-batches, the first step not left out."""
+    """The learning rate must follow its schedule (warm-up, then cosine) once per optimizer step, from the first on."""
     if not subject.brings("trainer"):
         schedule_ticks_once(subject)
         return
@@ -175,12 +175,13 @@ def check_the_learning_rate_follows_its_schedule(subject: Subject) -> None:
     note(rates=[round(rate, 6) for rate in rates])
     if not off and len(rates) == steps:
         return
-    often = "ticking 3 times a step, once a micro-batch", ("scheduler-per-microbatch",)
+    often = "the schedule advances 3 times per step, once per micro-batch", ("scheduler-per-microbatch",)
+    early = "it is the rate of the next step: the first is skipped", ("scheduler-off-by-one",)
     meanings: list[tuple[str, tuple[str, ...], list[int]]] = [
-        ("that of the step after: the first is skipped", ("scheduler-off-by-one",), [i + 1 for i in range(steps)]),
-        ("that of the step before", ("scheduler-off-by-one",), [i - 1 for i in range(steps)]),
+        (*early, [i + 1 for i in range(steps)]),
+        ("it is the rate of the step before", ("scheduler-off-by-one",), [i - 1 for i in range(steps)]),
         *((*often, [3 * i + k for i in range(steps)]) for k in range(4)),
-        ("constant", ("scheduler-never-ticks",), [0] * steps),
+        ("the rate is constant", ("scheduler-never-ticks",), [0] * steps),
     ]
 
     def same(places: list[int]) -> bool:
@@ -191,17 +192,17 @@ def check_the_learning_rate_follows_its_schedule(subject: Subject) -> None:
     says, likely = next(((m, k) for m, k, places in meanings if same(places)), ("", ()))
     first = off[0] if off else 0
     fail(
-        f"the learning rate of step {first + 1} is {rates[first]:.6g}, by its schedule (warm-up {warmup}, cosine to "
-        f"step {steps}) {want[first]:.6g}" + (f": the rate is {says}" if says else ""),
+        f"the learning rate of step {first + 1} is {rates[first]:.6g}, expected {want[first]:.6g} (warm-up over "
+        f"{warmup} steps, cosine to step {steps})" + (f": {says}" if says else ""),
         likely=likely,
-        advice="Set the rate from the count of optimizer steps done, right before optimizer.step().",
+        advice="Set the rate from the number of optimizer steps done, right before optimizer.step().",
         got=rates,
         want=want,
     )
 
 
 def check_small_updates_survive_low_precision(subject: Subject) -> None:
-    """Training in bfloat16 keeps weights in which an update of 1e-3 of a weight is not rounded away."""
+    """Training in bfloat16 must not round small updates away: keep the weights in float32."""
     needs_trainer(subject)
     window, model = examples(subject, 4), model_of(subject).float()
     run = TrainerRun(
@@ -222,17 +223,17 @@ def check_small_updates_survive_low_precision(subject: Subject) -> None:
     if lost[worst] > 0.05:
         names = [name for name in lost if lost[name] > 0.05]
         fail(
-            f"{100 * lost[worst]:.0f} % of the entries of {worst} that have a gradient do not move in a step of 1e-3 "
-            f"({len(names)} of {len(lost)} parameters are so): it is rounded away, as in bfloat16 weights "
-            f"(their dtype is {str(model.get_parameter(worst).dtype).removeprefix('torch.')})",
+            f"{100 * lost[worst]:.0f} % of the entries of {worst} that have a gradient do not change in a step with "
+            f"learning rate 1e-3 (the same in {len(names)} of {len(lost)} parameters): the update is rounded away, as "
+            f"in bfloat16 weights (their dtype is {str(model.get_parameter(worst).dtype).removeprefix('torch.')})",
             likely=("bf16-master-weights", "norm-weights-frozen-by-dtype"),
-            advice="Keep weights and optimizer state in float32 and let autocast compute in bfloat16.",
+            advice="Keep the weights and the optimizer state in float32, and let autocast compute in bfloat16.",
             parameters=names,
         )
 
 
 def refuse_low_precision(subject: Subject, model: nn.Module) -> None:
-    """Raises NotApplicable for a model that does not run under autocast, whoever trains it."""
+    """Raises NotApplicable for a model that does not run under bfloat16 autocast."""
     tokens = subject.tokens(2, 3, seed=subject.seed)
     try:
         with torch.autocast(subject.device.type, torch.bfloat16):

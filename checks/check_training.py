@@ -1,11 +1,13 @@
-"""Training: what one optimizer step does to the weights, against the gradient of examples taken one at a time.
+"""Training: what one optimizer step does to the weights, compared with the gradients of its examples one by one.
 
-A `Trainer`-like object is watched through its data and its objective; a plain `train_step` through what it is given.
+A `Trainer`-like object is observed through its data and its objective, a plain `train_step` through its arguments.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +27,9 @@ from .training.explained import (
     step_mistakes,
 )
 from .training.met_step import RATE, met_step
-from .training.runs import Losses, Step, TrainerRun, examples, model_of, pieces, write
+from .training.runs import Example, Losses, Step, TrainerRun, examples, model_of, pieces, write
 from .training.steps import (
+    CLIP_ADVICE,
     EXACT,
     at,
     follow_with_train_step,
@@ -37,11 +40,13 @@ from .training.steps import (
 )
 
 STREAM_STEPS = 50
+NO_LOSS = "the training step returns no loss"
+OTHER_LOSS = "what the training step returns is not the mean next-token loss"
 
 
 @needs(CAUSAL)
 def check_a_step_follows_the_gradient(subject: Subject) -> None:
-    """Plain steps move the weights by minus the learning rate times the gradient of the mean loss, step after step."""
+    """Each SGD step must change the weights by minus the learning rate times the gradient of the mean loss."""
     if not subject.brings("trainer"):
         follow_with_train_step(subject)
         return
@@ -55,7 +60,7 @@ def check_a_step_follows_the_gradient(subject: Subject) -> None:
             count, rows = sum(len(e) - 1 for e in step.examples), len(step.examples)
             when = f"step {number} ({rows} examples, {count} targets)"
             if number == 1 and near(-run.step().update / run.config.learning_rate, gradient, 1e-2):
-                refuse_update(got, gradient, when, "nothing, and the next step's is this gradient", STALE)
+                refuse_update(got, gradient, when, "nothing, and the next step uses this gradient", STALE)
             refuse_update(got, gradient, when, *cause(got, step_mistakes(got, gradient, earlier, count, rows)))
         earlier.append(gradient)
 
@@ -63,12 +68,12 @@ def check_a_step_follows_the_gradient(subject: Subject) -> None:
 STALE = ("step-with-stale-gradient",)
 
 
-WINDOWS = ((5, 2, False), (5, 2, True), (4, 3, True), (6, 1, False))  # examples, micro-batch size, clipped
+WINDOWS = ((5, 2, False), (5, 2, True), (4, 3, True), (6, 1, False))  # examples, micro-batch size, whether clipped
 
 
 @needs(FOLLOWS)
 def check_micro_batches_add_up_to_the_whole(subject: Subject) -> None:
-    """A window taken in micro-batches, ragged and the last one short, moves the weights as when taken whole."""
+    """Gradient accumulation over micro-batches, even uneven ones, must give the same update as the whole batch."""
     if not subject.brings("trainer"):
         padded_rows_count_by_their_targets(subject)
         return
@@ -87,21 +92,22 @@ def check_micro_batches_add_up_to_the_whole(subject: Subject) -> None:
 
 
 def refuse_accumulation(
-    losses: Losses, step: Step, window: list, size: int, limit: float | None, got: Tensor, want: Tensor
+    losses: Losses, step: Step, window: list[Example], size: int, limit: float | None, got: Tensor, want: Tensor
 ) -> None:
     seen = step.examples if len(step.examples) == len(window) else window
     sums = [losses.sums(seen[i : i + size]) for i in range(0, len(window), size)]
     targets = [n for _, _, n in sums]
     says, likely = cause(got, accumulation_mistakes([Micro(g, n) for g, _, n in sums], limit))
     if not says and len(step.examples) < len(window):
-        says, likely = f"that of {len(step.examples)} examples: the others were never read", LAST_DROPPED
+        says, likely = f"that of {len(step.examples)} examples: the others are never read", LAST_DROPPED
     fail(
-        f"{len(window)} examples in micro-batches of {size} (of {targets} targets"
+        f"{len(window)} examples in micro-batches of {size} (with {targets} targets"
         + (f", clipped at {limit:.3g}" if limit else "")
-        + f") move the weights by {float(got.norm()):.4g} × the learning rate, taken whole {float(want.norm()):.4g}, "
-        f"{angle(got, want)}° apart" + (f": the update is {says}" if says else ""),
+        + f") give an update of {float(got.norm()):.4g} × the learning rate, expected {float(want.norm()):.4g} as for "
+        f"the whole batch; the directions are {angle(got, want)}° apart" + (f": the update is {says}" if says else ""),
         likely=likely,
-        advice="Add up the gradients of sums, and divide once by the targets of all micro-batches before clipping.",
+        advice="Accumulate the gradients of loss sums, and divide once by the number of targets of all micro-batches, "
+        "before clipping.",
         targets=targets,
         clip_norm=limit,
         examples_read=len(step.examples),
@@ -113,7 +119,7 @@ LAST_DROPPED = ("accum-partial-window-dropped",)
 
 @needs(FOLLOWS)
 def check_clipping_scales_the_whole_gradient(subject: Subject) -> None:
-    """Clipping at c multiplies the gradient of all parameters together by min(1, c / its length), before the step."""
+    """Clipping at c must scale the gradient of all parameters together by min(1, c / its norm), before the step."""
     if not subject.brings("trainer"):
         limit_cuts_the_gradient(subject)
         return
@@ -137,13 +143,13 @@ def check_clipping_scales_the_whole_gradient(subject: Subject) -> None:
             return
         left = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         if left and "clip-after-step" in likely and near(torch.cat(left).double(), want, 1e-3):
-            says, likely = "not clipped, for it is clipped only after the step", ("clip-after-step",)
+            says, likely = "clipped only after the step", ("clip-after-step",)
         fail(
-            f"a gradient of length {norm:.4g}, clipped at {share * norm:.4g}, moves the weights by "
-            f"{float(got.norm()):.4g} × the learning rate instead of {float(want.norm()):.4g}, at an angle of "
-            f"{angle(got, want)}°" + (f": it is {says}" if says else ""),
+            f"a gradient of norm {norm:.4g}, clipped at {share * norm:.4g}, gives an update of "
+            f"{float(got.norm()):.4g} × the learning rate, expected {float(want.norm()):.4g}; the directions are "
+            f"{angle(got, want)}° apart" + (f": the gradient is {says}" if says else ""),
             likely=likely,
-            advice="clip_grad_norm_(all parameters, c) after the last backward and before optimizer.step().",
+            advice=CLIP_ADVICE,
             limit=share * norm,
             length=norm,
         )
@@ -151,7 +157,7 @@ def check_clipping_scales_the_whole_gradient(subject: Subject) -> None:
 
 @needs(FOLLOWS)
 def check_the_loss_scale_cancels(subject: Subject) -> None:
-    """Losses and their count scaled alike (as loss scaling does, then unscaled) leave the clipped update as it was."""
+    """Loss scaling must cancel: with the loss and its count scaled alike, the clipped update must not change."""
     if not subject.brings("trainer"):
         scaler_cancels(subject)
         return
@@ -170,8 +176,8 @@ def check_the_loss_scale_cancels(subject: Subject) -> None:
         updates.append(run.step().update)
     if not near(updates[1], updates[0], EXACT):
         fail(
-            "losses 64 times as large, over 64 times the count, move the weights "
-            f"{float(updates[1].norm() / updates[0].norm()):.4g} times as far: the gradient is clipped while scaled",
+            "with the loss sum and the target count both multiplied by 64, the update is "
+            f"{float(updates[1].norm() / updates[0].norm()):.4g} times as large: the gradient is clipped while scaled",
             likely=("clip-before-unscale",),
             advice="Unscale (or divide by the count) first, then clip, then step.",
         )
@@ -179,10 +185,10 @@ def check_the_loss_scale_cancels(subject: Subject) -> None:
 
 @needs(CAUSAL)
 def check_an_objective_sums_and_counts(subject: Subject) -> None:
-    """The objective of a batch is the sum of the losses of its unmasked targets and their number."""
+    """The objective of a batch must return the sum of the losses of its unmasked targets, and their number."""
     objective, pad_batch = (subject.part(name) for name in ("objective", "pad_batch"))
     if objective is None or pad_batch is None:
-        raise NotApplicable("the subject brings no objective over batches of its own")
+        raise NotApplicable("no objective and no function that makes batches were found in your file")
     model, window = model_of(subject), examples(subject, 4)
     losses = Losses(subject, model)
     for side in ("right", "left"):
@@ -193,19 +199,19 @@ def check_an_objective_sums_and_counts(subject: Subject) -> None:
         if math.isclose(total, want, rel_tol=1e-9) and count == targets:
             continue
         fail(
-            f"of {len(window)} examples padded on the {side} ({targets} targets, {places} places) the objective gives "
-            f"a sum of {total:.6g} over {count:g} targets; it is {want:.6g} over {targets}"
+            f"for {len(window)} examples padded on the {side} ({targets} targets in {places} positions) the objective "
+            f"gives a sum of {total:.6g} over {count:g} targets, expected {want:.6g} over {targets}"
             + (": the padding is counted" if count == places else "")
-            + (": the sum is a mean already" if math.isclose(total * targets, want, rel_tol=1e-6) else ""),
+            + (": the sum is already a mean" if math.isclose(total * targets, want, rel_tol=1e-6) else ""),
             likely=("objective-counts-padding",) if count == places else ("objective-sums-padding",),
-            advice="Return loss_sum(logits, targets, loss_mask), and give the model the padding mask.",
+            advice="Return loss_sum(logits, targets, loss_mask), and pass the padding mask to the model.",
             side=side,
         )
 
 
 @needs(FOLLOWS)
 def check_the_reported_loss_is_that_of_the_step(subject: Subject) -> None:
-    """The loss that a step reports is the mean over the targets of its window, at the weights before the step."""
+    """The loss reported by a step must be the mean over all targets of its batch, at the weights before the step."""
     if subject.brings("trainer"):
         window = examples(subject, 5)
         run = TrainerRun(subject, model_of(subject), window, batch_size=5, micro_batch_size=2)
@@ -215,7 +221,7 @@ def check_the_reported_loss_is_that_of_the_step(subject: Subject) -> None:
         step, model, size = met.first, model_of(subject).to(met.dtype), 3
         write(model, step.after)
     if step.loss is None:
-        raise NotApplicable("a step reports no loss")
+        raise NotApplicable(NO_LOSS)
     losses = Losses(subject, model)
     want = at(model, step, losses.mean)[1]
     tolerance = 1e-6 if next(model.parameters()).dtype == torch.float64 else 1e-4
@@ -227,21 +233,21 @@ def check_the_reported_loss_is_that_of_the_step(subject: Subject) -> None:
     meanings: list[tuple[str, float, tuple[str, ...]]] = [
         ("the sum over the targets", total, ()),
         ("the mean of the micro-batches' means", sum(s / n for s, n in sums) / len(sums), ("reported-mean-of-means",)),
-        ("that of the last micro-batch alone", sums[-1][0] / sums[-1][1], ("reported-last-micro-batch",)),
-        ("that of the weights after the step", losses.mean(step.examples)[1], ("reported-after-the-step",)),
+        ("the loss of the last micro-batch alone", sums[-1][0] / sums[-1][1], ("reported-last-micro-batch",)),
+        ("the loss at the weights after the step", losses.mean(step.examples)[1], ("reported-after-the-step",)),
         ("the mean over examples, not over targets", total / len(step.examples), ()),
     ]
     says, likely = next(((m, k) for m, v, k in meanings if math.isclose(step.loss, v, rel_tol=1e-4)), ("", ()))
-    text = f"a step reports a loss of {step.loss:.6g}; over the {count} targets of its window it was {want:.6g}"
+    text = f"a step reports a loss of {step.loss:.6g}, expected {want:.6g} (the mean over the {count} targets)"
     if not subject.brings("trainer") and not likely:
         advise(text + (f": it is {says}" if says else ""))
         if not says:
-            raise NotApplicable("what the step reports is not the mean next-token loss", reported=step.loss, mean=want)
+            raise NotApplicable(OTHER_LOSS, reported=step.loss, mean=want)
         return
     fail(
         text + (f": it is {says}" if says else ""),
         likely=likely,
-        advice="Add up the losses of all targets of the window, and divide once by their count.",
+        advice="Add up the losses of all targets of the batch, and divide once by their number.",
         got=step.loss,
         want=want,
     )
@@ -249,7 +255,7 @@ def check_the_reported_loss_is_that_of_the_step(subject: Subject) -> None:
 
 @needs(FOLLOWS)
 def check_a_step_is_made_in_train_mode(subject: Subject) -> None:
-    """Every module is in train mode while a step computes, whatever the caller or an evaluation left behind."""
+    """Every module must be in train mode during a step, even if the caller or an evaluation left eval mode on."""
     if not subject.brings("trainer"):
         mode_of_train_step(subject)
         return
@@ -277,67 +283,63 @@ def mode_of_train_step(subject: Subject) -> None:
         met.run(model, torch.optim.SGD(model.parameters(), lr=RATE), met.first.examples)
     refuse_eval_mode(again, "the caller's train()")
     if modes:
-        advise("train_step leaves the mode to its caller: call model.train() before, also after every evaluation")
+        advise("train_step leaves the mode to its caller: call model.train() before it, and after every evaluation")
 
 
-class watched_modes:
+@contextmanager
+def watched_modes(model: nn.Module) -> Iterator[list[dict[str, bool]]]:
     """The mode of every module at each call of the model."""
+    modes: list[dict[str, bool]] = []
+    forward = model.forward
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.modes = model, []  # type: ignore[var-annotated]
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        modes.append({name: module.training for name, module in model.named_modules()})
+        return forward(*args, **kwargs)
 
-    def __enter__(self) -> list[dict[str, bool]]:
-        forward = self.model.forward
-
-        def seen(*args: Any, **kwargs: Any) -> Any:
-            self.modes.append({name: module.training for name, module in self.model.named_modules()})
-            return forward(*args, **kwargs)
-
-        self.model.__dict__["forward"] = seen
-        return self.modes
-
-    def __exit__(self, *_: Any) -> None:
-        self.model.__dict__.pop("forward")
+    model.__dict__["forward"] = seen
+    try:
+        yield modes
+    finally:
+        model.__dict__.pop("forward")
 
 
 def refuse_eval_mode(modes: list[dict[str, bool]], before: str) -> None:
-    asleep = [name or "the model" for name, training in modes[0].items() if not training] if modes else []
-    if asleep:
+    wrong = [name or "the model" for name, training in modes[0].items() if not training] if modes else []
+    if wrong:
         fail(
-            f"after {before} a step is computed in eval mode ({len(asleep)} of {len(modes[0])} modules, first "
-            f"{asleep[0]}): dropout is off from then on",
+            f"after {before}, a step runs in eval mode ({len(wrong)} of {len(modes[0])} modules, the first is "
+            f"{wrong[0]}): training continues without dropout",
             likely=("train-mode-never-set", "train-mode-never-restored", "eval-not-restored"),
             advice="Call model.train() at the start of every step, or restore the mode at the end of evaluate.",
-            modules=asleep[:10],
+            modules=wrong[:10],
         )
 
 
 @needs(CAUSAL, FOLLOWS)
 def check_a_uniform_stream_is_never_learned(subject: Subject) -> None:
-    """On fresh uniform random tokens no training gets its loss below ln V: there is nothing to predict."""
+    """On fresh uniform random tokens the loss must not fall below ln V, because there is nothing to predict."""
     if not subject.causal:
-        raise NotApplicable("the subject is declared to see the future")
+        raise NotApplicable("the model is declared not to be causal")
     losses = stream_losses(subject)
     least, last = math.log(subject.sizes.vocab_size), sum(losses[-10:]) / 10
     note(reached=last, least=least, steps=STREAM_STEPS)
     if last < least - 0.1:
         fail(
             f"on uniform random tokens the loss falls to {last:.4g} in {STREAM_STEPS} steps, below ln "
-            f"{subject.sizes.vocab_size} = {least:.4g}: the targets can be seen ("
-            + ("at once, so each is the token just read" if last < 0.3 * least else "slowly, so attention finds them")
-            + ")",
+            f"{subject.sizes.vocab_size} = {least:.4g}: the model sees its targets "
+            + ("(at once: each is the token just read)" if last < 0.3 * least else "(slowly: through attention)"),
             likely=(
                 ("dataset-target-off-by-one", "label-shift-missing")
                 if last < 0.3 * least
                 else ("no-causal-mask", "causal-sees-one-future")
             ),
-            advice="Targets are the tokens after those read, and no position may look ahead.",
+            advice="Use the tokens that follow as targets, and mask later positions in attention.",
             losses=[round(loss, 4) for loss in losses],
         )
 
 
 def stream_losses(subject: Subject, rows: int = 16) -> list[float]:
-    """Losses reported while training on examples that are all new, by the subject's own batches, loss and step."""
+    """The losses reported while training on new examples only, with the subject's own batches, loss and step."""
     longest = min(12, subject.sizes.block_size)
     stream = examples(subject, rows * STREAM_STEPS, ragged=False, longest=longest, seed=3)
     model = model_of(subject).float()
@@ -347,12 +349,12 @@ def stream_losses(subject: Subject, rows: int = 16) -> list[float]:
         steps = [met.run(model, optimizer, stream[i : i + rows]) for i in range(0, len(stream), rows)]
         losses = [step.loss for step in steps if step.loss is not None]
         if len(losses) < len(steps):
-            raise NotApplicable("a step reports no loss")
+            raise NotApplicable(NO_LOSS)
         first = model_of(subject).float()
         want = Losses(subject, first).mean(stream[:rows])[1]
-        # Loose: this only tells a mean from a sum or a perplexity; what is reported is judged by its own check.
+        # Loose: this only distinguishes a mean from a sum or a perplexity; another check judges the reported loss.
         if not math.isclose(losses[0], want, rel_tol=0.05):
-            raise NotApplicable("what the step reports is not the mean next-token loss", reported=losses[0], mean=want)
+            raise NotApplicable(OTHER_LOSS, reported=losses[0], mean=want)
         return losses
     run = TrainerRun(
         subject,
@@ -371,7 +373,7 @@ def stream_losses(subject: Subject, rows: int = 16) -> list[float]:
 
 
 def objective_in_use(subject: Subject) -> Any:
-    """The subject's own objective, else one of its own loss where that is a mean, else the formula."""
+    """The subject's own objective; otherwise one made from its loss if that is a mean; otherwise the formula."""
     own = subject.part("objective")
     if own is not None:
         return own

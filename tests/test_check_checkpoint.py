@@ -1,4 +1,4 @@
-"""What the checkpoint checks say of each bug, and what they make of subjects without a trainer."""
+"""The checkpoint checks: what they report for each bug, and for models without a trainer."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ CHECKS = {check_id(check).partition(".")[2]: check for check in checks_in("check
 RESUMES = "check_a_resumed_training_goes_on_bit_for_bit"
 
 SAID = [
-    ("checkpoint-without-step", RESUMES, ["the learning rate of step 5", "the schedule begins anew"]),
-    ("checkpoint-without-rng", RESUMES, ["the first loss is another", "dropout draws anew"]),
+    ("checkpoint-without-step", RESUMES, ["the learning rate of step 5", "the schedule starts again"]),
+    ("checkpoint-without-rng", RESUMES, ["the first loss differs", "dropout draws other"]),
     ("resume-replays-data-order", RESUMES, ["step 5", "other examples"]),
-    ("checkpoint-without-optimizer", RESUMES, ["forgotten its averages"]),
-    ("checkpoint-aliases-live-weights", "check_a_checkpoint_is_a_snapshot", ["in 2 steps", "live weights"]),
+    ("checkpoint-without-optimizer", RESUMES, ["lost its moment estimates"]),
+    ("checkpoint-aliases-live-weights", "check_a_checkpoint_is_a_snapshot", ["within 2 steps", "live weights"]),
     ("saving-draws", "check_saving_changes_nothing", ["saving changes the training"]),
     ("load-not-strict", "check_other_weights_are_refused", ["a tensor missing", "without an error"]),
-    ("load-half-way", "check_other_weights_are_refused", ["only after some were copied"]),
+    ("load-half-way", "check_other_weights_are_refused", ["only after some tensors were copied"]),
     ("load-runs-code", "check_a_file_with_code_is_not_run", ["code"]),
 ]
 
 
 @pytest.mark.parametrize(("bug", "check", "facts"), SAID, ids=[bug for bug, _, _ in SAID])
-def test_a_finding_says_what_was_lost(bug, check, facts):
-    """Step, rate, order, dropout or averages: what a resume forgot is named."""
+def test_a_finding_names_what_was_lost(bug, check, facts):
+    """The step, the learning rate, the order, dropout or the optimizer's moments."""
     verdict = judge(CHECKS[check], all_bugs()[bug].subject(), {})
     assert verdict.outcome == "failed"
     assert not [fact for fact in facts if fact not in verdict.says], verdict.says
@@ -41,12 +41,12 @@ def test_a_finding_says_what_was_lost(bug, check, facts):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_reference_resumes_on_any_seed(seed):
-    """Bit for bit, with dropout, amid an epoch, into a trainer that began elsewhere."""
+    """Bit for bit, with dropout, during an epoch, into a trainer that started from another state."""
     assert judge(CHECKS[RESUMES], Subject("transformer", reference_parts(), seed=seed), {}).outcome == "passed"
 
 
-def test_a_code_file_is_loaded_and_leaves_nothing_behind(tmp_path, monkeypatch):
-    """The trap of the check is harmless, and lies in a folder that is gone afterwards."""
+def test_the_file_with_code_leaves_nothing_behind(tmp_path, monkeypatch):
+    """The code is harmless, and its folder is removed afterwards."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     judge(CHECKS["check_a_file_with_code_is_not_run"], all_bugs()["load-runs-code"].subject(), {})
@@ -65,16 +65,16 @@ class Lenient(nn.Module):
         return super().load_state_dict(state, strict=False, assign=assign)
 
 
-def test_a_model_that_loads_anything_is_told():
-    """Also where the subject brings no checkpoints of its own; the rest does not apply."""
+def test_a_model_that_loads_anything_fails():
+    """Even if it has no checkpoints of its own; the other checks are not applicable."""
     subject = Subject("lenient", SimpleNamespace(build_model=lambda **sizes: Lenient()))
     verdict = judge(CHECKS["check_other_weights_are_refused"], subject, {})
     assert (verdict.outcome, "a tensor missing" in verdict.says) == ("failed", True)
     assert judge(CHECKS[RESUMES], subject, {}).outcome == "not_applicable"
 
 
-def test_a_load_with_pickle_is_told():
-    """torch.load with weights_only=False runs what a file says."""
+def test_a_load_with_pickle_fails():
+    """torch.load with weights_only=False runs code from the file."""
     parts = SimpleNamespace(
         build_model=reference_parts().build_model, load=lambda path: torch.load(path, weights_only=False)
     )

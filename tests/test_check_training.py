@@ -1,4 +1,4 @@
-"""What the checks of training, optimizer, evaluation and data say of each bug, and that right steps are not accused."""
+"""The checks of training, optimizer, evaluation and data: what they report for each bug, and correct steps pass."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ EPOCH, LOSS_MASK = "check_an_epoch_has_every_example_once", "check_the_loss_mask
 
 SAID = [
     ("zero-grad-missing", FOLLOWS, ["step 2", "what the steps before left in .grad"]),
-    ("zero-grad-between-backward-and-step", FOLLOWS, ["step 1", "no weight moves"]),
-    ("normalisation-missing", FOLLOWS, ["times as large", "the sum over its targets"]),
+    ("zero-grad-between-backward-and-step", FOLLOWS, ["step 1", "no weight changes"]),
+    ("normalisation-missing", FOLLOWS, ["times as large", "the sum over the targets"]),
     ("step-uphill", FOLLOWS, ["180°", "uphill"]),
-    ("step-with-stale-gradient", FOLLOWS, ["step 1", "the next step's is this gradient"]),
-    ("accum-mean-of-means", MICRO, ["micro-batches of 2", "average of the micro-batches' means", "counts more"]),
+    ("step-with-stale-gradient", FOLLOWS, ["step 1", "the next step uses this gradient"]),
+    ("accum-mean-of-means", MICRO, ["micro-batches of 2", "average of the micro-batches' means", "count more"]),
     ("accum-no-division", MICRO, ["the sum of the micro-batches' means"]),
     ("accum-double-normalised", MICRO, ["divided twice", "3 micro-batches"]),
-    ("accum-divides-by-last-count", MICRO, ["the targets of the last micro-batch"]),
+    ("accum-divides-by-last-count", MICRO, ["targets of the last micro-batch"]),
     ("zero-grad-each-microbatch", MICRO, ["the last micro-batch alone"]),
     ("accum-partial-window-dropped", MICRO, ["5 examples in micro-batches of 2", "4 examples"]),
     ("clip-per-microbatch", MICRO, ["clipped after every micro-batch"]),
     ("clip-missing", CLIP, ["not clipped"]),
     ("clip-after-step", CLIP, ["only after the step"]),
-    ("clip-per-parameter", CLIP, ["for each parameter alone", "°"]),
+    ("clip-per-parameter", CLIP, ["for each parameter separately", "°"]),
     ("clip-by-value", CLIP, ["value by value", "°"]),
-    ("clip-always-normalises", CLIP, ["stretched to the limit"]),
+    ("clip-always-normalises", CLIP, ["scaled up to the limit"]),
     ("clip-by-another-norm", CLIP, ["largest entry"]),
-    ("clip-before-unscale", CLIP, ["before it is divided"]),
+    ("clip-before-unscale", CLIP, ["before the division"]),
     ("reported-mean-of-means", REPORTED, ["the mean of the micro-batches' means"]),
     ("reported-last-micro-batch", REPORTED, ["the last micro-batch alone"]),
     ("reported-after-the-step", REPORTED, ["the weights after the step"]),
@@ -54,7 +54,7 @@ SAID = [
     ("optimizer-holds-twice", "check_the_optimizer_owns_each_parameter_once", ["embedding.weight twice"]),
     ("norm-alias-in-decay-group", "check_decay_keeps_to_its_groups", ["norm.weight should not decay"]),
     ("decay-twice", "check_decay_keeps_to_its_groups", ["0.9409", "0.97"]),
-    ("scheduler-per-microbatch", RATE, ["3 times a step", "once a micro-batch"]),
+    ("scheduler-per-microbatch", RATE, ["3 times per step", "once per micro-batch"]),
     ("scheduler-off-by-one", RATE, ["step 1", "the first is skipped"]),
     ("bf16-master-weights", "check_small_updates_survive_low_precision", ["bfloat16", "norm.weight"]),
     ("eval-mean-of-batch-means", WEIGHS, ["the mean of the batches' means", "[17, 14, 4]"]),
@@ -65,28 +65,28 @@ SAID = [
     (
         "dataset-target-off-by-one",
         "check_a_target_is_the_next_token",
-        ["row 0, position 0", "is 3", "is 7"],
+        ["row 0, position 0", "is 3", "expected 7"],
     ),
-    ("bptt-tail-mis-split", "check_a_row_is_its_sequence", ["row 0", "from 6 on"]),
-    ("padding-counted", LOSS_MASK, ["row 1", "4 targets of padding"]),
-    ("loss-mask-skips-others", LOSS_MASK, ["drops target 1", "asked for 0", "1 place later"]),
+    ("bptt-tail-mis-split", "check_a_row_is_its_sequence", ["row 0", "from position 6 on"]),
+    ("padding-counted", LOSS_MASK, ["row 1", "4 padding targets"]),
+    ("loss-mask-skips-others", LOSS_MASK, ["drops target 1", "expected 0", "1 p", "late"]),
     (
         "eos-masked-because-pad-is-eos",
         "check_an_end_token_counts_though_it_pads",
-        ["6 targets of 8", "to stop"],
+        ["6 of 8 targets", "to stop"],
     ),
-    ("data-last-window-dropped", EPOCH, ["windows of [3, 3, 3]"]),
+    ("data-last-window-dropped", EPOCH, ["steps with [3, 3, 3] examples"]),
     ("data-validation-leak", EPOCH, ["validation split"]),
     ("data-same-shuffle-every-epoch", "check_the_order_changes_with_the_epoch", ["same order"]),
     ("step-means-of-micro-batches", FOLLOWS, ["the average of the means of micro-batches of [2, 2, 1] rows"]),
-    ("step-means-by-rows-of-targets", MICRO, ["a target counts", "with few targets weighs as much"]),
+    ("step-means-by-rows-of-targets", MICRO, ["a target has weight", "with few targets weighs as much"]),
     ("step-clips-too-late", CLIP, ["max_norm=", "only after the step"]),
     ("step-clips-scaled", SCALE, ["loss scale of 1024", "clipped while it is scaled"]),
     ("optimizer-steps-twice", FOLLOWS, ["called 2 times", "on the same gradient", "optimizer.step → optimizer.step"]),
-    ("step-by-another-optimizer", FOLLOWS, ["never stepped", "the averages"]),
+    ("step-by-another-optimizer", FOLLOWS, ["never stepped", "moment estimates"]),
     ("step-pairs-other-rows", FOLLOWS, ["trained on the targets of row"]),
-    ("step-ticks-per-micro-batch", RATE, ["ticks 6 times in 2 optimizer steps", "3 times too soon"]),
-    ("step-reseeds", "check_a_seed_decides_a_training", ["train_step seeds it", "the same units at every step"]),
+    ("step-ticks-per-micro-batch", RATE, ["stepped 6 times in 2 optimizer steps", "3 times too early"]),
+    ("step-reseeds", "check_a_seed_decides_a_training", ["train_step seeds", "the same units at every step"]),
     ("dataloader-workers-same-seed", "check_processes_draw_from_streams_of_their_own", ["rank 0", "rank 1"]),
 ]
 
@@ -102,8 +102,8 @@ def test_a_finding_names_the_mistake(bug, check, facts):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_right_steps_are_not_accused(name):
-    """The loops of tutorials: any order of arguments, clipped, by the sum, smoothed, with a penalty."""
+def test_correct_steps_pass(name):
+    """The steps of tutorials: any order of arguments, clipping, a loss sum, label smoothing, a penalty."""
     subject = step_subject(name)
     accused = [v.says for check in CHECKS.values() if (v := judge(check, subject, {})).outcome in ("failed", "error")]
     assert not accused
@@ -136,28 +136,28 @@ def flattened_then_shifted(logits, x, y):
         (wrong_step(lambda logits, x, y: next_token(logits.softmax(-1), y)), "a second softmax"),
         (wrong_step(lambda logits, x, y: next_token(logits.transpose(0, 1), y)), "reshaped in different orders"),
         (wrong_step(lambda logits, x, y: -next_token(logits, y)), "uphill"),
-        (wrong_step(flattened_then_shifted), "flattened before it is shifted"),
-        (wrong_step(lambda logits, x, y: next_token(logits[:-1], y[:-1])), "rows [4] of 5 are never trained"),
+        (wrong_step(flattened_then_shifted), "flattened before the shift"),
+        (wrong_step(lambda logits, x, y: next_token(logits[:-1], y[:-1])), "without rows [4] of 5"),
         (
             wrong_step(lambda logits, x, y: next_token(logits, y) / len(y)),
-            "divided by the 5 rows of the batch once more",
+            "divided once more, by the 5 rows of the batch",
         ),
         (wrong_step(lambda logits, x, y: 2 * next_token(logits, y)), "2 times the gradient of the mean loss"),
         (
             wrong_step(lambda logits, x, y: next_token(logits[:3], y[:3]) + next_token(logits[3:], y[3:])),
-            "the sum, not divided, of the means of micro-batches of [3, 2] rows",
+            "the sum (not divided) of the means of micro-batches of [3, 2] rows",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_wrong_train_step_is_named(subject, fact):
-    """What a foreign step trains on is told from the direction of its update."""
+    """The direction of the update shows what a step trains on."""
     verdict = judge(CHECKS[FOLLOWS], subject, {})
     assert verdict.outcome == "failed"
     assert fact in verdict.says
 
 
-def test_gradients_that_some_parameters_keep_are_told_by_their_names():
+def test_parameters_that_keep_old_gradients_are_named():
     def train_step(model, optimizer, batch):
         model.blocks.zero_grad()
         loss = next_token(model(batch[0]), batch[1])
@@ -170,8 +170,8 @@ def test_gradients_that_some_parameters_keep_are_told_by_their_names():
     assert "step 2" in says and "right for 12 of 16" in says and "embedding.weight" in says, says
 
 
-def test_a_step_that_reports_something_else_is_not_said_to_see_its_targets():
-    """A reported loss divided by the rows falls below ln V at once, and means nothing."""
+def test_a_step_that_reports_another_number_is_not_accused_of_seeing_its_targets():
+    """A reported loss that is divided by the rows is below ln V from the start."""
 
     def train_step(model, optimizer, batch):
         loss = next_token(model(batch[0]), batch[1])
@@ -190,8 +190,8 @@ def test_a_step_that_accumulates_over_calls_is_followed_to_its_update():
     assert met_step(step_subject("two_lines")).calls == 1
 
 
-def test_a_step_that_switches_to_eval_mode_is_told():
-    """Unlike one that leaves the mode to its caller, which gets advice."""
+def test_a_step_that_switches_to_eval_mode_fails():
+    """A step that leaves the mode to its caller gets advice."""
     check = CHECKS["check_a_step_is_made_in_train_mode"]
     assert "eval mode" in judge(check, wrong_step(evaluates=True), {}).says
     left = judge(check, step_subject("two_lines"), {})
@@ -199,21 +199,21 @@ def test_a_step_that_switches_to_eval_mode_is_told():
 
 
 def test_the_form_of_a_batch_is_found():
-    """Pairs, a dict as the transformers library has it, or tokens alone: the one that trains the next token."""
+    """Pairs, a dict as in the transformers library, or tokens alone: the form in which the next token is trained."""
     assert met_step(step_subject("two_lines")).form == "(tokens, targets)"
     assert met_step(step_subject("shifts_inside")).form == "{input_ids, labels}, both alike"
     assert met_step(step_subject("takes_tokens_alone")).form == "tokens alone"
 
 
-def test_a_step_of_unknown_parameters_is_not_accused():
-    """What it takes beyond the known is named."""
+def test_a_step_with_an_unknown_parameter_is_not_applicable():
+    """The unknown parameter is named."""
     parts = SimpleNamespace(build_model=reference_parts().build_model, train_step=lambda model, optimizer, reward: None)
     verdict = judge(CHECKS[FOLLOWS], Subject("unknown", parts), {})
     assert (verdict.outcome, "'reward'" in verdict.says) == ("not_applicable", True)
 
 
 def test_a_subject_without_training_is_trained_by_our_own_trainer():
-    """Its model cannot learn a uniform stream; checks of trainers have nothing to say."""
+    """The model cannot learn uniform random tokens; the checks of trainers are not applicable."""
     subject = Subject("model alone", SimpleNamespace(build_model=reference_parts().build_model))
     outcomes = {name: judge(check, subject, {}).outcome for name, check in CHECKS.items()}
     assert outcomes.pop("check_a_uniform_stream_is_never_learned") == "passed"
@@ -221,7 +221,7 @@ def test_a_subject_without_training_is_trained_by_our_own_trainer():
 
 
 def test_policies_of_an_undeclared_trainer_are_advice():
-    """Decay on everything, clipping by value and sampling with replacement are choices until others are declared."""
+    """Decay of all parameters, clipping by value, sampling with replacement: choices unless declared otherwise."""
     for bug, check in [("decay-on-everything", "check_decay_keeps_to_its_groups"), ("clip-by-value", CLIP),
                        ("data-sampled-with-replacement", EPOCH)]:  # fmt: skip
         subject = all_bugs()[bug].subject()
@@ -232,7 +232,7 @@ def test_policies_of_an_undeclared_trainer_are_advice():
 
 
 def test_checks_leave_the_callers_random_state_alone():
-    """A training is watched without drawing from, or seeding, what the user draws from."""
+    """The checks neither draw from the user's random generators nor seed them."""
     subject = Subject("transformer", reference_parts())
     torch.manual_seed(5)
     before = torch.get_rng_state()

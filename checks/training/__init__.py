@@ -1,1 +1,1 @@
-"""What a training step is held to: the forms it comes in, an independent loop, and what a wrong one did."""
+"""The right answer of a training step: how to call one, an independent computation, and what a wrong step did."""

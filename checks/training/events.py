@@ -1,11 +1,12 @@
-"""What a train_step calls, in order: backward, clipping, optimizer and scheduler steps, as it makes them."""
+"""What a train_step calls, in order: backward, optimizer.step and scheduler.step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Events:
-    """The calls of one step by name, and the gradients that each step of the optimizer found."""
+    """The names of the calls, and the gradients at each optimizer step."""
 
     names: list[str] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
@@ -23,12 +24,12 @@ class Events:
 
 
 class Ticks(torch.optim.lr_scheduler.LambdaLR):
-    """A schedule that changes nothing and says when it is stepped."""
+    """A constant schedule that records when it is stepped."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, events: Events) -> None:
         self.events = Events()
         super().__init__(optimizer, lambda _: 1.0)
-        self.events = events  # its own first step is no one else's
+        self.events = events  # not the step that the constructor makes itself
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         self.events.names.append("scheduler.step")
@@ -37,9 +38,9 @@ class Ticks(torch.optim.lr_scheduler.LambdaLR):
 
 @contextmanager
 def watched_events(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Events]:
-    """Collects what is called of this optimizer and of Tensor.backward while it lasts."""
+    """Records the calls of this optimizer and of Tensor.backward inside the block."""
     events = Events()
-    backward = torch.Tensor.backward
+    backward: Any = torch.Tensor.backward
 
     def stepped(*_: Any) -> None:
         events.names.append("optimizer.step")
@@ -51,13 +52,8 @@ def watched_events(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterat
         return backward(tensor, *args, **kwargs)
 
     hook = optimizer.register_step_pre_hook(stepped)
-    replace(torch.Tensor, "backward", backed)
     try:
-        yield events
+        with patch.object(torch.Tensor, "backward", backed):
+            yield events
     finally:
         hook.remove()
-        replace(torch.Tensor, "backward", backward)
-
-
-def replace(owner: Any, name: str, function: Callable) -> None:
-    setattr(owner, name, function)

@@ -1,4 +1,4 @@
-"""From a wrong update to its likely cause: the mistakes of a step that have a closed form, each tried in turn."""
+"""From a wrong update to its likely cause: mistakes with a known update, compared one after the other."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NEAR = 1e-4  # relative; clipping divides by a norm with 1e-6 added
-Cause = tuple[
-    str, tuple[str, ...], Tensor
-]  # what it would be, ids of likely bugs, its update per unit of learning rate
+NEAR = 1e-4  # relative; clipping divides by a norm to which 1e-6 is added
+# Description, ids of likely bugs, update per unit of learning rate.
+Cause = tuple[str, tuple[str, ...], Tensor]
 
 
 def near(got: Tensor, want: Tensor, bound: float = NEAR) -> bool:
@@ -20,13 +19,13 @@ def near(got: Tensor, want: Tensor, bound: float = NEAR) -> bool:
 
 
 def parallel(got: Tensor, want: Tensor) -> float:
-    """Cosine of the angle between two updates; 0 if one is nothing."""
+    """Cosine of the angle between two updates; 0 if one of them is 0."""
     size = float(got.norm() * want.norm())
     return float(got @ want) / size if size else 0.0
 
 
 def angle(got: Tensor, want: Tensor) -> str:
-    """Between two updates, in degrees."""
+    """The angle between two updates, in degrees."""
     degrees = math.degrees(math.acos(max(-1.0, min(1.0, parallel(got, want)))))
     return f"{degrees:.3g}" if degrees > 1e-3 else "0"
 
@@ -37,47 +36,59 @@ def clipped(g: Tensor, limit: float | None) -> Tensor:
 
 @dataclass
 class Micro:
-    """One micro-batch: the gradient of the sum of its losses, and its count of targets."""
+    """One micro-batch: the gradient of its loss sum, and its number of targets."""
 
     gradient: Tensor
     count: int
 
 
 def accumulation_mistakes(parts: Sequence[Micro], limit: float | None) -> list[Cause]:
-    """What the update would be if micro-batches were put together in another way."""
+    """The updates that result from wrong ways to combine micro-batches."""
     k, N = len(parts), sum(part.count for part in parts)
     total = torch.stack([part.gradient for part in parts]).sum(0)
     means = [part.gradient / max(part.count, 1) for part in parts]
     last, first = parts[-1], parts[0]
     causes: list[Cause] = [
         (
-            "the average of the micro-batches' means: a target in a short micro-batch counts more than one in a long",
+            "the average of the micro-batches' means: targets in short micro-batches count more",
             ("accum-mean-of-means",),
             torch.stack(means).mean(0),
         ),
-        ("the sum of the micro-batches' means, not divided", ("accum-no-division",), torch.stack(means).sum(0)),
         (
-            f"divided twice, by all {N} targets and again by {k} micro-batches",
+            "the sum of the micro-batches' means, not divided by their number",
+            ("accum-no-division",),
+            torch.stack(means).sum(0),
+        ),
+        (
+            f"divided twice: by all {N} targets and by the {k} micro-batches",
             ("accum-double-normalised",),
             total / N / k,
         ),
-        ("the sum over all targets, not divided", ("normalisation-missing",), total),
-        ("divided by the targets of the last micro-batch", ("accum-divides-by-last-count",), total / last.count),
+        ("the sum over all targets, not divided by their number", ("normalisation-missing",), total),
+        (
+            "divided by the number of targets of the last micro-batch only",
+            ("accum-divides-by-last-count",),
+            total / last.count,
+        ),
     ]
     for name, part, likely in (
         ("the last", last, ("zero-grad-each-microbatch", "accum-only-last-backward")),
         ("the first", first, ("accum-partial-window-dropped",)),
     ):
         causes += [
-            (f"that of {name} micro-batch alone", likely, part.gradient / part.count),
-            (f"that of {name} micro-batch alone, divided by all targets", likely, part.gradient / N),
+            (f"the gradient of {name} micro-batch alone", likely, part.gradient / part.count),
+            (
+                f"the gradient of {name} micro-batch alone, divided by the number of all targets",
+                likely,
+                part.gradient / N,
+            ),
         ]
     if k > 2:
         rest, n = total - last.gradient, N - last.count
-        dropped = "without the last micro-batch"
+        dropped = "the gradient without the last micro-batch"
         causes += [
             (dropped, ("accum-partial-window-dropped",), rest / n),
-            (f"{dropped}, divided by all targets", ("accum-partial-window-dropped",), rest / N),
+            (f"{dropped}, divided by the number of all targets", ("accum-partial-window-dropped",), rest / N),
         ]
     causes = [(says, likely, clipped(g, limit)) for says, likely, g in causes]
     if limit is not None:
@@ -91,93 +102,96 @@ def clipped_too_early(parts: Sequence[Micro], N: int, limit: float) -> list[Caus
         sums = clipped(sums + part.gradient, limit)
         means = clipped(means + part.gradient / N, limit)
     total = torch.stack([part.gradient for part in parts]).sum(0)
-    each, early = "clipped after every micro-batch, not once for all", ("clip-per-microbatch",)
+    each, early = "clipped after every micro-batch instead of once", ("clip-per-microbatch",)
     return [
         (each, early, sums / N),
         (each, early, clipped(sums / N, limit)),
         (each, early, means),
-        ("clipped before it is divided by its targets", ("clip-before-unscale",), clipped(total, limit) / N),
+        ("clipped before the division by the number of targets", ("clip-before-unscale",), clipped(total, limit) / N),
         ("not clipped", ("clip-missing",), total / N),
     ]
 
 
 def clipping_mistakes(g: Tensor, pieces: Sequence[Tensor], limit: float, count: int) -> list[Cause]:
-    """What the update would be if a gradient were clipped in another way; `pieces` are its parameters'."""
+    """The updates that result from wrong ways to clip; `pieces` is the gradient by parameter."""
     norm, largest, sum_of_all = float(g.norm()), float(g.abs().max()), float(g.abs().sum())
     other = ("clip-by-another-norm",)
     one_by_one = torch.cat([clipped(piece, limit) for piece in pieces])
     return [
         ("not clipped", ("clip-missing", "clip-after-step", "clip-before-backward"), g),
-        ("stretched to the limit although it is shorter", ("clip-always-normalises",), g * limit / norm),
-        ("clipped for each parameter alone, which turns it", ("clip-per-parameter",), one_by_one),
-        ("clipped value by value, which turns it", ("clip-by-value",), g.clamp(-limit, limit)),
-        ("clipped before it is divided by its targets", ("clip-before-unscale",), clipped(g * count, limit) / count),
-        ("clipped by its largest entry, not its length", other, g * min(1, limit / largest)),
-        ("clipped by the sum of its entries, not its length", other, g * min(1, limit / sum_of_all)),
-        ("clipped by the square of its length", other, g * min(1, limit / norm**2)),
+        ("scaled up to the limit although it is shorter", ("clip-always-normalises",), g * limit / norm),
+        ("clipped for each parameter separately, which changes its direction", ("clip-per-parameter",), one_by_one),
+        ("clipped value by value, which changes its direction", ("clip-by-value",), g.clamp(-limit, limit)),
+        ("clipped before the division by the number of targets", ("clip-before-unscale",),
+         clipped(g * count, limit) / count),
+        ("clipped by its largest entry, not by its norm", other, g * min(1, limit / largest)),
+        ("clipped by the sum of its entries, not by its norm", other, g * min(1, limit / sum_of_all)),
+        ("clipped by the square of its norm", other, g * min(1, limit / norm**2)),
     ]  # fmt: skip
 
 
 def step_mistakes(got: Tensor, g: Tensor, earlier: Sequence[Tensor], count: int, rows: int) -> list[Cause]:
-    """What a plain step's update would be instead; `earlier` are the gradients of the steps before."""
+    """The updates that result from mistakes in a plain SGD step; `earlier` are the gradients of the steps before."""
     causes: list[Cause] = [
-        ("nothing: no weight moves", ("zero-grad-between-backward-and-step",), torch.zeros_like(g)),
-        (f"{count} times as large, the sum over its targets", ("normalisation-missing",), g * count),
-        (f"{rows} times as large, the sum over its rows", (), g * rows),
-        (f"divided by its {count} targets twice", ("accum-double-normalised",), g / count),
-        ("uphill: its sign is wrong", ("step-uphill",), -g),
+        ("zero: no weight changes", ("zero-grad-between-backward-and-step",), torch.zeros_like(g)),
+        (f"{count} times as large: the sum over the targets", ("normalisation-missing",), g * count),
+        (f"{rows} times as large: the sum over the rows", (), g * rows),
+        (f"divided twice by the {count} targets", ("accum-double-normalised",), g / count),
+        ("uphill: the sign is wrong", ("step-uphill",), -g),
     ]
     if earlier:
-        causes.append(("that of the step before", ("step-with-stale-gradient",), earlier[-1]))
+        causes.append(("the gradient of the step before", ("step-with-stale-gradient",), earlier[-1]))
         for rest in (torch.stack(list(earlier)).sum(0), earlier[-1]):
             a, b = shares(got, g, rest)
-            if a > 0 and b > 1e-3 * a:  # what is left may have been divided or clipped together with this gradient
-                says = f"{a:.3g} × this gradient and {b:.3g} × what the steps before left in .grad"
+            if a > 0 and b > 1e-3 * a:  # the rest may have been divided or clipped together with this gradient
+                says = f"{a:.3g} × this gradient plus {b:.3g} × what the steps before left in .grad"
                 causes.append((says, ("zero-grad-missing",), a * g + b * rest))
     return causes
 
 
 def shares(got: Tensor, one: Tensor, other: Tensor) -> tuple[float, float]:
-    """The factors of the sum of two updates that is nearest to a third."""
+    """The factors a and b for which a × one + b × other is nearest to the update."""
     both = torch.stack((one, other), 1)
     a, b = torch.linalg.lstsq(both, got[:, None]).solution.flatten().tolist()
     return a, b
 
 
 def pairings(logits: Tensor, tokens: Tensor, targets: Tensor) -> list[tuple[str, tuple[str, ...], Tensor, Tensor]]:
-    """Logits and targets as a mistaken step may pair them, of a batch [B, T]: what it would be, and what it trains."""
+    """Wrong ways to pair logits and targets of a batch [B, T]: description, likely bugs, logits, targets."""
     B, T, V = logits.shape
     turned = logits.transpose(0, 1).reshape(B, T, V)
     flat = logits.reshape(1, B * T, V)
     copied = ("label-shift-missing", "dataset-target-off-by-one")
     return [
-        ("that of predicting the token just read: the targets are not shifted", copied, logits, tokens),
-        ("that of predicting the token just read", copied, logits[:, 1:], targets[:, :-1]),
-        ("that of predicting the token after the next: the targets are shifted twice", ("label-shifted-twice",),
+        ("the gradient for predicting the token just read: the targets are not shifted", copied, logits, tokens),
+        ("the gradient for predicting the token just read", copied, logits[:, 1:], targets[:, :-1]),
+        ("the gradient for predicting the token after next: the targets are shifted twice", ("label-shifted-twice",),
          logits[:, :-1], targets[:, 1:]),
-        ("that without the last target of every row", ("last-target-dropped",), logits[:, :-1], targets[:, :-1]),
-        ("that of a batch flattened before it is shifted: a row's end predicts the start of the next",
+        ("the gradient without the last target of every row", ("last-target-dropped",), logits[:, :-1],
+         targets[:, :-1]),
+        ("the gradient for a batch flattened before the shift: the end of a row predicts the start of the next",
          ("flatten-then-shift",), flat[:, :-1], targets.reshape(1, -1)[:, 1:]),
-        ("that of a batch flattened before it is shifted: a row's end predicts the start of the next",
+        ("the gradient for a batch flattened before the shift: the end of a row predicts the start of the next",
          ("flatten-then-shift",), flat[:, :-1], tokens.reshape(1, -1)[:, 1:]),
-        ("that of logits and targets reshaped in different orders", ("logits-labels-reshape-order",), turned, targets),
-        ("that of a second softmax", ("softmax-twice",), logits.softmax(-1), targets),
+        ("the gradient for logits and targets reshaped in different orders", ("logits-labels-reshape-order",), turned,
+         targets),
+        ("the gradient with a second softmax", ("softmax-twice",), logits.softmax(-1), targets),
     ]  # fmt: skip
 
 
 def cause(got: Tensor, causes: Sequence[Cause]) -> tuple[str, tuple[str, ...]]:
-    """The first mistake whose update this is."""
+    """The description and the likely bugs of the first mistake that gives this update."""
     for says, likely, update in causes:
         if near(got, update) or (not bool(update.any()) and not bool(got.any())):
             return says, likely
     return "", ()
 
 
-EVEN = 1e-4  # relative, of what rows count
+EVEN = 1e-4  # relative, of the weights of rows
 
 
 def row_weights(got: Tensor, rows: Sequence[Tensor]) -> list[float] | None:
-    """What each row's gradient counts in an update, where that is all there is in it; else None."""
+    """The weight of each row's gradient in an update; None if the update contains anything else."""
     basis = torch.stack(list(rows), 1)
     found = torch.linalg.lstsq(basis, got[:, None]).solution
     near_enough = (basis @ found - got[:, None]).norm() <= NEAR * got.norm()
@@ -185,38 +199,40 @@ def row_weights(got: Tensor, rows: Sequence[Tensor]) -> list[float] | None:
 
 
 def uneven_rows(counts: Sequence[float]) -> tuple[str, tuple[str, ...]]:
-    """Why rows count so, each of which should count 1: dropped, or put together from micro-batches otherwise."""
+    """Why rows that should all have weight 1 do not: dropped, or wrongly combined from micro-batches."""
     B, largest = len(counts), max(map(abs, counts))
     dropped = [i for i, c in enumerate(counts) if abs(c) < EVEN * largest]
     if dropped:
-        return f"rows {dropped} of {B} are never trained", ("accum-partial-window-dropped", "accum-only-last-backward")
+        return f"the gradient without rows {dropped} of {B}, which are never trained", (
+            "accum-partial-window-dropped", "accum-only-last-backward",
+        )  # fmt: skip
     for size in range(1, B):
         sizes = [min(size, B - start) for start in range(0, B, size)]
         means = [B / n for n in sizes for _ in range(n)]
         k = len(sizes)
         for divided, likely in ((k, "accum-mean-of-means"), (1, "accum-no-division")):
             if all(math.isclose(c, mean / divided, rel_tol=EVEN) for c, mean in zip(counts, means, strict=True)):
-                what = "the average" if divided > 1 else "the sum, not divided,"
+                what = "the average" if divided > 1 else "the sum (not divided)"
                 return f"{what} of the means of micro-batches of {sizes} rows", (likely,)
     each = ", ".join(f"{c:.3g}" for c in counts)
-    return f"rows count {each} times: micro-batches are clipped or divided one by one", (
+    return f"the gradient with rows weighted {each}: micro-batches are clipped or divided one by one", (
         "clip-per-microbatch", "accum-divides-by-last-count",
     )  # fmt: skip
 
 
 def exchanged_rows(got: Tensor, crossed: Sequence[Sequence[Tensor]]) -> str:
-    """Which row's targets each row is trained on, where they are others' than its own."""
+    """Which row is trained on the targets of which other row; empty if none is."""
     B = len(crossed)
     found = row_weights(got, [g for row in crossed for g in row])
     if found is None:
         return ""
     largest = torch.tensor(found).view(B, B).abs().argmax(1).tolist()
     swapped = [(r, s) for r, s in enumerate(largest) if r != s]
-    return f"that of row {swapped[0][0]} trained on the targets of row {swapped[0][1]}" if swapped else ""
+    return f"the gradient for row {swapped[0][0]} trained on the targets of row {swapped[0][1]}" if swapped else ""
 
 
 def decays(got: dict[str, Tensor], wanted: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, float] | None:
-    """By parameter, how much of the weight is taken off beside one multiple of the gradient; None if there is more."""
+    """By parameter, the weight decay that is added to a common multiple of the gradient; None if it is not that."""
     factors, found = [], {}
     for name, g in wanted.items():
         if not bool(g.any()):

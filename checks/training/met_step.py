@@ -1,6 +1,6 @@
-"""How a foreign train_step is met: its parameters by their names, its batch by trying. Nothing here judges.
+"""How to call a foreign train_step: its parameters by name, the form of its batch by trying. Nothing here judges.
 
-A `MetStep` makes one optimizer step on examples, lists of token ids of equal length, in the form that it takes.
+A `MetStep` makes one optimizer step on examples (lists of token ids of equal length) in the form that it expects.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ NAMES = {
     "vocabulary": "vocab_size n_vocab",
 }
 ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
-ALWAYS = ("model", "optimizer", "batch", "tokens", "targets")  # given even where they have a default
+ALWAYS = ("model", "optimizer", "batch", "tokens", "targets")  # passed even if they have a default
 FORMS = ("(tokens, targets)", "{input_ids, labels}, both alike", "{tokens, targets, …}", "tokens alone")
-IGNORED = -100  # the target of padding, as PyTorch's own cross entropy has it
-SURE = 1 - 1e-6  # cosine of two updates that are the same but for their length
+IGNORED = -100  # the target id of padding, as in PyTorch's cross entropy
+SURE = 1 - 1e-6  # cosine of two updates in the same direction
 RATE = 0.05
-ROWS = (5, 8)  # in a batch; micro-batches of five are uneven, and some steps insist on even ones
-CALLS = 16  # after which a step that accumulates over calls has moved the weights
+ROWS = (5, 8)  # in a batch; five give uneven micro-batches, which some steps refuse
+CALLS = 16  # within which a step that accumulates over calls has updated the weights
 
 
 class Criterion(nn.Module):
-    """A loss for a step that wants one handed over: cross entropy of logits and targets in whatever layout."""
+    """A loss for a step that takes one as an argument: cross entropy of logits and targets in any layout."""
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         if logits.dim() == 3 and logits.shape[:2] != targets.shape and logits.shape[::2] == targets.shape:
@@ -55,8 +55,8 @@ class Criterion(nn.Module):
         return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
 
 
-class Fields(dict):
-    """A batch by names, as keys and as attributes."""
+class Fields(dict[str, Any]):
+    """A batch with named fields, as keys and as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -70,27 +70,27 @@ class Fields(dict):
 
 @dataclass(frozen=True)
 class MetStep:
-    """A subject's train_step and how it is called."""
+    """A subject's train_step and how to call it."""
 
-    function: Callable
+    function: Callable[..., Any]
     roles: dict[str, str]  # parameter → role
     form: str
-    right: bool  # its update on a first batch is along the gradient of the next-token loss
-    factor: float  # length of that update against the gradient's
+    right: bool  # whether its update on a first batch has the direction of the next-token gradient
+    factor: float  # norm of that update divided by the gradient's
     dtype: torch.dtype
-    first: Step  # what it did there
-    calls: int = 1  # until the weights moved: more than one where gradients are accumulated over calls
+    first: Step  # the step on that batch
+    calls: int = 1  # until the weights changed: more than one if gradients are accumulated over calls
 
     @property
     def says(self) -> str:
         return f"train_step({', '.join(self.roles)}), batch as {self.form}"
 
     def run(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Example], **given: Any) -> Step:
-        """One optimizer step. `given` are roles that the function takes, in place of neutral values."""
+        """One optimizer step. `given` are values by role, instead of the neutral ones."""
         return one_step(self.function, self.roles_with(given), self.form, model, optimizer, batch, given)[0]
 
     def takes(self, role: str) -> str | None:
-        """The parameter for a role, also one that has a default."""
+        """The parameter for a role, including those with a default."""
         return next((name for name, found in every_role(self.function).items() if found == role), None)
 
     def roles_with(self, given: dict[str, Any]) -> dict[str, str]:
@@ -98,41 +98,43 @@ class MetStep:
 
 
 def met_step(subject: Subject) -> MetStep:
-    """The subject's train_step. Raises NotApplicable where it has none, or none that can be called."""
-    met = subject.once(_meet)
+    """The subject's train_step. Raises NotApplicable if it has none, or none that can be called."""
+    met = subject.once(_recognised_step)
     if isinstance(met, NotApplicable):
         raise NotApplicable(met.reason, **met.evidence)
     return met
 
 
-def _meet(subject: Subject) -> MetStep | NotApplicable:
+def _recognised_step(subject: Subject) -> MetStep | NotApplicable:
     function = subject.part("train_step")
     if function is None:
-        return NotApplicable("the subject brings no train_step")
+        return NotApplicable("no train_step was found in your file")
     roles = parameter_roles(function)
     if isinstance(roles, str):
         return NotApplicable(roles)
     errors: list[str] = []
     found = list(trials(subject, function, roles, errors))
     if not found:
-        return NotApplicable("no way of calling train_step was found", tried=list(dict.fromkeys(errors)))
+        return NotApplicable("no way to call train_step was found", tried=list(dict.fromkeys(errors)))
     return next((met for met in found if met.right), found[0])
 
 
-def trials(subject: Subject, function: Callable, roles: dict[str, str], errors: list[str]) -> Iterator[MetStep]:
-    """One step in every form that the function takes; the first that follows the gradient is the last tried."""
+def trials(
+    subject: Subject, function: Callable[..., Any], roles: dict[str, str], errors: list[str]
+) -> Iterator[MetStep]:
+    """One step for each form of batch that works, up to the first that follows the gradient."""
     forms = FORMS if "batch" in roles.values() else FORMS[:2] if "targets" in roles.values() else FORMS[3:]
     ran = False
     for rows, dtype in itertools.product(ROWS, (torch.float64, torch.float32)):
         if ran:
-            return  # float32 is for what float64 cannot be handed to, not for a second look
+            return  # float32 only if float64 does not run
         batch = equal_examples(subject, rows, seed=1)
         for form in forms:
             model = model_of(subject).to(dtype)
             optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
             gradient = Losses(subject, model).mean(batch)[0]
             try:
-                with warnings.catch_warnings():  # of trying what the function does not take
+                with warnings.catch_warnings():  # from trying forms that the function does not expect
                     warnings.simplefilter("ignore")
                     step, calls = one_step(function, roles, form, model, optimizer, batch)
             except Exception as error:
@@ -148,7 +150,7 @@ def trials(subject: Subject, function: Callable, roles: dict[str, str], errors: 
 
 
 def one_step(
-    function: Callable,
+    function: Callable[..., Any],
     roles: dict[str, str],
     form: str,
     model: nn.Module,
@@ -156,7 +158,7 @@ def one_step(
     batch: Sequence[Example],
     given: dict[str, Any] | None = None,
 ) -> tuple[Step, int]:
-    """Calls until the weights move, or for nothing: no gradient is left for a later call. What it did, and how many."""
+    """Calls until the weights change or no gradient waits for a later call. The step, and the number of calls."""
     before, n = flat(model), 0
     while True:
         result = call(function, roles, form, model, optimizer, batch, {"count": n, **(given or {})})
@@ -167,37 +169,37 @@ def one_step(
 
 
 def equal_examples(subject: Subject, count: int, *, seed: int = 0) -> list[Example]:
-    """Short enough for a step that reads whole examples and shifts inside."""
+    """Examples of equal length, short enough for a step that reads them whole and shifts inside."""
     return examples(subject, count, ragged=False, seed=seed, longest=subject.sizes.block_size - 1)
 
 
-def parameter_roles(function: Callable) -> dict[str, str] | str:
-    """What each parameter is for; a sentence if one that has to be given is for nothing known here."""
+def parameter_roles(function: Callable[..., Any]) -> dict[str, str] | str:
+    """The role of each parameter; a sentence if a required parameter is unknown."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return "the parameters of train_step cannot be read"
+        return "the signature of train_step cannot be read"
     roles: dict[str, str] = {}
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         role, required = ROLES.get(parameter.name.lower()), parameter.default is parameter.empty
         if role is None and required:
-            return f"train_step takes {parameter.name!r}, and what that is is not known here"
+            return f"train_step has a required parameter {parameter.name!r} that is not recognized"
         if role is not None and (required or role in ALWAYS):
             roles[parameter.name] = role
     missing = {"model", "optimizer"} - set(roles.values())
-    return f"train_step takes no {' and no '.join(sorted(missing))}" if missing else roles
+    return f"train_step has no parameter for {' or '.join(sorted(missing))}" if missing else roles
 
 
-def every_role(function: Callable) -> dict[str, str]:
-    """What each parameter of a known name is for, those with a default included."""
+def every_role(function: Callable[..., Any]) -> dict[str, str]:
+    """The role of each parameter with a known name, including those with a default."""
     named = inspect.signature(function).parameters
     return {name: ROLES[name.lower()] for name in named if name.lower() in ROLES}
 
 
 def call(
-    function: Callable,
+    function: Callable[..., Any],
     roles: dict[str, str],
     form: str,
     model: nn.Module,
@@ -236,7 +238,7 @@ def in_form(form: str, whole: Tensor, tokens: Tensor, targets: Tensor) -> Any:
         return tokens, targets
     if form == FORMS[3]:
         return whole
-    if form == FORMS[1]:  # as the transformers library has it, which takes these names and no others
+    if form == FORMS[1]:  # as in the transformers library, which takes exactly these names
         return Fields(input_ids=tokens, attention_mask=(targets != IGNORED).long(), labels=targets)
     names = dict.fromkeys(("input_ids", "tokens", "inputs", "x"), tokens)
     names |= dict.fromkeys(("labels", "targets", "target", "y"), targets)
@@ -244,7 +246,7 @@ def in_form(form: str, whole: Tensor, tokens: Tensor, targets: Tensor) -> Any:
 
 
 def reported(result: Any) -> float | None:
-    """The loss among what a step returned."""
+    """The loss in what a step returned; None if there is none."""
     if isinstance(result, dict):
         result = result.get("loss", next(iter(result.values()), None))
     if isinstance(result, tuple | list):

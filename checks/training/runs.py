@@ -1,6 +1,6 @@
-"""Trainings that checks watch: a subject's trainer, or our own over its model; and what one step should have done.
+"""Training runs that checks observe, with the subject's trainer or ours, and what one step should have done.
 
-Examples are lists of token ids, each of a length of its own; every run knows which examples each step was given.
+Examples are lists of token ids of different lengths; every run knows which examples each step was given.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from ...transformer import distributed
 from ...transformer.trainer import TrainConfig, Trainer
 from ..expect import NotApplicable
 from ..loss.formula import cross_entropy
@@ -21,12 +23,15 @@ from ..watch.draws import states
 from ..watch.dropout import set_rates
 
 Example = list[int]
-PLAIN = dict(warmup_steps=0, clip_norm=None, stop_loss=None, learning_rate=0.1, schedule="constant", steps=1000)
+NO_TRAINER = "no trainer was found in your file"
+PLAIN: dict[str, Any] = dict(
+    warmup_steps=0, clip_norm=None, stop_loss=None, learning_rate=0.1, schedule="constant", steps=1000
+)
 
 
 @dataclass(frozen=True)
 class Padded:
-    """Examples side by side, padded at the right; all fields [B, T], `mask` and `loss_mask` True where real."""
+    """A batch of examples, padded on the right; all fields [B, T], `mask` and `loss_mask` True for real tokens."""
 
     tokens: Tensor
     targets: Tensor
@@ -42,9 +47,9 @@ class Padded:
 
 
 def needs_trainer(subject: Subject) -> None:
-    """Raises NotApplicable where the subject has no trainer of its own, before anything is built."""
+    """Raises NotApplicable if the subject has no trainer of its own, before anything is built."""
     if not subject.brings("trainer"):
-        raise NotApplicable("the subject brings no trainer")
+        raise NotApplicable(NO_TRAINER)
 
 
 def side_by_side(examples: Sequence[Example], pad: int = 0) -> Padded:
@@ -55,7 +60,7 @@ def side_by_side(examples: Sequence[Example], pad: int = 0) -> Padded:
 
 
 class Watched:
-    """Data for a trainer, which remembers what it was asked for."""
+    """Data for a trainer that records which examples were asked for."""
 
     def __init__(self, train: Sequence[Example], validation: Sequence[Example] = ()) -> None:
         self.train, self.validation = list(train), list(validation)
@@ -69,21 +74,22 @@ class Watched:
 def examples(
     subject: Subject, count: int, *, seed: int = 0, ragged: bool = True, longest: int | None = None
 ) -> list[Example]:
-    """Random token ids; ragged ones have from 2 tokens to as many as the model reads, and one."""
+    """Random token ids; ragged examples have from 2 tokens up to one more than the model reads at once."""
     most = min(longest or 11, subject.sizes.block_size)
     generator = torch.Generator().manual_seed(1000 * subject.seed + seed)
     lengths = [2 + (3 * i + seed) % (most - 1) if ragged else most + 1 for i in range(count)]
     V = subject.sizes.vocab_size
-    return [torch.randint(V, (length,), generator=generator).tolist() for length in lengths]
+    rows: list[Example] = [torch.randint(V, (length,), generator=generator).tolist() for length in lengths]
+    return rows
 
 
 def model_of(subject: Subject, *, seed: int = 0, **sizes: Any) -> nn.Module:
-    """A small model in train mode, in float64 where it runs in that, without dropout unless it is asked for."""
+    """A small model in train mode, in float64 if it runs in that, without dropout unless asked for."""
     if subject.can_vary("n_layer"):
         sizes.setdefault("n_layer", 1)
     dtype = precision(subject).dtype
     if dtype != torch.float64 and subject.brings("trainer"):
-        raise NotApplicable(f"a trainer is judged in float64, and the model runs in {precision(subject)}")
+        raise NotApplicable(f"trainers are judged in float64, but the model only runs in {precision(subject)}")
     model = cast(subject.build(seed=seed, **sizes), dtype).train()
     if "dropout" not in sizes:
         set_rates(model, 0.0)
@@ -92,18 +98,18 @@ def model_of(subject: Subject, *, seed: int = 0, **sizes: Any) -> nn.Module:
 
 
 def refuse_chance(subject: Subject, model: nn.Module) -> None:
-    """Raises NotApplicable where training is random with no dropout left: blocks are skipped, routers are noisy.
+    """Raises NotApplicable if training is random even without dropout: skipped blocks, noisy routers.
 
-    Two passes that draw differently cannot be compared, and reseeding both would undo what a trainer does.
+    Two passes with different random numbers cannot be compared, and reseeding would interfere with the trainer.
     """
     before = states()
     subject.logits(model, subject.tokens(1, 2, seed=subject.seed, vocab_size=2))
     if drawn := [name for name, state in states().items() if state != before[name]]:
-        raise NotApplicable("training draws random numbers that no dropout rate stops", generators=drawn)
+        raise NotApplicable("training draws random numbers even with all dropout rates at 0", generators=drawn)
 
 
 def objective_of(subject: Subject) -> Any:
-    """The sum of the losses of a batch and its count of targets, by the formula; right padding needs no mask."""
+    """The loss sum of a batch and its number of targets, by the formula; right padding needs no mask."""
 
     def objective(model: nn.Module, batch: Padded) -> tuple[Tensor, Tensor]:
         losses = cross_entropy(subject.logits(model, batch.tokens), batch.targets)
@@ -114,11 +120,11 @@ def objective_of(subject: Subject) -> Any:
 
 @dataclass
 class Step:
-    """What one optimizer step was given and what it did."""
+    """The examples of one optimizer step, and what it did."""
 
     examples: list[Example]
-    loss: float | None  # as reported
-    before: Tensor  # all parameters, flat
+    loss: float | None  # as reported by the step
+    before: Tensor  # all parameters in one vector
     after: Tensor
 
     @property
@@ -127,7 +133,7 @@ class Step:
 
 
 class TrainerRun:
-    """A `Trainer(model, data, config, objective)` of the subject's; with `own`, ours where it brings none."""
+    """The subject's `Trainer(model, data, config, objective)`; with `own`, ours if it has none."""
 
     def __init__(
         self,
@@ -143,18 +149,18 @@ class TrainerRun:
     ) -> None:
         kind: Any = subject.part("trainer") or (Trainer if own else None)
         if kind is None:
-            raise NotApplicable("the subject brings no trainer")
+            raise NotApplicable(NO_TRAINER)
         self.model, self.data = model, Watched(train, validation)
         self.config = TrainConfig(**{**PLAIN, "device": str(subject.device), **config})
         try:
             self.trainer = kind(model, self.data, self.config, objective or objective_of(subject))
         except TypeError as error:
             raise NotApplicable(
-                "the trainer is not made as Trainer(model, data, config, objective)", error=str(error)
+                "your trainer cannot be created as Trainer(model, data, config, objective)", error=str(error)
             ) from None
         for name in ("step", "optimizer"):
             if not hasattr(self.trainer, name):
-                raise NotApplicable(f"the trainer has no {name}")
+                raise NotApplicable(f"your trainer has no {name}")
         if sgd:
             groups = [{"params": group["params"]} for group in self.trainer.optimizer.param_groups]
             self.trainer.optimizer = torch.optim.SGD(groups, lr=self.config.learning_rate)
@@ -166,51 +172,63 @@ class TrainerRun:
         return Step(list(self.data.given), None if loss is None else float(loss), before, flat(self.model))
 
 
+def step_of_rank(subject: Subject, rank: int) -> Tensor:
+    """The weights after one step of the process with this rank, which here trains alone on all examples."""
+
+    class Alone(distributed.SingleProcess):
+        pass
+
+    Alone.rank = rank
+    with patch.object(distributed, "processes", Alone):
+        run = TrainerRun(subject, model_of(subject, dropout=0.3), examples(subject, 4, longest=6), batch_size=4)
+        if getattr(getattr(run.trainer, "processes", None), "rank", None) != rank:
+            raise NotApplicable("your trainer does not distinguish processes by rank")
+        run.step()
+    return flat(run.model)
+
+
 def flat(model: nn.Module) -> Tensor:
-    """All parameters of a model in one vector, a copy."""
+    """A copy of all parameters of a model, in one vector."""
     return torch.cat([p.detach().flatten().double() for p in model.parameters()])
 
 
 def write(model: nn.Module, weights: Tensor) -> None:
-    """Puts all parameters back to what `flat` gave."""
+    """Sets all parameters to a vector from `flat`."""
     with torch.no_grad():
-        for p, piece in zip(model.parameters(), weights.split([p.numel() for p in model.parameters()]), strict=True):
+        for p, piece in zip(model.parameters(), parts(model, weights), strict=True):
             p.copy_(piece.view_as(p))
 
 
+def parts(model: nn.Module, vector: Tensor) -> Sequence[Tensor]:
+    """The parts of a flat vector that belong to each parameter, in order."""
+    return torch.split(vector, [p.numel() for p in model.parameters()])
+
+
 def pieces(model: nn.Module, vector: Tensor) -> dict[str, Tensor]:
-    """A flat vector by the names of the parameters it belongs to."""
-    named = list(model.named_parameters())
-    return dict(zip([name for name, _ in named], vector.split([p.numel() for _, p in named]), strict=True))
+    """The parts of a flat vector by the name of the parameter."""
+    return dict(zip([name for name, _ in model.named_parameters()], parts(model, vector), strict=True))
 
 
 @dataclass
 class Losses:
-    """The gradients and values that examples should give, one at a time and unpadded, at a model's weights now."""
+    """The right losses and gradients at a model's current weights, from examples one at a time and unpadded."""
 
     subject: Subject
     model: nn.Module
 
     def of(self, example: Example) -> tuple[Tensor, float, int]:
-        """Gradient of the sum, sum, and number of targets of one example."""
+        """Gradient of the loss sum, loss sum, and number of targets of one example."""
         ids = torch.tensor([example], device=self.subject.device)
         logits, targets = self.subject.logits(self.model, ids[:, :-1]), ids[:, 1:]
         total = cross_entropy(logits, targets).sum()
         return self.gradient(total), total.item(), targets.numel()
 
     def gradient(self, value: Tensor) -> Tensor:
-        """Of a scalar, with respect to all parameters, flat; 0 for frozen ones."""
+        """The gradient of a scalar with respect to all parameters, in one vector; 0 for frozen ones."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        found = dict(
-            zip(
-                map(id, trained), torch.autograd.grad(value, trained, allow_unused=True, retain_graph=True), strict=True
-            )
-        )
-        pieces = [found.get(id(p)) for p in self.model.parameters()]
-        sizes = [p.numel() for p in self.model.parameters()]
-        return torch.cat(
-            [torch.zeros(n).double() if g is None else g.flatten().double() for g, n in zip(pieces, sizes, strict=True)]
-        )
+        gradients = torch.autograd.grad(value, trained, allow_unused=True, retain_graph=True)
+        found = {id(p): g for p, g in zip(trained, gradients, strict=True) if g is not None}
+        return torch.cat([found.get(id(p), torch.zeros(p.numel())).flatten().double() for p in self.model.parameters()])
 
     def sums(self, given: Iterable[Example]) -> tuple[Tensor, float, int]:
         gradient, total, count = torch.zeros(sum(p.numel() for p in self.model.parameters())).double(), 0.0, 0
@@ -220,6 +238,6 @@ class Losses:
         return gradient, total, count
 
     def mean(self, given: Iterable[Example]) -> tuple[Tensor, float]:
-        """Gradient and value of the mean over all targets of the examples."""
+        """Gradient and value of the mean loss over all targets of the examples."""
         gradient, total, count = self.sums(given)
         return gradient / max(count, 1), total / max(count, 1)

@@ -1,4 +1,4 @@
-"""What a foreign train_step did, and which mistake did it: by the direction, the length and the calls of its step."""
+"""What a foreign train_step did, and by which mistake: from the direction and size of its update, and its calls."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from .explained import (
     uneven_rows,
 )
 from .met_step import RATE, SURE, MetStep, equal_examples, met_step
-from .runs import Losses, Step, examples, model_of, pieces, write
+from .runs import Example, Losses, Step, examples, model_of, pieces, write
 
-EXACT = 1e-6  # relative, of updates in float64; clipping adds 1e-6 to the norm it divides by
-UNDECIDED = 0.7  # cosine above which an unknown update may be an auxiliary loss
+EXACT = 1e-6  # relative, of updates in float64; clipping adds 1e-6 to the norm that it divides by
+UNDECIDED = 0.7  # cosine above which an unknown update may come from an auxiliary loss
+CLIP_ADVICE = "Call clip_grad_norm_(all parameters, c) after the last backward() and before optimizer.step()."
 
 
 def refuse_update(
@@ -42,27 +43,27 @@ def refuse_update(
     if not says and model is not None:
         says = where_off(model, got, want)
     fail(
-        f"{when}: the update is not the gradient of the mean loss over the targets ({off:.2g} of its length off, at an "
-        f"angle of {angle(got, want)}°)" + (f"; it is {says}" if says else ""),
+        f"{when}: the update is not the gradient of the mean loss over the targets (relative error {off:.2g}, angle "
+        f"{angle(got, want)}°)" + (f"; it is {says}" if says else ""),
         likely=likely,
-        advice="The order is: zero_grad, forward, backward (divided once by all targets of the window), clip, step.",
+        advice="Keep this order: zero_grad, forward, backward (divided once by all targets of the batch), clip, step.",
         off=off,
         bound=EXACT,
     )
 
 
 def where_off(model: nn.Module, got: Tensor, want: Tensor) -> str:
-    """The parameters whose updates are wrong, if those of others are right."""
+    """The parameters whose updates are wrong, if the others are right."""
     wanted = pieces(model, want)
     wrong = [n for n, piece in pieces(model, got).items() if wanted[n].any() and parallel(piece, wanted[n]) < SURE]
     if not wrong or len(wrong) > 0.7 * len(wanted):
         return ""
     named = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    return f"right for {len(wanted) - len(wrong)} of {len(wanted)} parameters, not for {named}"
+    return f"right for {len(wanted) - len(wrong)} of {len(wanted)} parameters, but wrong for {named}"
 
 
 def at(model: nn.Module, step: Step, what: Any) -> Any:
-    """`what(examples)` at the weights before a step; the weights are as they were afterwards."""
+    """`what(examples)` at the weights before a step; the weights are restored afterwards."""
     write(model, step.before)
     try:
         return what(step.examples)
@@ -71,7 +72,7 @@ def at(model: nn.Module, step: Step, what: Any) -> Any:
 
 
 def follow_with_train_step(subject: Subject) -> None:
-    """Two steps on batches of rows of equal length, by plain SGD."""
+    """Judges two steps of plain SGD on batches of rows of equal length."""
     met = met_step(subject)
     note(called=met.says, update_per_gradient=met.factor, calls_per_step=met.calls)
     model, rows = model_of(subject).to(met.dtype), len(met.first.examples)
@@ -94,7 +95,7 @@ def follow_with_train_step(subject: Subject) -> None:
 
 
 def judge_calls(subject: Subject, met: MetStep) -> None:
-    """The optimizer handed over is stepped, and once on a gradient."""
+    """The optimizer passed in must be stepped, and once per gradient."""
     model = model_of(subject).to(met.dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     with watched_events(model, optimizer) as events:
@@ -103,10 +104,10 @@ def judge_calls(subject: Subject, met: MetStep) -> None:
     note(order=str(events))
     if not found and step.update.any():
         fail(
-            "the weights move, and the optimizer that was handed over is never stepped: another one does it, made anew "
-            "or kept elsewhere, without the rate, the averages and the groups of this one",
+            "the weights change, but the optimizer passed to train_step is never stepped: another optimizer is used, "
+            "without the learning rate, moment estimates and parameter groups of this one",
             likely=("step-by-another-optimizer",),
-            advice="Call step() of the optimizer that train_step is given.",
+            advice="Call step() on the optimizer that is passed to train_step.",
             order=events.names,
         )
     again = [i for i in range(1, len(found)) if torch.equal(found[i], found[i - 1])]
@@ -114,13 +115,13 @@ def judge_calls(subject: Subject, met: MetStep) -> None:
         fail(
             f"optimizer.step() is called {len(found)} times, {len(again) + 1} of them on the same gradient ({events})",
             likely=("optimizer-steps-twice",),
-            advice="One optimizer.step() after the last backward of a window.",
+            advice="Call optimizer.step() once, after the last backward() of a batch.",
             order=events.names,
         )
 
 
 def judge_length(met: MetStep, targets: int, rows: int) -> None:
-    """How long an update is, whose direction is right: a sum is a choice, twice the gradient hardly."""
+    """The size of an update in the right direction: a loss sum may be meant, twice the gradient hardly."""
     factor = met.factor
     if math.isclose(factor, 1.0, rel_tol=1e-4):
         return
@@ -128,25 +129,25 @@ def judge_length(met: MetStep, targets: int, rows: int) -> None:
     mean = met.first.loss is not None and met.first.loss > 0
     if met.dtype == torch.float64 and whole and mean:
         fail(
-            f"the update is {whole} times the gradient of the mean loss (of {rows} rows, {targets} targets), "
-            f"as when the losses of {whole} micro-batches are added up and not divided, or backward is called so often",
+            f"the update is {whole} times the gradient of the mean loss ({rows} rows, {targets} targets), as if the "
+            f"losses of {whole} micro-batches were added without a division, or backward() were called {whole} times",
             likely=("accum-no-division",),
-            advice="Divide once: by all targets of the window.",
+            advice="Divide once, by the number of all targets of the batch.",
             factor=factor,
         )
     if met.dtype == torch.float64 and math.isclose(factor, 1 / rows, rel_tol=1e-6):
         fail(
-            f"the update is the gradient of the mean loss divided by the {rows} rows of the batch once more",
+            f"the update is the gradient of the mean loss divided once more, by the {rows} rows of the batch",
             likely=("accum-double-normalised",),
-            advice="The mean is divided already.",
+            advice="Remove one division: the mean is already divided by the number of targets.",
             factor=factor,
         )
-    size = "the sum over its targets" if math.isclose(factor, targets, rel_tol=1e-4) else "clipped or scaled"
-    advise(f"an update is {factor:.4g} times the gradient of the mean loss: {size}")
+    size = "the sum over the targets" if math.isclose(factor, targets, rel_tol=1e-4) else "clipped or scaled"
+    advise(f"the update is {factor:.4g} times the gradient of the mean loss: {size}")
 
 
-def other_direction(subject: Subject, model: nn.Module, met: MetStep, gradient: Tensor, batch: list) -> None:
-    """What an update that is not along the gradient is along."""
+def other_direction(subject: Subject, model: nn.Module, met: MetStep, gradient: Tensor, batch: list[Example]) -> None:
+    """Judges an update that is not in the direction of the gradient."""
     got, when = -met.first.update / RATE, f"the first step ({met.says})"
     if not got.any():
         refuse_update(got, gradient, "the first step", *cause(got, step_mistakes(got, gradient, [], 1, 1)))
@@ -156,23 +157,23 @@ def other_direction(subject: Subject, model: nn.Module, met: MetStep, gradient: 
     split = [p for p in pieces(model, got).items() if p[1].any()]
     wanted = pieces(model, gradient)
     if all(parallel(piece, wanted[name]) > SURE for name, piece in split):
-        advise("each parameter's gradient is scaled by itself (clipped one by one), which turns the whole")
+        advise("each parameter's gradient is clipped separately, which changes the direction of the update")
         return
     limit = float(got.abs().max())
     if near(got, gradient.clamp(-limit, limit)):
-        advise(f"gradients are clipped value by value, at {limit:.3g}, which turns them")
+        advise(f"gradients are clipped value by value, at {limit:.3g}, which changes the direction of the update")
         return
     if near(got, gradient.clamp(max=float(got.max()))) or near(got, gradient.clamp(min=float(got.min()))):
-        says = "clipped value by value on one side only: entries of the other sign are left as large as they are"
+        says = "clipped value by value on one side only: entries of the other sign are not clipped"
         refuse_update(got, gradient, when, says, ("clip-by-value",))
     shrunk = decays(pieces(model, got), wanted, pieces(model, met.first.before))
     if shrunk:
-        advise(f"the step takes something off the weights beside the gradient (decay) in {len(shrunk)} parameters")
+        advise(f"besides the gradient, the step applies weight decay to {len(shrunk)} parameters")
         return
     says, likely = cause(got, step_mistakes(got, gradient, [], sum(len(e) - 1 for e in batch), len(batch)))
     if not says and parallel(got, gradient) > UNDECIDED:
-        advise(f"an update is {angle(got, gradient)}° from the gradient of the mean next-token loss")
-        raise NotApplicable("the step adds something to the next-token loss that is not known here", called=met.says)
+        advise(f"the update is {angle(got, gradient)}° from the gradient of the mean next-token loss")
+        raise NotApplicable("the step adds an unknown term to the next-token loss", called=met.says)
     refuse_update(got, gradient, when, says, likely, model)
 
 
@@ -182,13 +183,15 @@ def advise_of_several_steps(subject: Subject, met: MetStep) -> None:
         met.run(model, optimizer, met.first.examples)
     if len(events.gradients) > met.calls:
         advise(
-            f"optimizer.step() is called {len(events.gradients)} times in a train_step ({events}): every micro-batch "
-            "is a step of its own, so that nothing is accumulated"
+            f"optimizer.step() is called {len(events.gradients)} times in one train_step ({events}): every micro-batch "
+            "makes its own step, so nothing is accumulated"
         )
 
 
-def refuse_rows(subject: Subject, model: nn.Module, got: Tensor, gradient: Tensor, batch: list, when: str) -> None:
-    """Fails if rows count unequally, or are trained on each other's targets."""
+def refuse_rows(
+    subject: Subject, model: nn.Module, got: Tensor, gradient: Tensor, batch: list[Example], when: str
+) -> None:
+    """Fails if rows have unequal weights, or are trained on each other's targets."""
     whole = torch.tensor(batch, device=subject.device)
     losses, logits = Losses(subject, model), subject.logits(model, whole[:, :-1])
     counts = row_weights(got, [losses.gradient(row.mean() / len(batch)) for row in cross_entropy(logits, whole[:, 1:])])
@@ -201,9 +204,9 @@ def refuse_rows(subject: Subject, model: nn.Module, got: Tensor, gradient: Tenso
 
 
 def refuse_pairing(
-    subject: Subject, model: nn.Module, met: MetStep, got: Tensor, gradient: Tensor, batch: list
+    subject: Subject, model: nn.Module, met: MetStep, got: Tensor, gradient: Tensor, batch: list[Example]
 ) -> None:
-    """Fails if the update is along the gradient of other targets."""
+    """Fails if the update is the gradient for other targets."""
     whole = torch.tensor(batch, device=subject.device)
     tokens, targets = whole[:, :-1], whole[:, 1:]
     losses = Losses(subject, model)
@@ -218,31 +221,34 @@ def refuse_pairing(
 
 
 def policy(losses: Losses, got: Tensor, logits: Tensor, targets: Tensor) -> str:
-    """The legitimate choice that explains an update: targets left out on purpose, or smoothed."""
+    """The legitimate choice that explains an update: some targets are left out, or label smoothing."""
     values = cross_entropy(logits, targets)
     for n in (1, 2, 3):
         if n < targets.shape[1] - 1 and parallel(got, losses.gradient(values[:, n:].mean())) > SURE - 1e-4:
             return f"leaves out the first {n} targets of every row"
-    for symbol in targets.unique().tolist():
+    for symbol in sorted({int(i) for i in targets.flatten()}):
         if parallel(got, losses.gradient(values[targets != symbol].mean())) > SURE - 1e-4:
-            return f"leaves out targets of id {symbol}: right if that is padding and nothing else"
+            return f"leaves out targets with id {symbol}: correct if that is only padding"
     plain, even = losses.gradient(values.mean()), losses.gradient(-logits.log_softmax(-1).mean())
     a, b = shares(got, plain, even)
     if a > 0 and 0 < b < a and parallel(got, a * plain + b * even) > SURE - 1e-4:
-        return f"smooths its targets, by {b / (a + b):.3g}"
+        return f"uses label smoothing of {b / (a + b):.3g}"
     return ""
 
 
-# What a step does with padding, a limit, a scale and a schedule
+# What a step does with padding, a clipping limit, a loss scale and a schedule
+
+
+ROLE_NAMES = {"clip": "a clipping limit", "scaler": "a gradient scaler", "scheduler": "a learning-rate scheduler"}
 
 
 def understood(subject: Subject, role: str = "") -> MetStep:
-    """A step that is along the gradient, with a parameter for the role. Raises NotApplicable for others."""
+    """A step in the direction of the gradient, with a parameter for the role. Raises NotApplicable for others."""
     met = met_step(subject)
     if role and met.takes(role) is None:
-        raise NotApplicable(f"train_step takes nothing for its {role}", parameters=list(met.roles))
+        raise NotApplicable(f"train_step has no parameter for {ROLE_NAMES.get(role, role)}", parameters=list(met.roles))
     if not met.right:
-        raise NotApplicable("the step is not along the gradient of the next-token loss", called=met.says)
+        raise NotApplicable("the update is not in the direction of the next-token gradient", called=met.says)
     return met
 
 
@@ -252,7 +258,7 @@ def fresh(subject: Subject, met: MetStep) -> tuple[nn.Module, torch.optim.Optimi
 
 
 def padded_rows_count_by_their_targets(subject: Subject) -> None:
-    """Rows of several lengths, padded with targets of -100: every real target counts alike, padding nothing."""
+    """In rows of different lengths padded with targets of -100, every real target must have the same weight."""
     met = understood(subject)
     model, optimizer = fresh(subject, met)
     batch = examples(subject, len(met.first.examples), seed=2, longest=subject.sizes.block_size - 1)
@@ -262,37 +268,37 @@ def padded_rows_count_by_their_targets(subject: Subject) -> None:
     try:
         step = met.run(model, optimizer, batch)
     except Exception as error:
-        raise NotApplicable("the step takes no padded batch with targets of -100", error=str(error)[:100]) from None
+        raise NotApplicable("train_step takes no padded batch with targets of -100", error=str(error)[:100]) from None
     got = -step.update / RATE
     if parallel(got, total) > SURE - 1e-4:
         return
     found = row_weights(got, [g for g, _, _ in parts])
     if found is None:
         note(padding="counts, or is not told by -100")
-        raise NotApplicable("the step does not leave out targets of -100, so its padding is not known here")
+        raise NotApplicable("the step does not ignore targets of -100, and its own padding id is unknown")
     per_row = [c * n for c, n in zip(found, counts, strict=True)]
     if max(per_row) - min(per_row) < 1e-3 * max(map(abs, per_row)):
-        advise("the step takes the mean of each row first: a target in a short row counts more")
+        advise("the step averages each row first: targets in short rows count more")
         return
     each = ", ".join(f"{c / max(found):.3g}" for c in found)
     if not knows_padding(met):
         advise(
-            "the step averages the means of its micro-batches: right as long as none of them has padding (a target "
-            f"counts {each} times by row where rows have {counts})"
+            "the step averages the means of its micro-batches: correct only without padding (for rows of "
+            f"{counts} targets, a target has weight {each}, by row)"
         )
         return
     fail(
-        f"of a padded batch with {counts} targets in its rows, a target counts {each} times by row: micro-batches are "
-        "divided by their own counts, and one with few targets weighs as much as one with many",
+        f"in a padded batch whose rows have {counts} targets, a target has weight {each}, by row: each micro-batch is "
+        "divided by its own number of targets, so one with few targets weighs as much as one with many",
         likely=("accum-mean-of-means",),
-        advice="Add up sums over micro-batches and divide once by all targets of the window.",
+        advice="Add up loss sums over the micro-batches, and divide once by the number of all targets of the batch.",
         targets=counts,
         weights=found,
     )
 
 
 def knows_padding(met: MetStep) -> bool:
-    """Whether a step is written for padded batches: it is handed a mask, or speaks of one."""
+    """Whether a step is written for padded batches: it takes a mask, or its source mentions one."""
     try:
         source = inspect.getsource(met.function)
     except (OSError, TypeError):
@@ -301,7 +307,7 @@ def knows_padding(met: MetStep) -> bool:
 
 
 def limit_cuts_the_gradient(subject: Subject) -> None:
-    """A limit handed to the step is the length of what it moves the weights by, per rate."""
+    """The clipping limit passed to the step must be the norm of its update, divided by the learning rate."""
     met = understood(subject, "clip")
     parameter = met.takes("clip")
     for share in (0.01, 0.5):
@@ -316,23 +322,23 @@ def limit_cuts_the_gradient(subject: Subject) -> None:
         targets = sum(len(example) - 1 for example in met.first.examples)
         says, likely = cause(got, clipping_mistakes(gradient, list(pieces(model, gradient).values()), limit, targets))
         if likely in (("clip-by-value",), ("clip-per-parameter",)) or not says:
-            advise(f"with {parameter}={limit:.3g} the gradient is {says or 'changed in a way not known here'}")
+            advise(f"with {parameter}={limit:.3g} the gradient is {says or 'changed in an unknown way'}")
             return
         left = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         if left and "clip-after-step" in likely and near(torch.cat(left).double(), want, 1e-3):
-            says, likely = "not clipped, for it is clipped only after the step", ("clip-after-step",)
+            says, likely = "clipped only after the step", ("clip-after-step",)
         fail(
-            f"with {parameter}={limit:.3g} a gradient of length {float(gradient.norm()):.4g} moves the weights by "
-            f"{float(got.norm()):.4g} × the learning rate instead of {limit:.3g}: it is {says}",
+            f"with {parameter}={limit:.3g}, a gradient of norm {float(gradient.norm()):.4g} gives an update of "
+            f"{float(got.norm()):.4g} × the learning rate, expected {limit:.3g}: the gradient is {says}",
             likely=likely,
-            advice="clip_grad_norm_(all parameters, c) after the last backward and before optimizer.step().",
+            advice=CLIP_ADVICE,
             limit=limit,
             order=events.names,
         )
 
 
 def scaler_cancels(subject: Subject) -> None:
-    """With a scaler that scales, a clipped step goes where it goes with one that does not."""
+    """A clipped step must be the same with an enabled gradient scaler as with a disabled one."""
     met = understood(subject, "scaler")
     updates = []
     for enabled in (False, True):
@@ -344,21 +350,22 @@ def scaler_cancels(subject: Subject) -> None:
         try:
             updates.append(met.run(model, optimizer, met.first.examples, **given).update)
         except Exception as error:
-            raise NotApplicable("the step takes no scaler that scales", error=str(error)[:100]) from None
+            raise NotApplicable("train_step fails with an enabled scaler", error=str(error)[:100]) from None
     if near(updates[1], updates[0], 1e-3):
         return
     share = float(updates[1].norm() / updates[0].norm())
     fail(
-        f"with a loss scale of 1024 the weights move {share:.4g} times as far as without: "
-        + ("the gradient is clipped while it is scaled" if share < 1 else "the scale is never taken off"),
+        f"with a loss scale of 1024, the update is {share:.4g} times as large as without: "
+        + ("the gradient is clipped while it is scaled" if share < 1 else "the scale is never removed"),
         likely=("clip-before-unscale",),
-        advice="scaler.scale(loss).backward(), scaler.unscale_(optimizer), clip, scaler.step(optimizer), update().",
+        advice="Call scaler.scale(loss).backward(), scaler.unscale_(optimizer), clip, scaler.step(optimizer), "
+        "scaler.update().",
         share=share,
     )
 
 
 def schedule_ticks_once(subject: Subject) -> None:
-    """A scheduler handed to the step ticks once for a step of the optimizer, after it."""
+    """A scheduler passed to the step must be stepped once per optimizer step, after it."""
     met = understood(subject, "scheduler")
     model, optimizer = fresh(subject, met)
     with watched_events(model, optimizer) as events:
@@ -369,26 +376,26 @@ def schedule_ticks_once(subject: Subject) -> None:
     note(order=str(events))
     if ticks > steps:
         fail(
-            f"the scheduler ticks {ticks} times in {steps} optimizer steps ({events}): the schedule is over "
-            f"{ticks / max(steps, 1):.3g} times too soon",
+            f"the scheduler is stepped {ticks} times in {steps} optimizer steps ({events}): the schedule ends "
+            f"{ticks / max(steps, 1):.3g} times too early",
             likely=("scheduler-per-microbatch",),
-            advice="scheduler.step() once, right after optimizer.step().",
+            advice="Call scheduler.step() once, right after optimizer.step().",
             order=events.names,
         )
     if ticks == 0:
-        advise("train_step is given a scheduler and never ticks it: right only if its caller does")
+        advise("train_step takes a scheduler but never steps it: correct only if its caller does")
         return
     if order[0] == "scheduler.step":
         fail(
-            f"the scheduler ticks before the optimizer steps ({events}): the first rate of the schedule is skipped",
+            f"the scheduler is stepped before the optimizer ({events}): the first learning rate is skipped",
             likely=("scheduler-off-by-one",),
-            advice="optimizer.step() first, then scheduler.step().",
+            advice="Call optimizer.step() first, then scheduler.step().",
             order=events.names,
         )
 
 
 def step_leaves_random_states(subject: Subject) -> None:
-    """A step may draw from the global random state, and never sets it."""
+    """A step may draw from the global random generator, but must not seed it."""
     met = met_step(subject)
     after = []
     for seed in (3, 4):
@@ -399,8 +406,8 @@ def step_leaves_random_states(subject: Subject) -> None:
             after.append(torch.get_rng_state())
     if torch.equal(*after):
         fail(
-            "the random state after a step does not depend on what it was before: train_step seeds it, so that dropout "
-            "drops the same units at every step",
+            "the random state after a step does not depend on the state before: train_step seeds the generator, so "
+            "dropout drops the same units at every step",
             likely=("step-reseeds",),
-            advice="Seed once, before the training.",
+            advice="Seed once, before training.",
         )
