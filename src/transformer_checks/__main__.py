@@ -1,4 +1,4 @@
-"""`python -m checks FILE[:NAME]`: the same as `pytest --model FILE[:NAME]`, supervised.
+"""`python -m transformer_checks FILE[:NAME]`: the same as `pytest --model FILE[:NAME]`, supervised.
 
 The checks run in a process of their own, whose verdicts are read as they are written: a model that crashes the
 interpreter, hangs or ends the process is reported with the check that it did so in, and is never green.
