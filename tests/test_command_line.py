@@ -18,7 +18,7 @@ from transformer_checks.transformer import checkpoint, commands
 from transformer_checks.transformer.__main__ import main
 from transformer_checks.transformer.metrics import read_metrics
 from transformer_checks.transformer.model import ModelConfig, llama
-from transformer_checks.transformer.train_config import PUBLISHED, TrainConfig
+from transformer_checks.transformer.train_config import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ["--n_embd", "16", "--n_head", "2"]
@@ -146,9 +146,7 @@ def test_the_effective_config_repeats_the_training():
     assert all(tensor.equal(second["model"][name]) for name, tensor in first["model"].items())
 
 
-def test_the_published_config_files_are_what_they_say():
-    options = commands.parse(["train", "--config", str(CONFIGS / "published.yaml")]).train
-    assert commands.taken(options, TrainConfig) == PUBLISHED
+def test_the_llama_config_file_is_what_it_says():
     options = commands.parse(["train", "--config", str(CONFIGS / "llama.yaml")]).train
     options.vocab_size, options.block_size = 15, 23
     assert commands.taken(options, ModelConfig) == llama()
@@ -204,7 +202,8 @@ def test_a_prompt_that_cannot_be_is_refused(capsys):
     main(["train", *SMALL, "--steps", "1"])
     capsys.readouterr()
     assert "'z' at position 2 of 'I z'" in refused(capsys, "generate", "--prompt", "I z")
-    assert "23 characters; the model takes at most 22" in refused(capsys, "generate", "--prompt", "I love machine learning")
+    said = refused(capsys, "generate", "--prompt", "I love machine learning")
+    assert "23 characters; the model takes at most 22" in said
     assert "temperature" in refused(capsys, "generate", "--temperature", "-1")
 
 
