@@ -1,4 +1,4 @@
-"""`make bench`: the reference beside other implementations, in turn in one process; prints ratios with intervals.
+"""`make bench`: the reference beside other implementations in one process; prints time ratios with intervals.
 
 python -m benchmarks.compare [--nanogpt FOLDER] [--threads N] [--rounds N] [--cpu-time] [training | decoding]
 """
@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.peers import Peer
-from transformer_checks.checks.probes.matrix_products import decoding_products, training_products
+from transformer_checks.checks.probes.loads import decoding_products, training_products
 from transformer_checks.checks.probes.timing import Ratio, Runs, in_turn, ratio
 from transformer_checks.checks.subject import Sizes
 
@@ -28,7 +28,7 @@ Clock = Callable[[], float]
 
 @dataclass
 class Figures:
-    """What the README states, with what it should be."""
+    """The figures that the README states, each with its budget."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -48,16 +48,18 @@ def main() -> None:
         training(others, options.rounds, clock, figures)
     if options.what != "training":
         decoding(others, options.rounds, clock, figures)
-    print("\nours, in short: the median of paired rounds and its 95 % interval", *figures.lines, sep="\n")
+    print("\nsummary: median of paired rounds with its 95 % interval", *figures.lines, sep="\n")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("training", "decoding"), help="by default both")
-    parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT; without it that peer is skipped")
+    parser.add_argument("what", nargs="?", choices=("training", "decoding"), help="default: both")
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, which is skipped without it")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15, help="at most; three at least, however long they take")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine that others load too")
+    parser.add_argument("--rounds", type=int, default=15, help="at most; at least three, however long they take")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="measure processor time, for a machine that others use too"
+    )
     options = parser.parse_args()
     for name in ("threads", "rounds"):
         if getattr(options, name) < 1:
@@ -66,7 +68,7 @@ def parse() -> argparse.Namespace:
 
 
 def available(nanogpt: str | None) -> dict[str, Callable[[Sizes], Peer]]:
-    """The other implementations that are here, by name; what is not is said."""
+    """The other implementations that are installed, by name; prints which are skipped."""
     builders: dict[str, Callable[[Sizes], Peer]] = {
         "HF GPT-2": peers.hf_gpt2,
         "x-transformers": peers.x_transformers,
@@ -134,7 +136,7 @@ def decoding(others: dict[str, Callable[[Sizes], Peer]], rounds: int, clock: Clo
 
 
 def report(title: str, runs: Runs, tokens: int, rounds: int, clock: Clock) -> dict[str, list[float]]:
-    """Of each run the median time and speed, and its time as a multiple of ours with the 95 % interval."""
+    """Prints the median time and speed of each run, and its time relative to ours with the 95 % interval."""
     seconds = in_turn(runs, rounds, clock=clock, patience=PATIENCE)
     made = len(seconds["ours"])
     print(f"\n{title}, {made} rounds\n{'':24} {'ms':>9} {'token/s':>9}   its time / ours [95 %]     ours / its time")

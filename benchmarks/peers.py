@@ -1,4 +1,4 @@
-"""Other implementations of the same model at the same sizes, each as its authors would train it and decode with it."""
+"""Other implementations of the same model at the same sizes, trained and decoded as their authors do."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def ours_without_cache(sizes: Sizes) -> Peer:
 
 
 def nanogpt(folder: str | Path, sizes: Sizes) -> Peer:
-    """From a folder with nanoGPT's model.py. Raises FileNotFoundError where there is none."""
+    """From a folder with nanoGPT's model.py. Raises FileNotFoundError if it has none."""
     path = Path(folder) / "model.py"
     if not path.is_file():
-        raise FileNotFoundError(f"no model.py in {folder}: --nanogpt wants a clone of nanoGPT")
+        raise FileNotFoundError(f"no model.py in {folder}: --nanogpt must be a clone of nanoGPT")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -1,7 +1,7 @@
-"""A subject's training steps and its decoding, beside the reference and plain matrix products, in turn.
+"""Times a subject's training step and decoding beside the reference and bare matrix products, in the same rounds.
 
 Run by `pytest --gpu` or by naming this file (`pytest checks/bench_training.py --model model.py --benchmark-json=f`),
-never by a plain `pytest`. All that was measured stands in each benchmark's `extra_info`.
+never by a plain `pytest`. All measurements are in each benchmark's `extra_info`.
 """
 
 from __future__ import annotations
@@ -39,19 +39,21 @@ from .subject import Subject
 from .watch.memory import peak_bytes
 
 ROUNDS, FEW = 20, 5  # of steps of small and of large loads
-LONG_ENOUGH = 64  # positions, for a slope over them to mean something
-pytestmark = pytest.mark.filterwarnings("ignore")  # compilers warn of themselves, subjects of what is theirs
+LONG_ENOUGH = 64  # positions for a slope over them to mean something
+pytestmark = pytest.mark.filterwarnings("ignore")  # compilers' and subjects' warnings are not ours
+Tell = Callable[[str], None]
+Refuse = Callable[..., None]
 TYPES = {"eager": torch.float32, "bfloat16": torch.bfloat16, "compiled": torch.float32}
 
 
 class Step:
-    """One training step of one model; `parts` are the seconds of forward with loss, backward, optimizer, by step."""
+    """One training step of a model. `parts` has the seconds of forward (with loss), backward and optimizer per step."""
 
     def __init__(self, subject: Subject, load: Load, how: str = "eager") -> None:
         self.subject, self.dtype, self.device = sized(subject, load), TYPES[how], subject.device
         self.model = self.subject.build().train()
         if how == "compiled":
-            torch.compiler.reset()  # another size is another program, and no recompilation of this one
+            torch.compiler.reset()  # another size is a new program, not a recompilation
             self.model.compile()
         self.tokens, self.targets = self.subject.tokens(2 * load.B, load.T).chunk(2)
         fused = self.device.type in ("cpu", "cuda")
@@ -63,7 +65,7 @@ class Step:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = next_token_loss(self.subject.logits(self.model, self.tokens), self.targets)
         marks.mark("forward")
-        loss.backward()
+        torch.autograd.backward(loss)
         marks.mark("backward")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -75,7 +77,7 @@ class Step:
         return {name: statistics.median(part[name] for part in latest) for name in latest[0]}
 
     def peak_bytes(self) -> int:
-        """What one step holds at most beyond weights and optimizer: activations and gradients."""
+        """Peak memory of one step beyond weights and optimizer state: activations and gradients."""
         return peak_bytes(self, self.device)
 
 
@@ -99,25 +101,25 @@ def plugin(config: pytest.Config) -> Any:
 
 @pytest.fixture
 def reference(subject: Subject) -> Subject:
-    """The reference, by the door that a student's file takes, on the subject's device."""
+    """The reference model, loaded as a student's file is, on the subject's device."""
     return ours.reference(device=str(subject.device))
 
 
 @pytest.fixture
 def patient(request: pytest.FixtureRequest, subject: Subject) -> bool:
-    """Whether what takes minutes on a CPU may run."""
+    """Whether benchmarks that take minutes on a CPU may run."""
     return subject.device.type != "cpu" or bool(plugin(request.config).options.get("slow"))
 
 
 @pytest.fixture
-def tell(request: pytest.FixtureRequest, subject: Subject) -> Callable[[str], None]:
-    """Keeps a line for the end of the run."""
+def tell(request: pytest.FixtureRequest, subject: Subject) -> Tell:
+    """Adds a line to the end of the run."""
     return lambda line: request.node.user_properties.append(("benchmark", f"{subject.name}, {line}"))
 
 
 @pytest.fixture
-def refuse(request: pytest.FixtureRequest, subject: Subject, patient: bool) -> Callable[..., None]:
-    """Skips what would take minutes, does not fit or cannot be compiled here; the end of the run says so."""
+def refuse(request: pytest.FixtureRequest, subject: Subject, patient: bool) -> Refuse:
+    """Skips a load that would take minutes, does not fit or cannot be compiled; the end of the run says so."""
 
     def refuse(load: Load, how: str = "eager") -> None:
         why = why_not(load, how, subject.device, patient)
@@ -130,9 +132,9 @@ def refuse(request: pytest.FixtureRequest, subject: Subject, patient: bool) -> C
 
 def why_not(load: Load, how: str, device: torch.device, patient: bool) -> str | None:
     if device.type == "meta":
-        return "nothing is computed on the meta device"
+        return "the meta device computes nothing"
     if not patient and (load.large or how != "eager"):
-        return "larger sizes, bfloat16 and compiled steps are not run on a CPU without --slow"
+        return "larger sizes, bfloat16 and compiled steps run on a CPU only with --slow"
     if how == "compiled" and (missing := compiler_missing(device)):
         return f"compiled steps are not run: {missing}"
     if missing := too_large(load, device):
@@ -142,7 +144,7 @@ def why_not(load: Load, how: str, device: torch.device, patient: bool) -> str | 
 
 @contextmanager
 def theirs(subject: Subject) -> Iterator[None]:
-    """What a subject raises is said in a line, with its own file and line; our traceback would say less."""
+    """Reports an error of the subject in one line, with its own file and line instead of our traceback."""
     try:
         yield
     except NotApplicable as reason:
@@ -160,9 +162,9 @@ def theirs(subject: Subject) -> Iterator[None]:
 
 @pytest.mark.parametrize("how", TYPES)
 def bench_training_step(
-    benchmark: Any, subject: Subject, reference: Subject, tell: Callable, refuse: Callable, load: Load, how: str
+    benchmark: Any, subject: Subject, reference: Subject, tell: Tell, refuse: Refuse, load: Load, how: str
 ) -> None:
-    """A step's time as a multiple of the reference's and of its matrix products', and what it holds."""
+    """The time of a step relative to the reference and to its matrix products, and its peak memory."""
     refuse(load, how)
     rounds = FEW if load.large else ROUNDS
     with theirs(subject):
@@ -186,7 +188,7 @@ def bench_training_step(
         peak_bytes=held,
     )
     parts = ", ".join(f"{name} {part * 1e3:.3g}" for name, part in mine.median_parts(rounds).items())
-    memory = f"; {held['subject'] / 2**20:.3g} MiB beside weights and optimizer" if held else ""
+    memory = f"; {held['subject'] / 2**20:.3g} MiB beyond weights and optimizer" if held else ""
     tell(
         f"step of {load}, {how}: {speed:,.0f} token/s, {multiple} × the reference's time, "
         f"matrix products {share.median:.0%} of it; ms: {parts}{memory}"
@@ -194,10 +196,8 @@ def bench_training_step(
 
 
 @pytest.mark.parametrize("axis", AXES)
-def bench_growth(
-    benchmark: Any, subject: Subject, reference: Subject, tell: Callable, refuse: Callable, axis: str
-) -> None:
-    """How the step's time grows with length, batch, width and depth, as a power: every size in turn."""
+def bench_growth(benchmark: Any, subject: Subject, reference: Subject, tell: Tell, refuse: Refuse, axis: str) -> None:
+    """The exponent with which the time of a step grows with length, batch size, width and depth."""
     letter, loads = AXES[axis]
     refuse(loads[0])
     runs: dict[str, Callable[[], object]] = {}
@@ -228,9 +228,9 @@ def bench_growth(
 
 @pytest.mark.parametrize("cache", ["cached", "uncached"])
 def bench_decoding(
-    benchmark: Any, subject: Subject, reference: Subject, tell: Callable, refuse: Callable, patient: bool, cache: str
+    benchmark: Any, subject: Subject, reference: Subject, tell: Tell, refuse: Refuse, patient: bool, cache: str
 ) -> None:
-    """Time a token against its position, both models token by token in turn; flat with a cache."""
+    """Time per token by position, for both models token by token in turn; constant with a cache."""
     load = loads_of(subject, (TEN if patient else SMALL,))[0]
     refuse(load)
     with theirs(subject), torch.no_grad():
@@ -251,21 +251,21 @@ def bench_decoding(
         of_the_reference=asdict(multiple),
         share_of_the_products=asdict(share),
     )
-    grows = f"from the first to token {load.T} a token's time grows by {slopes['subject']:+.0%}"
+    grows = f"from the first token to number {load.T} the time per token changes by {slopes['subject']:+.0%}"
     grows += f" (reference {slopes['reference']:+.0%})"
     tell(
         f"decoding {load}, {cache}: {speed:,.0f} token/s, {multiple} × the reference's time, matrix-vector products "
-        f"{share.median:.0%} of it; {grows if load.T >= LONG_ENOUGH else f'{load.T} positions show no slope'}"
+        f"{share.median:.0%} of it; {grows if load.T >= LONG_ENOUGH else f'{load.T} positions are too few for a slope'}"
     )
 
 
 def reader(subject: Subject, load: Load, cached: bool) -> Callable[[], Tensor]:
-    """Reads one more token at each call: it alone over a cache, all so far without one."""
+    """Reads one more token at each call: that token alone with a cache, the whole text so far without."""
     subject = sized(subject, load)
     model, tokens = subject.build(), subject.tokens(1, load.T)
     cache, t = subject.new_cache(model, 1) if cached else None, 0
     if cached and cache is None:
-        raise NotApplicable("the subject has no cache known here")
+        raise NotApplicable("the model has no key-value cache that is known here")
 
     def read() -> Tensor:
         nonlocal t
@@ -278,9 +278,9 @@ def reader(subject: Subject, load: Load, cached: bool) -> Callable[[], Tensor]:
 
 
 def slope(seconds: list[float]) -> float:
-    """By how much of the first token's time the time of a token has grown at the end, along a straight line.
+    """The growth of the time per token from first to last, relative to the first, along a fitted line.
 
-    Through the medians of eighths, so that no single delay bends it.
+    Fitted to the medians of eighths, so that no single delay bends it.
     """
     eighths = [float(np.median(part)) for part in np.array_split(np.asarray(seconds), 8)]
     per_eighth, first = np.polyfit(np.arange(8), eighths, 1)
@@ -293,7 +293,7 @@ def slope(seconds: list[float]) -> float:
 def measured(
     benchmark: Any, runs: dict[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
-    """Every round runs all in turn; the rounds of pytest-benchmark are the subject's."""
+    """Runs everything once per round; pytest-benchmark itself times the subject."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     others: Runs = {name: run for name, run in runs.items() if name != "subject"}
 
@@ -314,5 +314,8 @@ def measured(
 def together(
     benchmark: Any, runs: Runs, rounds: int, device: torch.device, *, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """All rounds of all runs as one round of pytest-benchmark, whose own figure then says little."""
-    return benchmark.pedantic(in_turn, args=(runs, rounds), kwargs=dict(warmup=warmup, device=device), rounds=1)
+    """All rounds of all runs as a single round of pytest-benchmark, whose own figure then means little."""
+    seconds: dict[str, list[float]] = benchmark.pedantic(
+        in_turn, args=(runs, rounds), kwargs=dict(warmup=warmup, device=device), rounds=1
+    )
+    return seconds

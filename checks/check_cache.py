@@ -1,4 +1,4 @@
-"""A key-value cache changes nothing but the time: what is read over it, in any pieces, is what is read whole."""
+"""The key-value cache: decoding with it, in pieces of any lengths, must give the logits of the whole text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PIECES = "check_cache.check_cached_pieces_equal_full"
 
 @needs(SHAPE, CAUSAL, REPEATS)
 def check_cached_decoding_equals_full(subject: Subject) -> None:
-    """Read over the cache, a prompt at once and then token by token, a text has the logits it has when read whole."""
+    """Prefill and then decoding token by token with the cache must give the same logits as reading the whole text."""
     read, T = reader(subject), length(subject)
     tokens = subject.tokens(3, T, seed=subject.seed)
     want = read.whole(tokens)
@@ -38,19 +38,19 @@ def check_cached_decoding_equals_full(subject: Subject) -> None:
 def judge_pieces(
     read: Reader, tokens: Tensor, pieces: Sequence[int], got: Tensor, want: Tensor, at: tuple[int, int]
 ) -> None:
-    """Names the piece, the position, and the tokens on which its logits depend and on which they should."""
+    """Fails with the piece, the position, and the tokens on which its logits depend and on which they should."""
     row, position = at
     ends = torch.tensor(pieces).cumsum(0).tolist()
     piece = next(i for i, end in enumerate(ends) if position < end)
     start, end = ends[piece] - pieces[piece], ends[piece]
     cause, likely = why(read, tokens, pieces, (got, want), position, start)
     call = f"token {start}" if end - start == 1 else f"tokens {start} to {end - 1}"
-    held = f"a cache of {start} token{'s' * (start > 1)}" if start else "the empty cache"
+    held = f"a cache of {start} token{'s' * (start > 1)}" if start else "an empty cache"
     fail(
-        f"{call}, read over {held}: the logits at position {position} differ from those of the whole text "
-        f"{apart(got, want, at)}, and {cause}",
+        f"given {call} and {held}, the logits at position {position} differ from those of the whole text "
+        f"{apart(got, want, at)}: {cause}",
         likely=likely,
-        advice="over a cache of S tokens the query number i has position S + i, sees keys 0 to S + i, and nothing else",
+        advice="with S tokens in the cache, give query i the position S + i and let it attend to keys 0 to S + i only",
         pieces=list(pieces),
         row=row,
         position=position,
@@ -62,10 +62,12 @@ def judge_pieces(
 def why(
     read: Reader, tokens: Tensor, pieces: Sequence[int], found: tuple[Tensor, Tensor], first: int, start: int
 ) -> tuple[str, tuple[str, ...]]:
-    """What goes with a wrong reading in pieces, of which `first` is the first wrong position; and the likely bugs."""
+    """What is wrong with logits read in pieces, of which `first` is the first wrong position, and the likely bugs."""
     got, want = found
     size = read.bound(want).size
-    if start and first < len(want[0]) - 1 and pieces[-1] > 1:  # halves show best what a piece behind a cache sees
+    if (
+        start and first < len(want[0]) - 1 and pieces[-1] > 1
+    ):  # two halves show best what a piece attends to in the cache
         halves = [tokens.shape[1] // 2, tokens.shape[1] - tokens.shape[1] // 2]
         again = read.pieces(tokens, halves)
         if difference(again, want) > size:
@@ -73,11 +75,11 @@ def why(
             first = int((distances(got, want) > size).any(dim=0).int().argmax())
     alone = torch.cat([read.pieces(text[None], pieces) for text in tokens])
     if difference(alone, want) <= size:
-        return "each row read alone is right: the cache mixes up rows", ("cache-rows-mixed",)
+        return "each row alone is right, so the cache mixes up rows", ("cache-rows-mixed",)
     future = [s for s in reached(read, tokens, pieces, first) if s > first]
     if future:
         return (
-            f"depend on the later {places(future)}: the causal mask is lost when there is a cache",
+            f"they depend on the later {places(future)}, so the causal mask is missing when there is a cache",
             ("prefill-unmasked-when-cache-given", "no-causal-mask", "sdpa-topleft-chunk-only"),
         )
     wrong = (distances(got, want) > size).any(dim=0).nonzero().flatten().tolist()
@@ -85,16 +87,15 @@ def why(
     seen = reached(read, tokens, pieces, last)
     unseen = [s for s in range(last + 1) if s not in seen]
     if unseen and start and seen == list(range(len(unseen), last + 1)):
-        return f"those at {last} do not depend on {places(unseen)}: the cache is written and not read", CAUSES[
-            "forgets"
-        ]
+        cause = f"at position {last} they do not depend on {places(unseen)}, so the cache is written but not read"
+        return cause, CAUSES["forgets"]
     if unseen:
-        return f"those at {last} depend on {places(seen)} and not on {places(unseen)}", CAUSES["misses"]
+        return f"at position {last} they depend on {places(seen)}, but not on {places(unseen)}", CAUSES["misses"]
     if right_with_one_block(read, tokens, pieces):
-        return "with one block they are right: each block needs keys and values of its own", ("cache-swaps-layers",)
+        return "with one block they are right, so blocks share keys and values", ("cache-swaps-layers",)
     single = last - first + 1 == len(wrong) and pieces[-1] == 1
     return (
-        "depend on the tokens on which they should: look at the positions given to what is read now",
+        "they depend on the right tokens, so the new tokens may have wrong positions",
         CAUSES["single"] if start and single else CAUSES["several"],
     )
 
@@ -108,6 +109,7 @@ CAUSES = {
 
 
 def right_with_one_block(read: Reader, tokens: Tensor, pieces: Sequence[int]) -> bool:
+    """Whether a model of a single block reads these pieces right."""
     if not read.subject.can_vary("n_layer"):
         return False
     one = read.sharp(n_layer=1)
@@ -116,7 +118,7 @@ def right_with_one_block(read: Reader, tokens: Tensor, pieces: Sequence[int]) ->
 
 
 def reached(read: Reader, tokens: Tensor, pieces: Sequence[int], position: int) -> list[int]:
-    """The tokens that change the logits at a position when they are changed themselves, read in these pieces."""
+    """The tokens whose change changes the logits at a position, when the text is read in these pieces."""
     T, V = tokens.shape[1], read.subject.sizes.vocab_size
     texts = tokens[:1].repeat(T + 1, 1)
     for s in range(T):
@@ -136,7 +138,7 @@ def places(positions: list[int]) -> str:
 
 
 def partitions(subject: Subject) -> st.SearchStrategy[list[int]]:
-    """Ways to cut a text that fills the block: the lengths of its pieces."""
+    """The lengths of the pieces into which a text that fills the block is cut."""
     T = min(subject.sizes.block_size, LONGEST)
     return st.sets(st.integers(1, T - 1)).map(lambda cuts: [b - a for a, b in pairwise([0, *sorted(cuts), T])])
 
@@ -148,7 +150,7 @@ def has_cache(subject: Subject) -> None:
 @needs(DECODING)
 @drawn(pieces=partitions, seed=st.integers(0, 99), when=has_cache)
 def check_cached_pieces_equal_full(subject: Subject, pieces: list[int], seed: int) -> None:
-    """Read over the cache in pieces of any lengths, a text has the logits it has when it is read whole."""
+    """Reading a text with the cache, in pieces of any lengths, must give the same logits as reading it whole."""
     read, tokens = reader(subject), subject.tokens(2, sum(pieces), seed=seed)
     want, got = read.whole(tokens), read.pieces(tokens, pieces)
     at = first_wrong(got, want, read.bound(want).size)
@@ -165,7 +167,7 @@ def padded(subject: Subject) -> None:
 @needs(DECODING, PIECES)
 @drawn(pieces=partitions, side=st.sampled_from(("left", "right")), seed=st.integers(0, 99), when=padded)
 def check_cached_padding_equals_full(subject: Subject, pieces: list[int], side: str, seed: int) -> None:
-    """Read over the cache in pieces under a padding mask, real tokens have the logits they have when read whole."""
+    """Reading a padded batch with the cache, in pieces, must give real tokens the same logits as reading it whole."""
     read, T = reader(subject), sum(pieces)
     tokens, mask = subject.tokens(3, T, seed=seed), ragged(3, T, side, seed=seed).to(subject.device)
     want, got = read.whole(tokens, mask), read.pieces(tokens, pieces, mask)
@@ -174,10 +176,11 @@ def check_cached_padding_equals_full(subject: Subject, pieces: list[int], side: 
         return
     row, position = at
     fail(
-        f"padded on the {side}, read over the cache in pieces of {pieces}: row {row}, which has {int(mask[row].sum())} "
-        f"real tokens of {T}, differs at position {position} from its whole reading {apart(got, want, at)}",
+        f"padded on the {side} and read with the cache in pieces of {pieces}, the logits of row {row} "
+        f"({int(mask[row].sum())} real tokens of {T}) at position {position} differ from those of the whole text "
+        f"{apart(got, want, at)}",
         likely=("cache-forgets-padding", "left-pad-positions-not-from-mask"),
-        advice="the cache must keep the mask of all tokens read so far, and positions are counted from it",
+        advice="keep the mask of all tokens read so far in the cache, and count positions from it",
         row=row,
         position=position,
         mask=mask[row].int().tolist(),
@@ -186,22 +189,25 @@ def check_cached_padding_equals_full(subject: Subject, pieces: list[int], side: 
 
 @needs(DECODING)
 def check_caches_are_isolated(subject: Subject) -> None:
-    """A new cache knows nothing of what was read before, and two caches in use side by side do not meet."""
-    read, T = reader(subject), max(2, length(subject) // 2)  # two such texts fit a block that was not emptied
+    """A new cache must hold nothing of earlier texts, and two caches used in turn must not affect each other."""
+    read, T = (
+        reader(subject),
+        max(2, length(subject) // 2),
+    )  # so that two texts fit even into a cache that was not emptied
     first, second = subject.tokens(2, T, seed=subject.seed), subject.tokens(2, T - 1, seed=subject.seed + 1)
     whole, other = read.whole(first), read.whole(second)
     for text, want, what in (
-        (first, whole, "the first text read over a cache"),
-        (second, other, "a second text, read over a new cache,"),
-        (first, whole, "the first text, read again over a new cache,"),
+        (first, whole, "the first text read with a cache"),
+        (second, other, "a second text, read with a new cache,"),
+        (first, whole, "the first text, read again with a new cache,"),
     ):
         pieces = [text.shape[1] - 1, 1] if text.shape[1] > 1 else [1]
         expect_unmoved(read, read.pieces(text, pieces), want, what)
     expect_same(
         read.whole(first),
         whole,
-        says="a text read without a cache changed after others were read with one",
-        advice="Keep keys and values in the cache that is passed in, never on the module or in a default argument.",
+        says="reading texts with a cache changed the logits of a text read without one",
+        advice="keep keys and values in the cache that is passed in, never on the module or in a default argument",
         likely=("cache-leaks-between-calls",),
     )
     if side_by_side(read):
@@ -209,15 +215,15 @@ def check_caches_are_isolated(subject: Subject) -> None:
         a = [read.pieces(first[:, :-1], [T - 1], cache=one)]
         b = read.pieces(second[:, :1], [1], cache=two)
         a.append(read.pieces(first[:, -1:], [1], cache=one))
-        expect_unmoved(read, torch.cat(a, dim=1), whole, "a text read by turns with another, each over its own cache,")
-        expect_unmoved(read, b, other[:, :1], "the other of two texts read by turns")
+        expect_unmoved(read, torch.cat(a, dim=1), whole, "a text read in turn with another, each with its own cache,")
+        expect_unmoved(read, b, other[:, :1], "the other of two texts read in turn")
 
 
 def side_by_side(read: Reader) -> bool:
-    """Whether two caches are two things: a model that keeps its one cache inside has nothing to hand out twice."""
+    """Whether two caches can be used in turn: not where the model keeps a single cache inside itself."""
     one, two = read.new_cache(2), read.new_cache(2)
     if one is two or getattr(one, "inside_the_model", False):
-        advise("the model keeps its cache inside itself: one text at a time")
+        advise("the model keeps its cache inside itself, so it can decode only one text at a time")
         return False
     return True
 
@@ -227,9 +233,9 @@ def expect_unmoved(read: Reader, got: Tensor, want: Tensor, what: str) -> None:
     if at is not None:
         fail(
             f"{what} differs at position {at[1]} of row {at[0]} from the same text read whole {apart(got, want, at)}: "
-            "what was read before is still there",
+            "something of an earlier text is still there",
             likely=("cache-leaks-between-calls",),
-            advice="make the cache for a call, or empty it: keys, values, length and mask",
+            advice="create the cache for each text, or clear all of it: keys, values, length and mask",
             row=at[0],
             position=at[1],
         )
@@ -237,7 +243,7 @@ def expect_unmoved(read: Reader, got: Tensor, want: Tensor, what: str) -> None:
 
 @needs(DECODING)
 def check_cached_rows_are_isolated(subject: Subject) -> None:
-    """Over a cache, what one row reads changes nothing in the others."""
+    """With a cache, the tokens of one row must not change the logits of the others."""
     read, T = reader(subject), length(subject)
     tokens = subject.tokens(3, T, seed=subject.seed)
     changed = tokens.clone()
@@ -246,20 +252,20 @@ def check_cached_rows_are_isolated(subject: Subject) -> None:
     expect_same(
         got,
         want,
-        bound=read.bound(want),  # not to the bit: experts multiply as many tokens as chose them, other rows' among them
-        says="row 1 read other tokens over the cache, and rows 0 and 2 changed",
+        bound=read.bound(want),  # not exactly: an expert multiplies all tokens routed to it at once, other rows' too
+        says="with a cache, other tokens in row 1 change the logits of rows 0 and 2",
         axes=("row (0 or 2)", "position", "symbol"),
         likely=("cache-rows-mixed",),
-        advice="keys and values are stored and read by row: [B, heads, S, width]",
+        advice="store and read keys and values by row: [B, heads, S, width]",
     )
 
 
 @needs(DECODING, PIECES)
 def check_cache_overflow_is_refused_or_slides(subject: Subject) -> None:
-    """More tokens than the block holds are refused, or answered as without a cache; a cache never wraps in silence."""
+    """Beyond its block size a cache must refuse tokens, or give the logits that the model gives without one."""
     read, block = reader(subject), subject.sizes.block_size
     if block > 256:
-        raise NotApplicable(f"a block size of {block} is too long to be overfilled")
+        raise NotApplicable(f"a block size of {block} takes too long to exceed")
     for pieces in ([block - 1, 1, 1, 1], [block, 2], [block - 1, 3]):
         tokens = subject.tokens(2, sum(pieces), seed=subject.seed)
         try:
@@ -271,14 +277,16 @@ def check_cache_overflow_is_refused_or_slides(subject: Subject) -> None:
 
 
 def clearly_refused(error: Exception, block: int) -> None:
+    """Advises a clear message where an overflow ends in an index error or says nothing."""
     if isinstance(error, IndexError) or not str(error):
         advise(
-            f"a full cache refuses with {type(error).__name__}: {error}. Say how many tokens came, and that {block} fit"
+            f"a full cache raises {type(error).__name__}: {error}. A ValueError naming the number of tokens and the "
+            f"limit ({block}) would be clearer"
         )
 
 
 def judge_overflow(read: Reader, tokens: Tensor, got: Tensor, pieces: Sequence[int]) -> None:
-    """What came out past the block size is what the model says to the latest tokens, or to all, read whole."""
+    """Fails unless the logits beyond the block size are those of the latest tokens, or of all, read whole."""
     T, block = tokens.shape[1], read.subject.sizes.block_size
     readers = [(read, block), *((one, T) for one in (read, longer(read)) if one is not None)]
     for position in range(block, T):
@@ -292,10 +300,10 @@ def judge_overflow(read: Reader, tokens: Tensor, got: Tensor, pieces: Sequence[i
         if not answers or any(difference(here, want[:, None]) <= read.bound(want).size for want in answers):
             continue
         fail(
-            f"the cache takes {T} tokens, in pieces of {list(pieces)}, where the block size is {block}, and answers "
-            f"at position {position} neither as to the last {block} tokens nor as to all {position + 1}",
+            f"the cache accepts {T} tokens, in pieces of {list(pieces)}, though the block size is {block}; the logits "
+            f"at position {position} are those of neither the last {block} tokens nor all {position + 1}",
             likely=("cache-overflow",),
-            advice="refuse what does not fit, naming both lengths; or drop the oldest and read the rest anew",
+            advice="refuse tokens that do not fit, naming both lengths, or drop the oldest and read the rest again",
             position=position,
             block_size=block,
             pieces=list(pieces),
@@ -303,7 +311,7 @@ def judge_overflow(read: Reader, tokens: Tensor, got: Tensor, pieces: Sequence[i
 
 
 def longer(read: Reader) -> Reader | None:
-    """The same weights at twice the block size, where no table is as long as the block: rotary positions go on."""
+    """The same weights at twice the block size, if no weight depends on it, as with rotary positions."""
     if not read.subject.can_vary("block_size"):
         return None
     other = read.sharp(block_size=2 * read.subject.sizes.block_size)

@@ -1,36 +1,20 @@
-"""Next-token loss under a loss mask: which targets count, how much, and what the gradient is.
+"""Next-token loss under a loss mask: which targets count, with which weight, and what the gradient is.
 
-The subject's own `loss`, or the one that its model returns. How it is called and what it does are found in
-loss_conventions.py; a reduction or a shift that is usual is no failure unless the subject declares another.
+Judged is the subject's own `loss`, else the loss that its model returns. loss/met_loss.py finds out how it is called
+and what it does. A usual reduction or shift is no failure unless the subject declares another one.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+from itertools import product
 
 import torch
-from torch import Tensor
 
 from .expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, needs, note
-from .loss.cases import (
-    all_kept,
-    cause,
-    closed_form,
-    draw_case,
-    given,
-    masks,
-    named,
-    precision,
-    problem,
-    readable,
-    reduction,
-    sample,
-    weights_of,
-)
+from .loss import cases
+from .loss.cases import Case, mask_for, named, reduction, shown_apart
 from .loss.explained import misread_mask, spans
 from .loss.formula import USUAL, cross_entropy, expected_gradient
-from .loss.given import cross_entropy_line, gives
 from .loss.met_loss import met_loss
 from .loss.placing import (
     refuse_crossings,
@@ -40,7 +24,7 @@ from .loss.placing import (
     refuse_what_teaches_nothing,
 )
 from .loss.reading import NoGradient, gradient, read
-from .loss.returned import answers, leaves, slopes
+from .loss.returned import answers, cross_entropy_line, described, gives, log_probabilities, untrained
 from .probes.precision import spread
 from .subject import Subject
 from .watch.location import locate
@@ -55,122 +39,87 @@ VALUE = "check_loss.check_value_is_the_closed_form"
 
 
 def check_targets_give_a_loss(subject: Subject) -> None:
-    """A forward that is handed targets gives a loss: a number, or one for each row or target."""
+    """Given targets, forward must return a loss: one number in all, per row or per target."""
     found = answers(subject)
     if found.losses:
         return
-    wrong = {key: value for key, value in found.filled.items() if not _integers(value)}
-    if not found.optional:  # what comes without them is not known
-        wrong = {key: value for key, value in wrong.items() if callable(value) or isinstance(value, ModuleType)}
-    if len(found.given) == 1 and not any(isinstance(value, Tensor) for value in leaves([*found.given.values()])):
-        wrong = found.given
-    if not wrong or all(value is None for value in wrong.values()):
-        raise NotApplicable(f"forward takes {found.name} and gives what it gives without", gives=list(found.given))
-    key, value = next(iter(wrong.items()))
+    if found.instead_of_a_loss is None:
+        raise NotApplicable(f"forward takes {found.name}, but returns nothing meant as a loss", gives=list(found.given))
+    key, value = found.instead_of_a_loss
+    place = f" as output[{key}]" if key.isdigit() else f" as {key}" if key else ""
     fail(
-        f"handed {found.name}, forward gives {_described(value)}{f' as {_place(key)}' if key else ''}"
-        f"{', where without them it gives nothing' if found.optional else ''}: this is no loss, and nothing else is",
+        f"given {found.name}, forward returns no loss but {described(value)}{place}"
+        f"{', and nothing there without them' if found.optional else ''}",
         where=locate(found.model, type(found.model).__name__),
         likely=("loss-never-computed", "loss-is-a-function"),
-        advice="return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1)): is it called at all?",
+        advice="call the loss and return its result: "
+        "F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))",
     )
-
-
-def _integers(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_floating_point()
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)}"
-    name = getattr(value, "__name__", None)
-    return f"the {type(value).__name__} {name}" if name else f"a {type(value).__name__}"
-
-
-def _place(key: str) -> str:
-    return f"output[{key}]" if key.isdigit() else key
 
 
 @needs("check_contract.check_logits_have_shape")
 def check_targets_leave_the_logits_as_they_are(subject: Subject) -> None:
-    """The logits that come with a loss are those that come without targets."""
+    """The logits returned with targets must equal those returned without."""
     found = answers(subject)
-    widths = {subject.sizes.vocab_size, subject.width}
-    alone = found.logits(widths)
-    if alone is None:
-        raise NotApplicable("no logits [B, T, V] or of the last position come without targets")
-    key, want = alone
-    got = found.beside(key, want.shape[-1])
-    if got is None or not found.losses:
-        raise NotApplicable(f"with {found.name} no logits come back, or no loss beside them", gives=list(found.given))
+    got, want = found.both_logits({subject.sizes.vocab_size, subject.width})
     where = locate(found.model, type(found.model).__name__)
     if got.shape[-1] != want.shape[-1]:
         fail(
-            f"with {found.name} forward gives {list(got.shape)} where the logits stand, without them "
-            f"{list(want.shape)}: {got.shape[-1]} numbers for {want.shape[-1]} symbols are no logits, and a loss of "
-            "them trains no head",
+            f"with {found.name} forward returns {list(got.shape)} in place of the logits {list(want.shape)} that it "
+            f"returns without: {got.shape[-1]} numbers per position are not logits over {want.shape[-1]} tokens, and "
+            "their loss does not train the head",
             where=where,
             likely=("loss-of-hidden-states",),
-            advice="logits = head(x) before both the loss and the return.",
+            advice="compute logits = head(x) before both the loss and the return",
         )
     last = want.dim() < 3 or want.shape[1] < got.shape[1]
     got, want = (x.reshape(len(x), -1, x.shape[-1])[:, -1:] if last else x for x in (got, want))
     expect_close(
-        _normalized(got), _normalized(want), bound=Bound(1e-3 * spread(want), "1e-3 standard deviations of the logits"),
-        axes=PLACE, where=lambda: where, likely=("loss-of-other-logits",),
-        says=f"with {found.name} forward gives other logits{' for the last position' if last else ''} than without: it "
-        "is trained as one model and used as another",
-        advice="compute the logits once, for both; without targets, take the last position of x, after the last norm.",
-    )  # fmt: skip
-
-
-def _normalized(logits: Tensor) -> Tensor:
-    """Log-probabilities, also of logits and of probabilities."""
-    logits = logits.double()
-    sure = bool((logits >= 0).all()) and bool(((logits.sum(-1) - 1).abs() < 1e-3).all())
-    return (logits.log() if sure else logits).log_softmax(-1)
+        log_probabilities(got),
+        log_probabilities(want),
+        bound=Bound(1e-3 * spread(want), "1e-3 standard deviations of the logits"),
+        axes=PLACE,
+        where=lambda: where,
+        likely=("loss-of-other-logits",),
+        says=f"with {found.name} forward returns different logits{' for the last position' if last else ''} than "
+        "without, so the model that is used is not the one that is trained",
+        advice="compute the logits once for both cases; without targets, take the last position after the final norm",
+    )
 
 
 @needs(GIVES, "check_loss.check_targets_leave_the_logits_as_they_are")
 def check_the_loss_trains_what_makes_the_logits(subject: Subject) -> None:
-    """Every weight that the logits depend on has a gradient of the loss that the model returns."""
+    """Every weight that the logits depend on must get a gradient from the loss that the model returns."""
     found = answers(subject)
-    losses = [x for x in found.losses if isinstance(x, Tensor) and x.requires_grad]
-    alone = [
-        x
-        for x in leaves([*found.alone.values()] if found.optional else [])
-        if isinstance(x, Tensor) and x.requires_grad
-    ]
-    if not losses or not alone:
-        raise NotApplicable("no loss with a gradient comes with targets, or no logits without")
-    makes = slopes(found.model, sum(x.double().square().sum() for x in alone))  # type: ignore[arg-type]
-    trains = slopes(found.model, sum(x.double().sum() for x in losses))  # type: ignore[arg-type]
-    least = 1e-4 * max(makes.values(), default=0.0)  # a key's bias has rounding alone
-    left = [name for name, slope in makes.items() if slope > least and not trains[name]]
+    left = untrained(found)
     if left:
+        more = f" (nor are {len(left) - 1} more weights)" if len(left) > 1 else ""
         fail(
-            f"the logits depend on {left[0]}, but the loss that forward gives with {found.name} has no gradient there: "
-            f"it stays as it was drawn" + (f"; so do {len(left) - 1} more" if len(left) > 1 else ""),
+            f"the logits depend on {left[0]}, but the loss that forward returns with {found.name} has no gradient "
+            f"there, so it is never trained{more}",
             where=locate(found.model, left[0].rpartition(".")[0] or type(found.model).__name__),
             likely=("loss-beside-the-head",),
-            advice="the loss must be made of the logits that are returned: no detach, no other tensor.",
+            advice="compute the loss from the logits that are returned: no detach, no other tensor",
             weights=left,
         )
 
 
 def check_a_place_is_trained_on_its_own_target(subject: Subject) -> None:
-    """The logits of a place are trained on one target of the same row, with the same shift at every place."""
+    """The logits at each position must be trained on one target of the same row, with the same shift everywhere."""
     try:
         loss = met_loss(subject)
     except NoGradient as error:
-        fail(f"nothing can be learned from this loss: {error}", advice="Return the tensor: no .item(), no .detach().")
+        fail(
+            f"nothing can be learned from this loss: {error}",
+            advice="return the loss as a tensor, without .item() or .detach()",
+        )
     note(called=loss.says, takes=loss.domain, shift=loss.shift, masks=loss.masks, reduction=loss.reduction or "unknown")
     for other in loss.also_runs:
-        advise(f"{other} runs too, but is no cross entropy: the loss is right only as {loss.says}")
+        advise(f"{other} can be called too, but gives no cross entropy; only {loss.says} does")
     reading = loss.reading
     if reading is None:
         refuse_what_teaches_nothing(loss)
-        raise NotApplicable("the gradient is not that of a cross entropy, so no place can be told", called=loss.says)
+        raise NotApplicable(cases.UNREADABLE, called=loss.says)
     refuse_other_symbols(loss)
     if reading.crossings:
         refuse_crossings(reading.source, reading.crossings)
@@ -182,13 +131,13 @@ def check_a_place_is_trained_on_its_own_target(subject: Subject) -> None:
 
 @needs(UNDERSTOOD)
 def check_no_target_is_dropped(subject: Subject) -> None:
-    """Without a mask every target of every row carries loss, but for those that the subject declares to skip."""
-    loss = readable(subject)
+    """Without a mask every target of every row must carry loss, except those that your `declares` says to skip."""
+    loss = cases.readable(subject)
     used = read(loss, loss.symbols, loss.V, places=loss.places).used
     places, skip = used.shape[1], subject.declared("skip")
     asked = loss.dropped if skip is None else tuple(range(skip))
     if loss.dropped and skip is None:
-        advise(f"the loss drops {named(loss.dropped)} of every row by itself, counted from 0")
+        advise(f"without a mask the loss drops {named(loss.dropped)} of every row, counted from 0")
     note(dropped=spans(loss.dropped))
     for row, kept in enumerate(used):
         dropped = tuple(t for t in range(places) if not kept[t])
@@ -196,34 +145,32 @@ def check_no_target_is_dropped(subject: Subject) -> None:
             last = dropped == (*asked, places - 1)
             whole = "nothing of this row is trained" if not kept.any() else "the last target is never trained" * last
             fail(
-                f"without a mask the loss drops {named(dropped)} of row {row} (of 0-{places - 1}); asked for "
+                f"without a mask the loss drops {named(dropped)} of row {row} (of 0-{places - 1}), should drop "
                 f"{spans(asked) or 'none'}" + f": {whole}" * bool(whole),
                 likely=("last-target-dropped",) if last else (),
-                advice="Look for [:-1] or [1:] cut from the targets a second time, or for a mask of one place too few.",
+                advice="look for [:-1] or [1:] applied to the targets a second time, or for a mask one position short",
                 dropped=list(dropped),
             )
 
 
 @needs(UNDERSTOOD, DROPPED)
 def check_mask_drops_its_targets_and_no_others(subject: Subject) -> None:
-    """A masked target carries no loss, an unmasked one does, whether at the start, at the end or in between."""
-    loss = readable(subject, mask=True)
+    """A masked target must carry no loss and an unmasked one must, at the start, at the end and in between."""
+    loss = cases.readable(subject, mask=True)
     skipped = set(loss.dropped if subject.declared("skip") is None else range(subject.declared("skip")))
-    for mask in masks(loss.places):
+    for mask in cases.masks(loss.places):
         reading = read(loss, loss.symbols, loss.V, places=loss.places, mask=mask)
         for row, (kept, found) in enumerate(zip(mask, reading.used, strict=True)):
             asked = {t for t in range(loss.places) if not kept[t]} | skipped
             dropped = {t for t in range(loss.places) if not found[t]}
             if asked != dropped:
                 others = [{t for t in range(loss.places) if not other[t]} | skipped for other in mask]
-                why, likely = misread_mask(asked, dropped, loss.places)
-                if dropped in others:
-                    why, likely = f"that is row {others.index(dropped)}'s mask", ("loss-mask-of-row-0",)
+                why, likely = misread_mask(asked, dropped, loss.places, others)
                 fail(
-                    f"row {row}: drops {named(dropped)}; asked for {spans(asked) or 'none'}: {why}",
+                    f"in row {row} the loss drops {named(dropped)}, should drop {spans(asked) or 'none'}: {why}",
                     likely=likely,
-                    advice="The mask says which targets count: mask[b, t] belongs to targets[b, t], True keeps it. "
-                    "A parameter named pad_mask or ignore_mask is read the other way round.",
+                    advice="apply mask[b, t] to targets[b, t], True to keep it (a parameter named pad_mask or "
+                    "ignore_mask is given the opposite)",
                     asked=sorted(asked),
                     dropped=sorted(dropped),
                 )
@@ -232,86 +179,82 @@ def check_mask_drops_its_targets_and_no_others(subject: Subject) -> None:
 
 @needs(UNDERSTOOD)
 def check_every_symbol_counts_as_target(subject: Subject) -> None:
-    """A target carries loss whatever its token id is."""
-    loss = readable(subject)
+    """A target must carry loss whatever its token id."""
+    loss = cases.readable(subject)
     note(symbols_tried=len(loss.symbols) + len(loss.left_out))
     if not loss.left_out:
         return
     ids = spans(loss.left_out)
-    says = f"a target of token id {ids} carries no loss, though nothing masks it"
-    spoken = spoken_ids(subject) & set(loss.left_out)
+    says = f"targets of token id {ids} carry no loss, though nothing masks them"
+    advice = "mask by position, not by token id, or reserve an id that no text uses"
+    spoken = cases.sentence_ids(subject) & set(loss.left_out)
     if spoken:
         fail(
-            f"{says}, and by the subject's tokenizer {spans(spoken)} stands in {SENTENCE!r}: it is never learned",
+            f"{says}; your tokenizer uses {spans(spoken)} in {cases.SENTENCE!r}, so it is never learned",
             likely=("pad-id-collides-with-real-token",),
-            advice="Mask by position, not by token id; or reserve an id that no text has.",
+            advice=advice,
             ids=sorted(spoken),
         )
     if "pad" not in (subject.part("declares") or {}):
-        advise(f"{says}: right only if {ids} is padding and nothing else, neither a character nor an end token")
+        advise(f"{says}: correct only if {ids} is used for padding alone, not for a character or an end token")
         return
     if loss.left_out != (subject.declared("pad"),):
         fail(
-            f"{says}: it is never learned",
+            f"{says}, so they are never learned",
             likely=("pad-id-collides-with-real-token",),
-            advice="Mask by position, not by token id; or reserve an id that no text has.",
+            advice=advice,
             ids=list(loss.left_out),
         )
 
 
 @needs(UNDERSTOOD)
 def check_loss_leaves_its_inputs_alone(subject: Subject) -> None:
-    """Logits, targets, mask and random state are the same after the call, and the same call gives the same."""
+    """The loss must not change its inputs or the random state, and must give the same value when called again."""
     loss = met_loss(subject)
-    logits, targets = sample(loss, rows=2, places=loss.places)
-    mask = masks(loss.places)[0] if loss.masks else None
+    logits, targets = cases.sample(loss, rows=2, places=loss.places)
+    mask = cases.masks(loss.places)[0] if loss.masks else None
     given = [("logits", logits), ("targets", targets)] + ([] if mask is None else [("mask", mask)])
     before, state = [x.clone() for _, x in given], torch.get_rng_state()
     first = loss(logits, targets, mask).detach()
     for (name, now), then in zip(given, before, strict=True):
         expect_same(
-            now, then, axes=("row", "position", "symbol"), likely=("labels-alias-input-ids",),
-            says=f"the loss writes into its {name}, which the caller still uses (they may be the model's own input)",
-            advice="Clone before an in-place change: labels = labels.clone(); or use masked_fill, which copies.",
-        )  # fmt: skip
+            now,
+            then,
+            axes=PLACE,
+            likely=("labels-alias-input-ids",),
+            says=f"the loss modifies its {name} in place, which the caller still uses, perhaps as the model's input",
+            advice="clone before changing in place (labels = labels.clone()), or use masked_fill, which copies",
+        )
     if loss.inside_model:
         return  # what a model draws is not its loss's doing
     if not torch.equal(state, torch.get_rng_state()):
-        fail("the loss draws random numbers", advice="A loss has nothing to draw.")
+        fail("the loss draws random numbers", advice="remove dropout or sampling from the loss")
     expect_same(
-        loss(logits, targets, mask).detach(), first, axes=(), says="the same call gives another loss",
-        advice="Look for what outlives a call: a running mean, a global, an argument changed in place.",
-    )  # fmt: skip
-
-
-SENTENCE = "I love machine learning"
-
-
-def spoken_ids(subject: Subject) -> set[int]:
-    """The ids of the homework's sentence by the subject's own tokenizer; none where it has none that can be asked."""
-    encode = getattr(subject.part("tokenizer"), "encode", None)
-    try:
-        return {int(i) for i in encode(SENTENCE)} if encode else set()
-    except Exception:
-        return set()
+        loss(logits, targets, mask).detach(),
+        first,
+        axes=(),
+        says="the loss gives two values for the same arguments",
+        advice="look for state that outlives a call: a running mean, a global, an argument changed in place",
+    )
 
 
 @needs(UNDERSTOOD, DROPPED, MASK, PURE)
-@drawn(case=draw_case, when=lambda subject: closed_form(subject))
-def check_value_is_the_closed_form(subject: Subject, case: Any) -> None:
-    """The loss is the reduction of log Σ exp(logits) - logit[target] over the unmasked targets, however ragged."""
-    loss, (logits, targets, mask) = met_loss(subject), problem(met_loss(subject), case)
-    weights = weights_of(subject, loss, mask)
+@drawn(case=cases.draw, when=cases.closed_form)
+def check_value_is_the_closed_form(subject: Subject, case: Case) -> None:
+    """The loss must be the reduction of log Σ exp(logits) - logit[target] over the unmasked targets of any batch."""
+    loss, (logits, targets, mask) = met_loss(subject), cases.problem(met_loss(subject), case)
+    weights = cases.weights_of(subject, loss, mask)
     want = (weights * cross_entropy(logits, targets, loss.smoothing)).sum()
-    got = loss(logits, targets, given(loss, mask)).detach().double()
-    bound, largest = precision(loss), max(1.0, float(want.abs()))
+    got = loss(logits, targets, mask_for(loss, mask)).detach().double()
+    bound, largest = cases.precision(loss), max(1.0, float(want.abs()))
     if abs(float(got - want)) > bound.size * largest:
-        why, likely = cause(subject, loss)
+        why, likely = cases.cause(subject, loss)
+        kept, (wrong, right) = int(cases.all_kept(loss, mask).sum()), shown_apart(float(got), float(want))
         fail(
-            f"the loss of a batch with {int(all_kept(loss, mask).sum())} of {mask.numel()} targets unmasked is "
-            f"{float(got):.6g}; by its formula, the {reduction(subject, loss)}, {float(want):.6g}. {why}",
+            f"with {kept} of {mask.numel()} targets unmasked the loss is {wrong}, should be {right} "
+            f"({reduction(subject, loss)})" + f": {why}" * bool(why),
             likely=likely,
-            advice="Another reduction that is meant can be declared: declares = {'reduction': 'sum'}.",
+            advice="use the usual reduction, or declare the one you mean: declares = {'reduction': 'sum'}",
             kept=mask.int().tolist(),
             got=float(got),
             want=float(want),
@@ -320,222 +263,208 @@ def check_value_is_the_closed_form(subject: Subject, case: Any) -> None:
 
 
 @needs(VALUE)
-@drawn(case=draw_case, examples=10, when=lambda subject: closed_form(subject))
-def check_gradient_is_the_closed_form(subject: Subject, case: Any) -> None:
-    """The gradient is weight × (softmax - one-hot of the target): exactly 0 where masked."""
-    loss, (logits, targets, mask) = met_loss(subject), problem(met_loss(subject), case)
-    weights = weights_of(subject, loss, mask)
+@drawn(case=cases.draw, examples=10, when=cases.closed_form)
+def check_gradient_is_the_closed_form(subject: Subject, case: Case) -> None:
+    """The gradient must be weight × (softmax - one-hot of the target), and exactly 0 where masked."""
+    loss, (logits, targets, mask) = met_loss(subject), cases.problem(met_loss(subject), case)
+    weights = cases.weights_of(subject, loss, mask)
     want = expected_gradient(logits, targets, weights, loss.smoothing)
-    got = gradient(loss, logits, targets, given(loss, mask))
+    got = gradient(loss, logits, targets, mask_for(loss, mask))
     scale = float(weights.max())
-    if (got - want).abs().max() > precision(loss).size * scale:
-        why, likely = cause(subject, loss)
+    if (got - want).abs().max() > cases.precision(loss).size * scale:
+        why, likely = cases.cause(subject, loss)
         expect_close(
-            got / scale, want / scale, bound=precision(loss), axes=PLACE, likely=likely,
-            says=f"the gradient is not weight × (softmax - one-hot of the target). {why}",
-            advice="Compare with F.cross_entropy on logits without a detach, a softmax or a clamp before it.",
-        )  # fmt: skip
-    masked = got[~all_kept(loss, mask)]
+            got / scale,
+            want / scale,
+            bound=cases.precision(loss),
+            axes=PLACE,
+            likely=likely,
+            says="the gradient is not weight × (softmax - one-hot of the target)" + f" ({why})" * bool(why),
+            advice="compare with F.cross_entropy of logits that no detach, softmax or clamp has changed",
+        )
+    masked = got[~cases.all_kept(loss, mask)]
     expect_same(
-        masked, torch.zeros_like(masked), axes=("masked target", "symbol"), likely=("loss-mask-ignored",),
+        masked,
+        torch.zeros_like(masked),
+        axes=("masked target", "symbol"),
+        likely=("loss-mask-ignored",),
         says="a masked target is trained: its gradient is not exactly 0",
-        advice="Multiply the loss of each target by its mask before the sum, or set masked targets to ignore_index.",
-    )  # fmt: skip
+        advice="multiply each target's loss by its mask before the sum, or set masked targets to ignore_index",
+    )
 
 
 @needs(VALUE)
 def check_padding_changes_nothing(subject: Subject) -> None:
-    """How many masked targets stand beside the others, and what they are, changes neither loss nor gradient."""
-    loss = readable(subject, mask=True)
-    closed_form(subject)
-    logits, targets = sample(loss, rows=2, places=loss.places)
-    long = loss.places - 2
-    mask = torch.arange(loss.places) < torch.tensor([[long], [long - 2]])
-    short = loss(logits[:, :long], targets[:, :long], mask[:, :long]).detach()
-    padded = loss(logits, targets, mask).detach()
-    if not torch.isclose(short, padded, rtol=precision(loss).size):
-        share = float(padded / short)
+    """The loss must not depend on how many masked targets a batch has or what they are."""
+    loss = cases.readable(subject, mask=True)
+    cases.closed_form(subject)
+    short, padded, other = cases.padded(loss)
+    if not torch.isclose(short, padded, rtol=cases.precision(loss).size):
+        before, after = shown_apart(float(short), float(padded))
         fail(
-            f"two columns of padding change the loss from {short:.6g} to {padded:.6g} (× {share:.4g}; {long} of "
-            f"{loss.places} columns are real)",
+            f"adding two columns of padding to {loss.places - 2} real ones changes the loss from {before} to {after} "
+            f"(× {float(padded / short):.4g})",
             likely=("masked-mean-over-all-positions", "masked-logits-zeroed", "padding-counted"),
-            advice="Divide by the number of unmasked targets, mask.sum(), not by all positions.",
+            advice="divide by the number of unmasked targets, mask.sum(), not by that of all positions",
         )
-    other = loss(logits.masked_fill(~mask[..., None], 3.0), targets.masked_fill(~mask, int(loss.symbols[0])), mask)
-    says = "the content of masked places changes the loss"
     expect_same(
-        other.detach(), padded, says=says, axes=(), likely=("masked-numerator-unmasked",),
-        advice="The sum needs the mask as the count does: (losses * mask).sum() / mask.sum().",
-    )  # fmt: skip
+        other,
+        padded,
+        axes=(),
+        likely=("masked-numerator-unmasked",),
+        says="other logits and targets at masked positions change the loss",
+        advice="apply the mask to the sum as well as to the count: (losses * mask).sum() / mask.sum()",
+    )
 
 
 @needs(VALUE)
 def check_a_batch_given_twice_counts_as_declared(subject: Subject) -> None:
-    """Every row given twice leaves a mean as it is and doubles a sum."""
-    loss = readable(subject)
-    logits, targets = sample(loss, rows=2, places=loss.places)
-    mask = masks(loss.places)[1] if loss.masks else None
+    """Repeating every row must leave a mean unchanged and double a sum."""
+    loss = cases.readable(subject)
+    logits, targets = cases.sample(loss, rows=2, places=loss.places)
+    mask = cases.masks(loss.places)[1] if loss.masks else None
     twice = None if mask is None else mask.repeat(2, 1)
     once, both = loss(logits, targets, mask), loss(logits.repeat(2, 1, 1), targets.repeat(2, 1), twice)
     factor = 2.0 if reduction(subject, loss) in ("sum", USUAL[2]) else 1.0
     if abs(float(both / once) - factor) > 1e-5:
+        got, want = shown_apart(float(both / once), factor)
         fail(
-            f"every row given twice makes the loss {float(both / once):.6g} times as large; by its reduction "
-            f"({reduction(subject, loss)}) it should be {factor:g} times",
+            f"repeating every row multiplies the loss by {got}, should be {want} ({reduction(subject, loss)})",
             likely=("loss-divided-by-one-less",),
-            advice="Divide by the number of unmasked targets themselves.",
+            advice="divide by the number of unmasked targets, with nothing added or subtracted",
         )
 
 
 @needs(VALUE)
 def check_known_logits_give_known_losses(subject: Subject) -> None:
-    """Certainty of the target gives 0, of the token before it much more, and no opinion ln V."""
+    """Certainty of the target must give a loss of 0, certainty of the target before it about 60, no preference ln V."""
     loss = met_loss(subject)
-    closed_form(subject)
+    cases.closed_form(subject)
     if subject.declared("called") is None and (loss.reading is None or loss.smoothing or loss.inside_model):
-        raise NotApplicable("label smoothing, or what a model adds to its loss, moves these values")
-    V = loss.V
-    targets = loss.symbols[torch.arange(2 * loss.places).view(2, -1) * 3 % len(loss.symbols)]
-    one_hot = torch.nn.functional.one_hot(targets, V).double()
-    mask = torch.ones_like(targets, dtype=torch.bool) if loss.masks else None
-    share = 1.0 / float(weights_of(subject, loss, torch.ones_like(targets).bool()).sum())
-    known, unsure = (float(loss(x, targets, mask)) * share for x in (60 * one_hot, 0 * one_hot))
-    copied = float(loss(60 * one_hot.roll(1, dims=1), targets, mask)) * share
+        raise NotApplicable("label smoothing, or a term that the model adds to its loss, changes these values")
+    known, copied, equal = cases.known(subject, loss)
     if known > 1e-6 or copied < 10:
         fail(
-            f"logits sure of the right target give a loss of {known:.4g} (should be 0), logits sure of the target "
-            f"before it {copied:.4g} (should be near 60)",
+            f"logits certain of the target give a loss of {known:.4g} (should be 0), logits certain of the target "
+            f"before it {copied:.4g} (should be about 60)",
             likely=("label-shift-missing", "log-plus-eps", "masked-logits-zeroed", "softmax-twice"),
-            advice="Compare the targets with what the logits at their position predict.",
+            advice="compare the logits at each position with the target of that position",
         )
-    ln_v = torch.tensor(V, dtype=torch.float64).log().item()
-    if abs(unsure - ln_v) > 1e-5 * ln_v:
+    ln_v = torch.tensor(loss.V, dtype=torch.float64).log().item()
+    if abs(equal - ln_v) > 1e-5 * ln_v:
+        got, want = shown_apart(equal, ln_v)
         fail(
-            f"logits without an opinion give a loss of {unsure:.6g}; over {V} symbols it is ln {V} = {ln_v:.6g}",
+            f"equal logits give a loss of {got}, should be ln {loss.V} = {want}",
             likely=("log-plus-eps", "loss-in-bits"),
-            advice="The natural logarithm of the softmax, nothing added inside it.",
+            advice="take the natural logarithm of the softmax, with nothing added inside it",
         )
 
 
 @needs(VALUE)
 def check_extreme_logits_stay_finite(subject: Subject) -> None:
-    """Logits of 1e3 to 1e4, in float32 too, give the loss that the formula gives, and a finite gradient."""
-    loss = readable(subject)
-    closed_form(subject)
-    if loss.domain != "logits" or loss.inside_model:
-        raise NotApplicable("the softmax is not this loss's own", takes=loss.domain)
-    for dtype in (torch.float64, torch.float32):
-        for size in (1e3, 1e4):
-            logits, targets = sample(loss, rows=2, places=loss.places)
-            logits = (logits / logits.abs().max() * size).to(dtype)
-            weights = weights_of(subject, loss, torch.ones_like(targets).bool())
-            want = float((weights * cross_entropy(logits, targets, loss.smoothing)).sum())
-            got, grad = float(loss(logits, targets, None)), gradient(loss, logits, targets, None)
-            if not abs(got - want) <= 1e-5 * want or not grad.isfinite().all():
-                fail(
-                    f"logits up to {size:g} in {str(dtype).removeprefix('torch.')} give a loss of {got:.6g} instead of "
-                    f"{want:.6g}"
-                    + ("" if grad.isfinite().all() else ", and a gradient that is not finite")
-                    + (": the softmax underflows before its logarithm is taken" if got != got or got > want else ""),
-                    likely=("naive-log-of-softmax", "log-plus-eps"),
-                    advice="Use log_softmax or cross_entropy: they subtract the largest logit first.",
-                )
+    """Logits of 1e3 to 1e4 must give the right loss and a finite gradient, in float32 too."""
+    loss = cases.readable(subject)
+    cases.closed_form(subject)
+    cases.needs_own_softmax(loss)
+    for dtype, size in product((torch.float64, torch.float32), (1e3, 1e4)):
+        got, want, grad = cases.extreme(subject, loss, size, dtype)
+        if not abs(got - want) <= 1e-5 * want or not grad.isfinite().all():
+            kind, (wrong, right) = str(dtype).removeprefix("torch."), shown_apart(got, want)
+            fail(
+                f"logits up to {size:g} in {kind} give a loss of {wrong}, should be {right}"
+                + ("" if grad.isfinite().all() else ", and a gradient that is not finite")
+                + (": the softmax underflows before its logarithm is taken" if got != got or got > want else ""),
+                likely=("naive-log-of-softmax", "log-plus-eps"),
+                advice="use log_softmax or cross_entropy, which subtract the largest logit first",
+            )
 
 
 @needs(UNDERSTOOD, MASK)
 def check_masked_logits_may_be_anything(subject: Subject) -> None:
-    """Logits that are NaN or infinite where masked reach neither the loss nor the gradient."""
-    loss = readable(subject, mask=True)
-    logits, targets = sample(loss, rows=2, places=loss.places)
-    mask = masks(loss.places)[1]
+    """NaN or infinite logits at masked positions must affect neither the loss nor its gradient."""
+    loss = cases.readable(subject, mask=True)
+    logits, targets = cases.sample(loss, rows=2, places=loss.places)
+    mask = cases.masks(loss.places)[1]
     want = float(loss(logits, targets, mask))
     for name, value in (("NaN", torch.nan), ("infinite", torch.inf)):
         spoiled = logits.masked_fill(~mask[..., None], value)
         got, grad = float(loss(spoiled, targets, mask)), gradient(loss, spoiled, targets, mask)
         if abs(got - want) <= 1e-9 * abs(want) and grad.isfinite().all():
             continue
-        what = f"the loss {got:.4g} instead of {want:.4g}" if got != want else "the gradient not finite"
-        says = f"{name} logits at masked places make {what}: NaN times a mask of 0 is NaN"
+        wrong, right = shown_apart(got, want)
+        what = f"the loss {wrong}, should be {right}" if got != want else "the gradient NaN or infinite"
+        says = f"{name} logits at masked positions make {what}: NaN times a mask of 0 is NaN"
         if subject.declared("empty") is None:
-            advise(f"{says}; harmless as long as the model gives finite logits at padding")
+            advise(f"{says}; harmless as long as the model's logits at padding are finite")
             return
-        fail(says, likely=("nan-times-zero-mask",), advice="Select with torch.where or masked_fill before the softmax.")
+        fail(says, likely=("nan-times-zero-mask",), advice="select with torch.where or masked_fill before the softmax")
 
 
 @needs(UNDERSTOOD)
 def check_nothing_to_learn_is_no_loss(subject: Subject) -> None:
-    """A batch whose targets are all masked gives a finite loss, 0 where declared, and no gradient."""
-    loss = readable(subject, mask=True)
-    logits, targets = sample(loss, rows=2, places=loss.places)
+    """A batch whose targets are all masked must give a finite loss, 0 where declared, and a gradient of 0."""
+    loss = cases.readable(subject, mask=True)
+    logits, targets = cases.sample(loss, rows=2, places=loss.places)
     mask, want = torch.zeros_like(targets, dtype=torch.bool), subject.declared("empty")
     value, grad = float(loss(logits, targets, mask)), gradient(loss, logits, targets, mask)
     if value == (want or 0.0) and grad.isfinite().all() and not grad.any():
         return
-    state = "0" if not grad.any() else "not 0" if grad.isfinite().all() else "NaN"
+    state = "0" if not grad.any() else "not 0" if grad.isfinite().all() else "nan"
     says = (
-        f"with every target masked the loss is {value:.4g}, its gradient {state}: "
+        f"with all targets masked the loss is {value:.4g} (gradient {state}); "
         + {
-            "0": "that number spoils every mean that it enters",
-            "not 0": "one such batch moves the weights for nothing",
-            "NaN": "one such batch spoils every weight",
+            "0": f"averaged with other batches it makes them {'nan' if value != value else 'wrong'}",
+            "not 0": "such a batch changes the weights, though there is nothing to learn",
+            "nan": "one step on such a batch makes the weights nan",
         }[state]
     )
     if want is None:
-        advise(f"{says}, if it comes (PyTorch's own mean does the same)")
+        advise(f"{says} (F.cross_entropy gives nan too)" if value != value else says)
         return
-    fail(says, likely=("all-masked-batch-nan",), advice="Divide by mask.sum().clamp(min=1).")
+    fail(says, likely=("all-masked-batch-nan",), advice="divide by mask.sum().clamp(min=1)")
 
 
 @needs(VALUE)
 def check_low_precision_logits_keep_the_loss(subject: Subject) -> None:
-    """The loss of bfloat16 logits is that of the same numbers in float64, or as near as PyTorch's own comes."""
-    loss = readable(subject)
-    closed_form(subject)
-    if loss.domain != "logits" or loss.inside_model:
-        raise NotApplicable("the softmax is not this loss's own", takes=loss.domain)
-    logits, targets = sample(loss, rows=96, places=loss.places)
-    logits = (3 * logits).bfloat16()
-    everything = torch.ones_like(targets).bool()
-    weights = weights_of(subject, loss, everything)
-    want = float((weights * cross_entropy(logits, targets, loss.smoothing)).sum())
-    try:
-        got = float(loss(logits, targets, everything if loss.masks == "argument" else None))
-    except RuntimeError as error:
-        raise NotApplicable("the loss takes no bfloat16 logits", error=str(error).splitlines()[0]) from None
-    plain = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
-    usual = abs(plain / float(cross_entropy(logits, targets).mean()) - 1)
+    """The loss of bfloat16 logits must be about as close to the exact value as PyTorch's own cross entropy is."""
+    loss = cases.readable(subject)
+    cases.closed_form(subject)
+    cases.needs_own_softmax(loss)
+    got, want, usual = cases.in_bfloat16(subject, loss)
     off, allowed = abs(got / want - 1), 1e-4 if subject.declared("float32") else 4 * usual + 2e-2
     note(relative_error=off, of_pytorch=usual, allowed=allowed)
     if not off <= allowed:
+        wrong, right = shown_apart(got, want)
         fail(
-            f"of bfloat16 logits the loss is {got:.6g} instead of {want:.6g}, {off:.1e} off (allowed {allowed:.1e}): "
-            "it is computed in bfloat16, whose numbers near it are 1/256 apart, or its counts stop at 256",
+            f"for bfloat16 logits the loss is {wrong}, should be {right} (relative error {off:.1e}, allowed "
+            f"{allowed:.1e}): it is computed in bfloat16, which rounds to 1 part in 256 and cannot count beyond 256",
             likely=("loss-in-bf16",),
-            advice="Begin the loss with logits.float().",
+            advice="start the loss with logits = logits.float()",
         )
     if off > 1e-3:
-        advise(f"the loss of bfloat16 logits is {off:.1e} off: logits.float() first would keep it exact")
+        advise(f"for bfloat16 logits the loss has a relative error of {off:.1e}; start it with logits.float()")
 
 
 @needs(UNDERSTOOD)
 def check_loss_takes_what_the_model_gives(subject: Subject) -> None:
-    """A loss of log-probabilities is given log-probabilities, and a loss of logits is not given probabilities."""
+    """The model must return what its loss expects: logits, or log-probabilities for a loss of log-probabilities."""
     if not subject.brings("loss") and (line := cross_entropy_line(subject)) and gives(subject) == "probabilities":
         fail(
-            f"the model gives probabilities, and {line.module} takes logits: the softmax is made twice",
+            f"the model returns probabilities, but {line.module} expects logits: the softmax is applied twice",
             where=line,
             likely=("softmax-twice",),
-            advice="return the head's outputs without a softmax: cross_entropy makes it",
+            advice="return the output of the head without a softmax; cross_entropy applies it",
         )
     loss = met_loss(subject)
     if loss.inside_model:
         raise NotApplicable("the model computes its loss itself")
-    given = gives(subject)
-    note(model_gives=given, loss_takes=loss.domain)
-    if given != loss.domain and (given, loss.domain) != ("log-probabilities", "logits"):
+    returned = gives(subject)
+    note(model_gives=returned, loss_takes=loss.domain)
+    if returned != loss.domain and (returned, loss.domain) != ("log-probabilities", "logits"):
+        twice = loss.domain == "logits"
         fail(
-            f"the model gives {given}, the loss takes {loss.domain}: "
-            + ("the softmax is made twice" if loss.domain == "logits" else "the softmax is never made"),
-            likely=("softmax-twice",) if loss.domain == "logits" else ("nll-of-raw-logits",),
-            advice="cross_entropy takes raw logits; nll_loss takes log_softmax(logits).",
+            f"the model returns {returned}, but the loss expects {loss.domain}: the softmax is "
+            + ("applied twice" if twice else "never applied"),
+            likely=("softmax-twice",) if twice else ("nll-of-raw-logits",),
+            advice="use cross_entropy for logits, or nll_loss for log_softmax(logits)",
         )

@@ -1,4 +1,4 @@
-"""The same numbers on another path: attention backends, compilers, exporters, recomputation, another device."""
+"""The same numbers on another code path: attention backends, compilers, export, recomputation, another device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +26,7 @@ from .watch.draws import seeded
 COMPILED = 1e-4  # standard deviations of the logits in float32; correct models: 2e-6
 ROWS = 3
 RATE = 0.3
+AttentionPath = Callable[[], AbstractContextManager[None]]  # inside it attention is computed in another way
 
 
 def _tokens(subject: Subject) -> Tensor:
@@ -41,7 +42,7 @@ def _masks(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Tensor | Non
 
 
 def _real(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits with those of padding set to 0: nothing is said of them."""
+    """Logits with those of padding set to 0, where any value is allowed."""
     return logits if mask is None else logits.masked_fill(~mask[..., None], 0.0)
 
 
@@ -51,7 +52,7 @@ def _clearly_differ(a: Tensor, b: Tensor) -> bool:
 
 @needs(*READABLE)
 def check_forward_stays_on_its_device(subject: Subject) -> None:
-    """What the forward makes is where the tokens and weights are, not on the default device."""
+    """Forward must create its tensors on the device of its tokens and weights, not on the default device."""
     model, tokens = subject.build(seed=subject.seed), _tokens(subject)
     masks = dict(_masks(subject, tokens))
     owned = [*model.parameters(), *model.buffers(), tokens, *(mask for mask in masks.values() if mask is not None)]
@@ -61,17 +62,17 @@ def check_forward_stays_on_its_device(subject: Subject) -> None:
             subject.logits(model, tokens, mask)
     if not watch.found:
         return
-    given, maker, met, line = watch.found
+    given, maker, operation, line = watch.found
     says = (
-        f"the forward ({given}) makes a tensor by torch.{maker} on the default device and mixes it with the model's in "
-        f"{met}: on a GPU this raises"
+        f"forward ({given}) creates a tensor with torch.{maker} on the default device and combines it with the model's "
+        f"in {operation}: on a GPU this raises"
     )
-    advice = f"torch.{maker}(…, device=tokens.device)"
-    if subject.device.type == "cpu" and not watch.aware:  # written for the CPU, and right there
-        advise(f"{says} ({line}). {advice} goes with the model")
+    advice = f"create it on the model's device: torch.{maker}(…, device=tokens.device)"
+    if subject.device.type == "cpu" and not watch.aware:  # written for the CPU, where it works
+        advise(f"{says} ({line}); {advice}")
     else:
         fail(
-            f"{says}, while other tensors are made on the model's device",
+            f"{says}, though other tensors are created on the model's device",
             where=line,
             likely=("device-hardcoded",),
             advice=advice,
@@ -80,7 +81,7 @@ def check_forward_stays_on_its_device(subject: Subject) -> None:
 
 @needs(*READABLE, REPEATS)
 def check_attention_backends_agree(subject: Subject) -> None:
-    """The logits are the same whichever of PyTorch's kernels, or of the model's own attention paths, computes them."""
+    """PyTorch's math kernel, and every other attention path of the model, must give the same logits."""
     model, tokens = precise(subject), _tokens(subject)
     tried = []
     for given, mask in _masks(subject, tokens):
@@ -88,40 +89,34 @@ def check_attention_backends_agree(subject: Subject) -> None:
         with torch.no_grad():
             want = forward()
             for name, path in _paths(model):
+                again = partial(_inside, path, forward)
                 try:
-                    with path():
-                        got = forward()
-                except Exception as error:  # a path that this model, or this machine, does not have
+                    got = again()
+                except Exception as error:  # a path that this model or machine does not have
                     note(**{f"refused: {name}": f"{type(error).__name__}: {error}"[:200]})
                     continue
                 tried.append(name)
-                _expect_path(subject, model, got, want, mask, f"{name} ({given})", forward, path)
+                expect_close(
+                    _real(got, mask),
+                    _real(want, mask),
+                    bound=precision(subject).bound(want) if name == KERNEL else _loosely(want),
+                    says=f"with {name} ({given}) the logits are different",
+                    where=partial(first_breaking, model, forward, again, _clearly_differ),
+                    likely=("backends-disagree",),
+                    advice="give both paths the same mask, scale, softcap and alignment of queries and keys",
+                )
     note(tried=sorted(set(tried)))
     if not tried:
-        raise NotApplicable("the model has one attention path")
+        raise NotApplicable("the model has a single attention path")
 
 
-def _expect_path(
-    subject: Subject, model: nn.Module, got: Tensor, want: Tensor, mask: Tensor | None, name: str, forward: Callable,
-    path: Callable,
-) -> None:  # fmt: skip
-    def again() -> Any:
-        with path():
-            return forward()
-
-    expect_close(
-        _real(got, mask),
-        _real(want, mask),
-        bound=precision(subject).bound(want) if name.startswith(KERNEL) else _loosely(want),
-        says=f"with {name} the logits are others",
-        where=partial(first_breaking, model, forward, again, _clearly_differ),
-        likely=("backends-disagree",),
-        advice="both paths need the same mask, scale, softcap and alignment of queries and keys",
-    )
+def _inside(path: AttentionPath, forward: Callable[[], Tensor]) -> Tensor:
+    with path():
+        return forward()
 
 
 def _loosely(logits: Tensor) -> Bound:
-    return Bound(1e-5 * spread(logits), "1e-05 standard deviations of the logits: either path may use float32 inside")
+    return Bound(1e-5 * spread(logits), "1e-05 standard deviations of the logits: either path may compute in float32")
 
 
 KERNEL = "PyTorch's math kernel"
@@ -130,8 +125,8 @@ FLAG = re.compile(
 )
 
 
-def _paths(model: nn.Module) -> Iterator[tuple[str, Callable]]:
-    """Other ways of computing attention: PyTorch's plain kernel, the model's own switches, the library's."""
+def _paths(model: nn.Module) -> Iterator[tuple[str, AttentionPath]]:
+    """Other ways to compute attention: PyTorch's math kernel, the model's own switches, its library's switch."""
     yield KERNEL, partial(sdpa_kernel, SDPBackend.MATH)
     flags = sorted(
         {key for m in model.modules() for key, v in vars(m).items() if isinstance(v, bool) and FLAG.match(key)}
@@ -169,7 +164,7 @@ def _implemented(model: Any, name: str, before: Any) -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Libraries and compilers have much to say about what they cannot do."""
+    """Silences libraries and compilers, which report much about what they cannot do."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -182,23 +177,23 @@ def _quietly() -> Iterator[None]:
 
 @needs(*READABLE, REPEATS)
 def check_compiled_model_agrees(subject: Subject) -> None:
-    """Captured by torch.compile, without a code generator, the model gives the same logits and gradients."""
+    """Captured by torch.compile (without generating code), the model must give the same logits and gradients."""
     _expect_compiled(subject, "aot_eager")
 
 
 @slow("Inductor generates and compiles code for 20 to 35 seconds")
 @needs(*READABLE, "check_portability.check_compiled_model_agrees")
 def check_inductor_agrees(subject: Subject) -> None:
-    """Compiled by Inductor, the model gives the same logits and gradients."""
+    """Compiled by Inductor, the model must give the same logits and gradients."""
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
-        raise NotApplicable("no C++ compiler here")
+        raise NotApplicable("no C++ compiler was found")
     _expect_compiled(subject, "inductor")
 
 
 def _expect_compiled(subject: Subject, backend: str) -> None:
     if not subject.learns:
-        raise NotApplicable("the model has no parameters: what it computes with is not PyTorch")
-    sizes = dict(n_layer=1) if subject.can_vary("n_layer") else {}
+        raise NotApplicable("the model has no parameters, so PyTorch does not compute it")
+    sizes: dict[str, Any] = dict(n_layer=1) if subject.can_vary("n_layer") else {}
     model = subject.amplified(seed=subject.seed, dtype=torch.float32, **sizes)
     tokens = _tokens(subject)
     want, gradients = _with_gradients(subject, model, tokens)
@@ -206,25 +201,25 @@ def _expect_compiled(subject: Subject, backend: str) -> None:
     torch._dynamo.reset()
     try:
         with _quietly():
-            model.forward = torch.compile(forward, backend=backend)  # whatever calls the model now calls this
+            model.forward = torch.compile(forward, backend=backend)  # every call of the model now goes here
             got, theirs = _with_gradients(subject, model, tokens)
-    except Exception as error:  # a compiler that gives up changes no number
-        advise(f"torch.compile(backend={backend!r}) gives up: {type(error).__name__}")
-        raise NotApplicable(f"torch.compile gives up: {str(error).splitlines()[0][:200]}") from None
+    except Exception as error:  # a compiler that fails changes no number
+        advise(f"torch.compile(backend={backend!r}) fails: {type(error).__name__}")
+        raise NotApplicable(f"torch.compile fails: {str(error).splitlines()[0][:200]}") from None
     finally:
         vars(model).pop("forward", None)
         torch._dynamo.reset()
     finding: dict[str, Any] = dict(
         likely=("other-path-when-compiled",),
-        advice="look for torch.compiler.is_compiling() and is_tracing(), and for Python state that a forward changes",
+        advice="look for torch.compiler.is_compiling() and is_tracing(), and for Python state that forward changes",
     )
-    says = f"compiled by torch.compile(backend={backend!r}) the logits are others"
-    expect_close(got, want, bound=_single(want), says=says, **finding)
+    compiled = f"compiled by torch.compile(backend={backend!r})"
+    expect_close(got, want, bound=_single(want), says=f"{compiled}, the logits are different", **finding)
     for name, gradient in gradients.items():
-        says = f"compiled by torch.compile(backend={backend!r}) the gradient of {name} is another"
         axes = [f"index {axis}" for axis in range(gradient.dim())]
         largest = max(float(g.abs().max()) for g in gradients.values() if g.numel())
         bound = Bound(COMPILED * largest, f"{COMPILED:.0e} of the largest gradient")
+        says = f"{compiled}, the gradient of {name} is different"
         expect_close(theirs[name], gradient, bound=bound, says=says, axes=axes, **finding)
 
 
@@ -237,13 +232,13 @@ def _with_gradients(subject: Subject, model: nn.Module, tokens: Tensor) -> tuple
     with seeded(subject.seed):
         logits = subject.logits(model, tokens)
         if logits.requires_grad:
-            logits.square().mean().backward()
+            torch.autograd.backward(logits.square().mean())
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @needs(*READABLE, REPEATS)
 def check_exported_model_agrees(subject: Subject) -> None:
-    """Exported by torch.export, the model gives the same logits, for other tokens than those it was exported with."""
+    """Exported by torch.export, the model must give the same logits, for other tokens than it was exported with."""
     model, tokens = subject.amplified(seed=subject.seed, dtype=torch.float32), _tokens(subject)
     others = subject.tokens(*tokens.shape, seed=subject.seed + 1)
     with torch.no_grad():
@@ -251,21 +246,21 @@ def check_exported_model_agrees(subject: Subject) -> None:
         try:
             with _quietly():
                 exported = torch.export.export(_AsModule(subject, model), (tokens,)).module()
-        except Exception as error:  # control flow that depends on data, say
+        except Exception as error:  # data-dependent control flow, for example
             raise NotApplicable(f"torch.export refuses the model: {str(error).splitlines()[0][:200]}") from None
         got, want = exported(others), subject.logits(model, others)
     expect_close(
         got,
         want,
         bound=_single(want),
-        says="exported by torch.export the model gives other logits",
+        says="exported by torch.export, the model gives different logits",
         likely=("other-path-when-compiled", "constant-baked-in"),
-        advice="look for .item(), int(tensor) and torch.compiler.is_compiling(): what they gave while tracing is fixed",
+        advice="look for .item(), int(tensor) and torch.compiler.is_compiling(): export freezes their values",
     )
 
 
 class _AsModule(nn.Module):
-    """The subject's call as a module, so that whatever the model returns is exported as logits."""
+    """The call of the subject as a module, so that the logits are exported whatever the model returns."""
 
     def __init__(self, subject: Subject, model: nn.Module) -> None:
         super().__init__()
@@ -278,12 +273,14 @@ class _AsModule(nn.Module):
 
 @needs(*READABLE, "check_gradients.check_training_gradients_equal_finite_differences")
 def check_recomputation_changes_nothing(subject: Subject) -> None:
-    """With activation checkpointing the loss and its gradients are those without, dropout included."""
+    """Activation checkpointing must change neither logits nor gradients, with dropout on."""
     sizes: dict[str, Any] = dict(dropout=RATE) if subject.can_vary("dropout") else {}
     model, tokens = precise(subject, **sizes).train(), _tokens(subject)
     switch = _checkpointing(model)
     if switch is None:
-        raise NotApplicable("no switch for activation checkpointing: no gradient_checkpointing_enable(), no flag")
+        raise NotApplicable(
+            "the model has no switch for activation checkpointing: neither gradient_checkpointing_enable() nor a flag"
+        )
     want, gradients = _with_gradients(subject, model, tokens)
     switch()
     calls = []
@@ -299,10 +296,10 @@ def check_recomputation_changes_nothing(subject: Subject) -> None:
         note(recomputed="not seen: torch.utils.checkpoint.checkpoint may have been imported by name")
     finding: dict[str, Any] = dict(
         likely=("recomputation-drops-other-units", "recomputation-under-no-grad"),
-        advice="use torch.utils.checkpoint.checkpoint(…, use_reentrant=False) and leave preserve_rng_state as it is",
+        advice="use torch.utils.checkpoint.checkpoint(…, use_reentrant=False) and keep preserve_rng_state on",
     )
     bound = precision(subject).bound(want)
-    expect_close(got, want, bound=bound, says="with activation checkpointing the logits are others", **finding)
+    expect_close(got, want, bound=bound, says="with activation checkpointing the logits are different", **finding)
     largest = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
     for name, gradient in gradients.items():
         missing = name not in theirs
@@ -310,7 +307,7 @@ def check_recomputation_changes_nothing(subject: Subject) -> None:
             torch.zeros_like(gradient) if missing else theirs[name],
             gradient,
             bound=Bound(1e-6 * largest, "1e-06 of the largest gradient"),
-            says=f"with activation checkpointing {name} gets {'no' if missing else 'another'} gradient",
+            says=f"with activation checkpointing {name} gets {'no' if missing else 'a different'} gradient",
             axes=[f"index {axis}" for axis in range(gradient.dim())],
             **finding,
         )
@@ -320,7 +317,7 @@ CHECKPOINTING = re.compile(r"^(use_|enable_)?(gradient_|activation_|grad_|act_)?
 
 
 def _checkpointing(model: Any) -> Callable[[], None] | None:
-    """What turns on activation checkpointing: the library's method, or every flag of that name."""
+    """A function that turns on activation checkpointing, by the library's method or by every flag of that name."""
     if callable(getattr(model, "gradient_checkpointing_enable", None)):
         if not getattr(model, "supports_gradient_checkpointing", True):
             return None

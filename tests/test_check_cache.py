@@ -37,13 +37,13 @@ PIECES = "check_cached_pieces_equal_full"
 
 def test_a_cache_that_is_not_read_is_named_by_the_tokens_that_do_not_count():
     found = verdict("cache-not-appended", DECODING)
-    assert "token 4, read over a cache of 4 tokens" in found.says and "tokens 0 to 11" in found.says
+    assert "token 4 and a cache of 4 tokens" in found.says and "tokens 0 to 11" in found.says
     assert found.evidence["position"] == 4 and found.likely[0] == "cache-not-appended"
 
 
 def test_a_mask_at_the_top_left_is_named_by_what_it_shows():
     found = verdict("sdpa-topleft-alignment", DECODING)
-    assert "depend on tokens 0 and 12 and not on tokens 1 to 11" in found.says
+    assert "depend on tokens 0 and 12, but not on tokens 1 to 11" in found.says
     assert found.likely[0] == "sdpa-topleft-alignment"
 
 
@@ -55,27 +55,27 @@ def test_a_mask_at_the_top_left_of_pieces_only_is_named_by_what_it_hides():
 
 def test_a_prefill_without_a_mask_is_named_by_the_future_it_sees():
     found = verdict("prefill-unmasked-when-cache-given", DECODING)
-    assert "the empty cache" in found.says and "position 0" in found.says and "later tokens 1 to 3" in found.says
+    assert "an empty cache" in found.says and "position 0" in found.says and "later tokens 1 to 3" in found.says
     assert found.likely[0] == "prefill-unmasked-when-cache-given"
 
 
 @pytest.mark.parametrize(
     ("bug", "check", "place"),
     [
-        ("decode-position-always-zero", DECODING, "token 4, read over a cache of 4"),
-        ("rope-single-position-kernel", DECODING, "token 4, read over a cache of 4"),
-        ("prefill-all-same-position", DECODING, "tokens 0 to 3, read over the empty cache"),
-        ("chunked-prefill-positions", PIECES, "tokens 1 to 12, read over a cache of 1"),
+        ("decode-position-always-zero", DECODING, "token 4 and a cache of 4"),
+        ("rope-single-position-kernel", DECODING, "token 4 and a cache of 4"),
+        ("prefill-all-same-position", DECODING, "tokens 0 to 3 and an empty cache"),
+        ("chunked-prefill-positions", PIECES, "tokens 1 to 12 and a cache of 1"),
     ],
 )
 def test_wrong_positions_are_told_from_wrong_masks(bug, check, place):
     found = verdict(bug, check)
-    assert place in found.says and "positions given" in found.says
+    assert place in found.says and "wrong positions" in found.says
     assert bug in found.likely
 
 
 def test_rows_and_layers_that_meet_are_named():
-    assert "each row read alone is right" in verdict("cache-rows-mixed", DECODING).says
+    assert "each row alone is right" in verdict("cache-rows-mixed", DECODING).says
     assert "with one block they are right" in verdict("cache-swaps-layers", DECODING).says
 
 

@@ -24,7 +24,7 @@ FOUND: dict[str, Told] = {
     "recomputation-under-no-grad": (
         "recomputation_changes_nothing",
         None,
-        ("embedding.weight gets another gradient",),
+        ("embedding.weight gets a different gradient",),
         "recomputation-under-no-grad",
     ),
 }

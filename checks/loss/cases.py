@@ -1,9 +1,8 @@
-"""What checks of a loss share: the cases they put it to, and when a formula is known for it at all."""
+"""Cases for the checks of a loss: random logits under ragged masks, what the loss gives, and what it should give."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -18,33 +17,39 @@ from .reading import EXACT, gradient, read
 
 FLOAT64 = Bound(1e-9, "float64, relative to the largest")
 FLOAT32 = Bound(2e-6, "the loss computes in float32; relative to the largest")
+SENTENCE = "I love machine learning"
+UNREADABLE = "the gradient is not that of a cross entropy, so it does not show which target each position is trained on"
+
+Case = tuple[list[list[bool]], int, int]  # rows of a mask, how many positions of them are used, and a seed
 
 
 def readable(subject: Subject, *, mask: bool = False) -> MetLoss:
-    """The loss, if its places can be told; with `mask`, only one that can be told what to leave out."""
+    """The loss. Raises NotApplicable if its gradient does not show its targets or, with `mask`, it cannot be masked."""
     loss = met_loss(subject)
     if loss.reading is None:
-        raise NotApplicable("the gradient is not that of a cross entropy, so no place can be told", called=loss.says)
+        raise NotApplicable(UNREADABLE, called=loss.says)
     if mask and not loss.masks:
-        raise NotApplicable("the loss takes no mask, and labels of -100 and -1 are not left out", called=loss.says)
+        raise NotApplicable("the loss takes no mask and ignores neither label -100 nor -1", called=loss.says)
     return loss
 
 
 def closed_form(subject: Subject) -> None:
-    """Raises NotApplicable where no closed form is known; says what legitimate addition stands in its way."""
+    """Raises NotApplicable where the loss has no known closed form, and says which legitimate term prevents it."""
     loss = met_loss(subject)
     declared = subject.declared("reduction")
     if declared is not None and declared not in REDUCTIONS:
-        raise NotApplicable(f"the loss is declared to be {declared!r}, for which no formula is known here")
+        raise NotApplicable(f"the declared reduction {declared!r} has no formula here")
     if loss.changes_logits or (loss.inside_model and loss.reading is None):
-        raise NotApplicable("the model changes its logits after its head, so the loss of given logits is not to be had")
+        raise NotApplicable(
+            "the model changes its logits after the head, so its loss cannot be computed for chosen logits"
+        )
     expected = subject.declared("smoothing")
     if loss.smoothing and expected is not None and abs(loss.smoothing - expected) > 1e-2:
         fail(
-            f"the loss smooths its targets: {loss.smoothing:.3g} of the probability goes to other symbols, "
+            f"label smoothing gives {loss.smoothing:.3g} of the probability to tokens other than the target, "
             f"declared {expected:g}",
             likely=("labels-smoothed",),
-            advice="label_smoothing= of F.cross_entropy is what the declaration says, and 0 in an evaluation.",
+            advice="pass the declared label_smoothing to F.cross_entropy, and 0 in an evaluation",
         )
     if subject.declared("called") is None:
         undeclared(loss)
@@ -52,37 +57,40 @@ def closed_form(subject: Subject) -> None:
 
 
 def undeclared(loss: MetLoss) -> None:
+    """Raises NotApplicable for label smoothing of another form, class weights and added terms, and says so."""
     if loss.smoothing > 0.5:
         fail(
-            f"the loss smooths its targets: {loss.smoothing:.3g} of the probability goes to other symbols, and "
-            f"{1 - loss.smoothing:.3g} to the target: as when the confidence is given where the smoothing is asked",
+            f"label smoothing gives {loss.smoothing:.3g} of the probability to tokens other than the target, which "
+            f"keeps {1 - loss.smoothing:.3g}: the confidence may have been passed as the smoothing",
             likely=("labels-smoothed",),
-            advice="label_smoothing=0.1 leaves 0.9 to the target.",
+            advice="pass the smoothing itself: label_smoothing=0.1 leaves 0.9 to the target",
         )
     if loss.smoothing:
-        advise(f"the loss smooths its targets: {loss.smoothing:.3g} of the probability goes to other symbols")
+        advise(f"label smoothing gives {loss.smoothing:.3g} of the probability to tokens other than the target")
     if loss.smoothing and loss.reading is not None and not loss.reading.even:
-        raise NotApplicable("the loss smooths its targets in a way for which no formula is known here")
+        raise NotApplicable("the loss smooths its targets unevenly, so it has no known closed form")
     if loss.weighs_symbols:
-        advise("the loss weighs targets by their token id (class weights)")
-        raise NotApplicable("targets weigh by their token id")
+        advise("the loss weights targets by their token id (class weights)")
+        raise NotApplicable("targets are weighted by their token id")
     extra = addition(loss)
     if extra:
         advise(f"the loss adds {extra} to the cross entropy")
-        raise NotApplicable(f"the loss is the cross entropy and {extra}")
+        raise NotApplicable(f"the loss is the cross entropy plus {extra}")
 
 
 def usual(subject: Subject, loss: MetLoss) -> None:
-    """Raises NotApplicable for a loss that is no cross entropy and no known mistake in one: it may be meant."""
+    """Raises NotApplicable for a loss that is neither a cross entropy nor a known mistake in one: it may be meant."""
     if loss.reading is not None and loss.reading.error < EXACT:
         return
     if not cause(subject, loss)[0]:
-        advise("the loss is no cross entropy (a focal loss, say): whether that is meant cannot be told from outside")
-        raise NotApplicable("the loss is no cross entropy, and no mistake in one that is known here", called=loss.says)
+        advise(
+            "the loss is not a cross entropy (perhaps a focal loss); the checks cannot tell whether that is intended"
+        )
+        raise NotApplicable("the loss is not a cross entropy, nor a known mistake in one", called=loss.says)
 
 
 def addition(loss: MetLoss) -> str:
-    """What the loss is more than its cross entropy, if it is one of the usual additions."""
+    """The usual term that the loss adds to its cross entropy; empty if there is none."""
     logits, targets = sample(loss, rows=2, places=loss.places)
     mask = all_kept(loss, masks(loss.places)[1])
     for name in (loss.reduction,) if loss.reduction in USUAL else USUAL[:2]:
@@ -90,13 +98,13 @@ def addition(loss: MetLoss) -> str:
         extras, squares = [], []
         for x in (logits, 2 * logits.flip(-1), 0.5 * logits + 1):
             want = (weights * cross_entropy(x, targets, loss.smoothing)).sum()
-            extras.append(float(loss(x, targets, given(loss, mask)).detach() - want))
+            extras.append(float(loss(x, targets, mask_for(loss, mask)).detach() - want))
             squares.append([float((w * x.logsumexp(-1).square()).sum()) for w in (weights, everywhere)])
         size = max(map(abs, extras))
         if size > 1e-6 and constant_of_masked(loss, logits, targets, name, extras[0]):
             return ""
         if size > 1e-6 and max(extras) - min(extras) < 1e-5 * size:
-            return f"{extras[0]:.3g}, whatever the logits are (an auxiliary loss)"
+            return f"{extras[0]:.3g} for any logits (an auxiliary loss)"
         for column in (0, 1):
             factors = [extra / square[column] for extra, square in zip(extras, squares, strict=True)]
             if size > 1e-6 and max(factors) - min(factors) < 1e-3 * abs(factors[0]):
@@ -105,26 +113,25 @@ def addition(loss: MetLoss) -> str:
 
 
 def constant_of_masked(loss: MetLoss, logits: Tensor, targets: Tensor, name: str, extra: float) -> bool:
-    """Whether what is added goes with the places masked, as ln V of logits set to 0 does: then it is a mistake."""
+    """Whether the addition vanishes without masked targets, as ln V of logits set to 0 does: then it is a mistake."""
     whole = all_kept(loss, torch.ones_like(targets, dtype=torch.bool))
     want = (REDUCTIONS[name](whole) * cross_entropy(logits, targets, loss.smoothing)).sum()
-    return bool(loss.masks) and abs(float(loss(logits, targets, given(loss, whole)).detach() - want)) < 1e-3 * abs(
-        extra
-    )
+    left = abs(float(loss(logits, targets, mask_for(loss, whole)).detach() - want))
+    return bool(loss.masks) and left < 1e-3 * abs(extra)
 
 
 def cause(subject: Subject, loss: MetLoss) -> tuple[str, tuple[str, ...]]:
-    """What the loss of a ragged batch equals instead, and the bugs that would make it so; else how it weighs it."""
+    """What the loss of a ragged batch equals instead, and the bugs that cause it; else the weights that it uses."""
     logits, targets = sample(loss, rows=2, places=loss.places, seed=1)
     mask = all_kept(loss, masks(loss.places)[1])
-    got = float(loss(logits, targets, given(loss, mask)).detach())
+    got = float(loss(logits, targets, mask_for(loss, mask)).detach())
     rounded = loss.reading is not None and loss.reading.error > EXACT and not smooth(loss, logits, targets)
     says, likely = explained(got, logits, targets, mask, reduction(subject, loss), rounded=rounded)
     return (says, likely) if says else (weighed(subject, loss, mask), ())
 
 
 def smooth(loss: MetLoss, logits: Tensor, targets: Tensor) -> bool:
-    """Whether a small change of the logits changes the loss as its gradient says: in 16 bits it moves in leaps."""
+    """Whether a small change of the logits changes the loss as its gradient says; in 16 bits it changes in steps."""
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     slope = float((gradient(loss, logits, targets, None) * direction).sum())
     up, down = (float(loss(logits + h * direction, targets, None).detach()) for h in (1e-4, -1e-4))
@@ -132,27 +139,28 @@ def smooth(loss: MetLoss, logits: Tensor, targets: Tensor) -> bool:
 
 
 def weighed(subject: Subject, loss: MetLoss, mask: Tensor) -> str:
-    """How much targets count in a loss that is a cross entropy at each place, against what they should."""
+    """The weights of targets, relative to the right ones, in a loss that is a cross entropy at each position."""
     if loss.reading is None or loss.reading.error > EXACT:
         return ""
-    found = read(loss, loss.symbols, loss.V, places=loss.places, mask=given(loss, mask)).weight
+    found = read(loss, loss.symbols, loss.V, places=loss.places, mask=mask_for(loss, mask)).weight
     right = weights_of(subject, loss, mask)
     rows = [(found[row][kept] / right[row][kept]).tolist() for row, kept in enumerate(mask)]
     if all(max(row) < (1 + EXACT) * min(row) for row in rows):
-        each = " and ".join(f"of row {row} ({len(all_)} of them) × {all_[0]:.4g}" for row, all_ in enumerate(rows))
-        return f"On a ragged batch targets count otherwise than they should: {each}."
+        each = ", ".join(f"× {all_[0]:.4g} in row {row} ({len(all_)} targets)" for row, all_ in enumerate(rows))
+        return f"on a ragged batch the weight of each target is wrong: {each}"
     uneven = next(row for row, all_ in enumerate(rows) if max(all_) > (1 + EXACT) * min(all_))
     each = ", ".join(f"{value:.3g}" for value in rows[uneven])
-    return f"The targets of row {uneven} count, against what they should, {each} times."
+    return f"the targets of row {uneven} have {each} times the right weight"
 
 
 def named(dropped: Iterable[int]) -> str:
+    """`target 3`, `targets 0-2`, `no target`."""
     dropped = list(dropped)
     return f"target{'s' * (len(dropped) > 1)} {spans(dropped)}" if dropped else "no target"
 
 
 def reduction(subject: Subject, loss: MetLoss) -> str:
-    """The declared reduction, else the one that was found, else the mean."""
+    """The declared reduction, else the measured one, else the mean."""
     declared = subject.declared("reduction")
     if declared is None and loss.reduction in USUAL:
         return loss.reduction
@@ -173,27 +181,29 @@ def sample(loss: MetLoss, *, rows: int, places: int, seed: int = 0) -> tuple[Ten
     return logits, loss.symbols[torch.randint(len(loss.symbols), (rows, places), generator=generator)]
 
 
-def problem(loss: MetLoss, case: Any) -> tuple[Tensor, Tensor, Tensor]:
+def problem(loss: MetLoss, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, targets and mask of a drawn case."""
     rows, places, seed = case
     mask = torch.tensor(rows)[:, :places]
-    needy = mask[:1] if loss.reduction in USUAL[:2] else mask  # the mean of a row needs something to be a mean of
+    needy = mask[:1] if loss.reduction in USUAL[:2] else mask  # a mean needs at least one target
     needy[~needy[:, len(loss.dropped) :].any(1), -1] = True
     return *sample(loss, rows=len(mask), places=places, seed=seed), mask
 
 
-def given(loss: MetLoss, mask: Tensor) -> Tensor | None:
+def mask_for(loss: MetLoss, mask: Tensor) -> Tensor | None:
+    """The mask, for a loss that takes one."""
     return mask if loss.masks else None
 
 
 def all_kept(loss: MetLoss, mask: Tensor) -> Tensor:
-    """What the loss is asked to keep: everything, if it takes no mask, but for what it drops by itself."""
+    """The targets that should count: those of the mask, or all if the loss takes none, except those that it drops."""
     kept = mask.clone() if loss.masks else torch.ones_like(mask)
     kept[:, list(loss.dropped)] = False
     return kept
 
 
 def masks(T: int) -> list[Tensor]:
-    """[2, T]: a prompt, padding at the end, padding at the start, holes; the second row always ends later."""
+    """[2, T] each: a prompt, padding at the end, padding at the start, holes; the second row always keeps more."""
     positions = torch.arange(T)
     prompt = torch.stack((positions >= 3, positions >= 1))
     right = torch.stack((positions < T - 3, positions < T - 1))
@@ -202,8 +212,8 @@ def masks(T: int) -> list[Tensor]:
     return [prompt, right, left, holes]
 
 
-def draw_case(subject: Subject) -> st.SearchStrategy:
-    """Rows of a mask, ragged in any way, with at least one target kept in the first."""
+def draw(subject: Subject) -> st.SearchStrategy[Case]:
+    """A mask of any shape that keeps at least one target of its first row."""
     loss = met_loss(subject)
     places, least = loss.places, max(loss.dropped, default=-1) + 2
     row = st.lists(st.booleans(), min_size=places, max_size=places)
@@ -212,3 +222,73 @@ def draw_case(subject: Subject) -> st.SearchStrategy:
         st.integers(least, places),
         st.integers(0, 999),
     )
+
+
+# -- the loss of logits whose loss is known
+
+
+def shown_apart(one: float, other: float) -> tuple[str, str]:
+    """Two numbers with four digits, or with as many as tell them apart."""
+    digits = next((n for n in range(4, 17) if f"{one:.{n}g}" != f"{other:.{n}g}"), 4)
+    return f"{one:.{digits}g}", f"{other:.{digits}g}"
+
+
+def needs_own_softmax(loss: MetLoss) -> None:
+    if loss.domain != "logits" or loss.inside_model:
+        raise NotApplicable("the loss does not apply the softmax itself", takes=loss.domain)
+
+
+def padded(loss: MetLoss) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a ragged batch, of the same with two more columns of padding, and with other content there."""
+    logits, targets = sample(loss, rows=2, places=loss.places)
+    long = loss.places - 2
+    mask = torch.arange(loss.places) < torch.tensor([[long], [long - 2]])
+    short = loss(logits[:, :long], targets[:, :long], mask[:, :long])
+    whole = loss(logits, targets, mask)
+    other = loss(logits.masked_fill(~mask[..., None], 3.0), targets.masked_fill(~mask, int(loss.symbols[0])), mask)
+    return short.detach(), whole.detach(), other.detach()
+
+
+def known(subject: Subject, loss: MetLoss) -> tuple[float, float, float]:
+    """The mean loss of logits certain of the target, certain of the target before it, and all equal."""
+    targets = loss.symbols[torch.arange(2 * loss.places).view(2, -1) * 3 % len(loss.symbols)]
+    one_hot = torch.nn.functional.one_hot(targets, loss.V).double()
+    mask = torch.ones_like(targets, dtype=torch.bool) if loss.masks else None
+    share = 1.0 / float(weights_of(subject, loss, torch.ones_like(targets).bool()).sum())
+    sure, copied, equal = (
+        float(loss(logits, targets, mask)) * share for logits in (60 * one_hot, 60 * one_hot.roll(1, 1), 0 * one_hot)
+    )
+    return sure, copied, equal
+
+
+def extreme(subject: Subject, loss: MetLoss, size: float, dtype: torch.dtype) -> tuple[float, float, Tensor]:
+    """The loss of logits up to a size, what it should be, and its gradient."""
+    logits, targets = sample(loss, rows=2, places=loss.places)
+    logits = (logits / logits.abs().max() * size).to(dtype)
+    weights = weights_of(subject, loss, torch.ones_like(targets).bool())
+    want = float((weights * cross_entropy(logits, targets, loss.smoothing)).sum())
+    return float(loss(logits, targets, None)), want, gradient(loss, logits, targets, None)
+
+
+def in_bfloat16(subject: Subject, loss: MetLoss) -> tuple[float, float, float]:
+    """The loss of bfloat16 logits, what it should be, and the relative error of PyTorch's own cross entropy."""
+    logits, targets = sample(loss, rows=96, places=loss.places)
+    logits = (3 * logits).bfloat16()
+    everything = torch.ones_like(targets).bool()
+    weights = weights_of(subject, loss, everything)
+    want = float((weights * cross_entropy(logits, targets, loss.smoothing)).sum())
+    try:
+        got = float(loss(logits, targets, everything if loss.masks == "argument" else None))
+    except RuntimeError as error:
+        raise NotApplicable("the loss takes no bfloat16 logits", error=str(error).splitlines()[0]) from None
+    plain = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    return got, want, abs(plain / float(cross_entropy(logits, targets).mean()) - 1)
+
+
+def sentence_ids(subject: Subject) -> set[int]:
+    """The ids of the homework's sentence by the subject's own tokenizer; empty if it has none that can be asked."""
+    encode = getattr(subject.part("tokenizer"), "encode", None)
+    try:
+        return {int(i) for i in encode(SENTENCE)} if encode else set()
+    except Exception:
+        return set()

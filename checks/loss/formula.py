@@ -1,4 +1,4 @@
-"""The formulas of next-token losses, in float64: what a loss should be, by its reduction, and its gradient."""
+"""The closed forms of a next-token loss in float64: cross entropy, its gradient, and the reductions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # from a mask [B, T] to the weight of each place
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # from a mask [B, T] to the weight of each position
     "mean": lambda m: m.double() / m.sum().clamp(min=1),
     "sum": lambda m: m.double(),
     "the sum over rows of each row's mean": lambda m: m.double() / m.sum(1, keepdim=True).clamp(min=1),
@@ -20,7 +20,7 @@ USUAL = tuple(REDUCTIONS)[:5]
 
 
 def named_reduction(weight: Tensor, mask: Tensor, tolerance: float = 1e-3) -> str:
-    """The reduction that explains the weights of the places that `mask` keeps; empty if none of these does."""
+    """The reduction that gives these weights at the positions that `mask` keeps; empty if none does."""
     for name, weights in REDUCTIONS.items():
         if torch.allclose(weight[mask], weights(mask)[mask], rtol=tolerance, atol=0):
             return name
@@ -28,7 +28,7 @@ def named_reduction(weight: Tensor, mask: Tensor, tolerance: float = 1e-3) -> st
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """[B, T] of -Σ q log softmax in float64, from the formula alone; q has 1 - smoothing at the target."""
+    """[B, T] of -Σ q log softmax, written out in float64; q is 1 - smoothing at the target."""
     x = logits.double()
     top = x.amax(-1, keepdim=True)
     log_p = x - top - (x - top).exp().sum(-1, keepdim=True).log()
@@ -39,7 +39,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
 
 
 def expected_gradient(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
-    """[B, T, V] of w (softmax - q), from the formula alone."""
+    """[B, T, V] of w (softmax - q), written out in float64."""
     V = logits.shape[-1]
     own = F.one_hot(targets, V).double()
     q = (1 - smoothing) * own + smoothing / (V - 1) * (1 - own)

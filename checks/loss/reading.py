@@ -1,8 +1,8 @@
-"""What a loss does with each place of the logits, read from its gradient.
+"""What a loss does at each position of the logits, read from its gradient.
 
-The gradient of a cross entropy at one place is w (softmax - q): w is the place's weight, q the distribution that it is
-trained on. Two draws of logits give both, so that the shift, the mask, the reduction and label smoothing are read
-rather than assumed.
+At one position the gradient of a cross entropy is w (softmax - q): w is the weight of the position, q the distribution
+that it is trained on. Two draws of logits give both, so the shift, the mask, the reduction and label smoothing are
+measured, not assumed.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # logits [B, T, V], labels [B, T], mask [B, T] to a scalar
 
-NOTHING = 1e-5  # a weight below this part of the largest counts as none: a loss may compute in float32
-EXACT, ROUGH = 1e-4, 0.1  # how far a gradient may be from the form: float64 or float32, and bfloat16
+NOTHING = 1e-5  # a weight below this fraction of the largest counts as 0: a loss may compute in float32
+EXACT, ROUGH = 1e-4, 0.1  # error of the gradient's form allowed in float32, and in bfloat16
 
 
 class NoGradient(TypeError):
-    """The loss was detached, or turned into a number."""
+    """The loss returns nothing with a gradient: it was detached or converted to a number."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one loss does with logits [B, T] against labels [B, T], as it takes them."""
+    """What a loss does at each position [B, T], with labels as it takes them."""
 
-    weight: Tensor  # [B, T], how much each place counts
-    source: Tensor  # [B, T], flat index of the label that the place is trained on; -1 where it counts nothing
-    smoothing: float  # the part of q outside that label
-    even: bool  # whether that part is spread evenly over the other symbols
-    error: float  # how far the gradient is from the form of a cross entropy, relative to the largest weight
+    weight: Tensor  # [B, T], of each position in the loss
+    source: Tensor  # [B, T], flat index of the label that the position is trained on; -1 where its weight is 0
+    smoothing: float  # the probability of q outside that label
+    even: bool  # whether it is spread evenly over the other token ids
+    error: float  # of the gradient against the form of a cross entropy, relative to the largest weight
 
     @property
     def used(self) -> Tensor:
-        """[B, T], whether the place counts at all."""
+        """[B, T], whether the position has any weight."""
         return self.weight > max(NOTHING, self.error) * self.weight.max().clamp(min=1e-300)
 
     @property
     def offsets(self) -> Tensor:
-        """Position of the label minus position of the logits, of the places used."""
+        """Position of the label minus position of the logits, where used."""
         return (self.source - torch.arange(self.source.numel()).view_as(self.source))[self.used]
 
     @property
     def crossings(self) -> list[tuple[int, int]]:
-        """Places (row, position) that are trained on the label of another row."""
+        """(row, position) of logits that are trained on the label of another row."""
         rows = torch.arange(len(self.source))[:, None]
         found = self.used & (self.source // self.source.shape[1] != rows)
         return [(int(b), int(t)) for b, t in found.nonzero()]
@@ -56,7 +56,7 @@ def counts(weight: Tensor) -> Tensor:
 
 
 def read(loss: Loss, symbols: Tensor, V: int, *, rows: int = 2, places: int = 7, mask: Tensor | None = None) -> Reading:
-    """Reads a loss over V symbols, with these as labels: they spell out their own place, digit by digit.
+    """Reads a loss over V token ids, using `symbols` as labels: as digits, they spell out the index of their position.
 
     Raises NoGradient when the loss has no gradient, and whatever the loss raises.
     """
@@ -77,7 +77,7 @@ def read(loss: Loss, symbols: Tensor, V: int, *, rows: int = 2, places: int = 7,
 
 
 def symbols_that_count(loss: Loss, V: int, places: int, candidates: Tensor) -> Tensor:
-    """The symbols that carry loss as labels: one may be taken for padding."""
+    """The token ids that carry loss as labels: a loss may take one for padding."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, places, V, generator=generator, dtype=torch.float64)
     found = [gradient(loss, logits, torch.full((2, places), int(s)), None) for s in candidates]
@@ -85,7 +85,7 @@ def symbols_that_count(loss: Loss, V: int, places: int, candidates: Tensor) -> T
 
 
 def read_labels(loss: Loss, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Reading:
-    """One reading under one set of labels; its source is the symbol trained on."""
+    """One reading for one set of labels; its source is the token id trained on."""
     one, two = gradient(loss, logits[0], labels, mask), gradient(loss, logits[1], labels, mask)
     p, p2 = logits[0].softmax(-1), logits[1].softmax(-1)
     # gradient = a p - w q, where a cross entropy has a = w and q does not depend on the logits
@@ -111,6 +111,6 @@ def gradient(loss: Loss, logits: Tensor, labels: Tensor, mask: Tensor | None) ->
     leaf = logits.clone().requires_grad_()
     value = loss(leaf, labels.clone(), None if mask is None else mask.clone())
     if not value.requires_grad:
-        raise NoGradient("the loss has no gradient: it was detached, or turned into a number")
+        raise NoGradient("the loss has no gradient: it was detached or converted to a number")
     (found,) = torch.autograd.grad(value, leaf, allow_unused=True)
     return torch.zeros_like(leaf) if found is None else found

@@ -1,42 +1,46 @@
-"""What a model's forward gives when it is handed targets, beside what it gives without them. Nothing here judges."""
+"""What a model's forward returns, with targets and without: logits or probabilities, and a loss. It judges nothing."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..expect import NotApplicable
+from ..expect import NotApplicable, Where, shown
+from ..meet.logits import standing_for
 from ..probes.extra_arguments import TARGETS, taken
 from ..subject import EXISTENCE, Subject
 from ..watch.draws import seeded
 
 ROWS, LENGTH = 3, 7  # of a call; all sizes differ
+OF_LOGITS = {"CrossEntropyLoss", "cross_entropy"}
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What came back without and with targets, by the place in a tuple or the name in a dict or object."""
+    """What came back without and with targets, by its index in a tuple or its name in a dict or object."""
 
     model: nn.Module
     name: str  # of the parameter that takes targets
     tokens: Tensor
     alone: dict[str, Any]
     given: dict[str, Any]
-    left: Any  # what the call with targets left in `last_loss`
-    optional: bool  # targets may be left out; where not, nothing is known of what comes without
+    left: Any  # `last_loss` of the model after the call with targets
+    optional: bool  # whether targets may be omitted; if not, `alone` is empty
 
     @property
     def filled(self) -> dict[str, Any]:
-        """What is there with targets only."""
+        """What comes back only with targets."""
         return {key: value for key, value in self.given.items() if value is not None and self.alone.get(key) is None}
 
     @property
     def losses(self) -> list[Any]:
-        """Numbers, and tensors of one number for all, for each row or for each target."""
+        """Numbers, and tensors with one number in all, per row or per target."""
         return [value for value in leaves([*self.given.values(), self.left]) if self._is_loss(value)]
 
     def _is_loss(self, value: Any) -> bool:
@@ -46,8 +50,20 @@ class Answers:
         usual = {B, T, T - 1, B * T, B * (T - 1), 1}
         return value.is_floating_point() and value.dim() <= 2 and set(value.shape) <= usual
 
+    @property
+    def instead_of_a_loss(self) -> tuple[str, Any] | None:
+        """The key and value of what came back where a loss was due; None if nothing can be meant as one."""
+        wrong = {key: value for key, value in self.filled.items() if not _integers(value)}
+        if not self.optional:  # what comes without targets is not known
+            wrong = {key: value for key, value in wrong.items() if callable(value) or isinstance(value, ModuleType)}
+        if len(self.given) == 1 and not _tensors(self.given):
+            wrong = self.given
+        if all(value is None for value in wrong.values()):
+            return None
+        return next(iter(wrong.items()))
+
     def logits(self, vocabulary: set[int]) -> tuple[str, Tensor] | None:
-        """Without targets: where they stand, and [B, T, V], or [B, 1, V] and [B, V] of the last position."""
+        """The logits without targets, with their key: [B, T, V], or [B, 1, V] or [B, V] of the last position."""
         B, T = self.tokens.shape
         shapes = {(*places, V) for V in vocabulary for places in ((B, T), (B, 1), (B,))}
         for key, value in self.alone.items():
@@ -55,21 +71,32 @@ class Answers:
                 return key, value.detach()
         return None
 
+    def both_logits(self, vocabulary: set[int]) -> tuple[Tensor, Tensor]:
+        """The logits with targets and without. Raises NotApplicable where one of them, or a loss, does not come."""
+        alone = self.logits(vocabulary)
+        if alone is None:
+            raise NotApplicable("without targets forward returns no logits, neither [B, T, V] nor of the last position")
+        key, without = alone
+        given = self.beside(key, without.shape[-1])
+        if given is None or not self.losses:
+            raise NotApplicable(f"with {self.name} forward does not return logits and a loss", gives=list(self.given))
+        return given, without
+
     def beside(self, key: str, V: int) -> Tensor | None:
-        """With targets: the logits [B, T, V], flattened ones too; a tensor of another width that stands in their place;
-        None if nothing does."""
+        """The logits [B, T, V] with targets, flattened ones too; else a tensor of another width under the same key."""
         B, T = self.tokens.shape
         own = self.given.get(key) if self.given.keys() >= self.alone.keys() else None
         candidates = [x for x in (own, *leaves(list(self.given.values()))) if isinstance(x, Tensor)]
         for x in candidates:
             if x.is_floating_point() and x.shape in ((B, T, V), (B * T, V)):
                 return x.detach().view(B, T, V)
-        wrong = isinstance(own, Tensor) and own.is_floating_point() and own.dim() == 3 and own.shape[:2] == (B, T)
-        return own.detach() if wrong else None  # type: ignore[union-attr]
+        if isinstance(own, Tensor) and own.is_floating_point() and own.dim() == 3 and own.shape[:2] == (B, T):
+            return own.detach()
+        return None
 
 
 def answers(subject: Subject) -> Answers:
-    """Raises NotApplicable for a model that takes no targets, or not beside tokens alone."""
+    """Raises NotApplicable for a model that takes no targets, or needs more than tokens and targets."""
     parameter = taken(subject, TARGETS)
     if parameter is None or parameter.default not in (None, parameter.empty):
         raise NotApplicable("forward takes no targets")
@@ -83,10 +110,10 @@ def answers(subject: Subject) -> Answers:
         given, again = (slots(_drawing(model, tokens, seed, **more)) for seed in (0, 1))
     except Exception as error:
         raise NotApplicable(
-            f"forward takes {parameter.name}, but not beside tokens alone", error=f"{type(error).__name__}: {error}"
+            f"forward cannot be called with tokens and {parameter.name} alone", error=f"{type(error).__name__}: {error}"
         ) from None
     if any(not torch.equal(one, two) for one, two in zip(_tensors(given), _tensors(again), strict=True)):
-        raise NotApplicable("in evaluation mode forward draws random numbers: two calls cannot be compared")
+        raise NotApplicable("forward draws random numbers in evaluation mode, so two calls cannot be compared")
     left = getattr(model, "last_loss", None)
     return Answers(model, parameter.name, tokens, in_place(alone, given), given, left, optional)
 
@@ -94,6 +121,18 @@ def answers(subject: Subject) -> Answers:
 def _drawing(model: nn.Module, tokens: Tensor, seed: int = 0, **more: Any) -> Any:
     with seeded(seed):
         return model(tokens, **more)
+
+
+def _integers(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
+def described(value: Any) -> str:
+    """`a tensor [21, 17]`, `the function cross_entropy`."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    name = getattr(value, "__name__", None)
+    return f"the {type(value).__name__} {name}" if name else f"a {type(value).__name__}"
 
 
 def _tensors(found: dict[str, Any]) -> list[Tensor]:
@@ -113,7 +152,7 @@ def slots(output: Any) -> dict[str, Any]:
 
 
 def in_place(alone: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What comes back by itself without targets, under the name that it has among several with them."""
+    """Gives a lone output without targets the key that it has among several outputs with targets."""
     if alone.keys() != {""} or "" in given:
         return alone
     wide = [key for key, x in given.items() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1]
@@ -121,8 +160,32 @@ def in_place(alone: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return {key: alone[""]}
 
 
+def gives(subject: Subject) -> str:
+    """What the model returns as its logits: "logits", "log-probabilities" or "probabilities"."""
+    with torch.no_grad():
+        return standing_for(subject.logits(subject.build(), subject.tokens(2, min(5, subject.sizes.block_size))))
+
+
+def cross_entropy_line(subject: Subject) -> Where | None:
+    """The line of the subject's code that names PyTorch's cross entropy, which expects logits.
+
+    None where there is none, or where the code takes a logarithm itself: it may then mean probabilities.
+    """
+    found: Where | None = None
+    for filename, nodes in subject.code():
+        for node in nodes:
+            if not isinstance(node, ast.Attribute | ast.Name):
+                continue
+            word = node.attr if isinstance(node, ast.Attribute) else node.id
+            if word in ("log", "nll_loss", "NLLLoss"):
+                return None
+            if word in OF_LOGITS and found is None:
+                found = Where(word, "", shown(filename), node.lineno)
+    return found
+
+
 def leaves(value: Any) -> Iterator[Any]:
-    """What is inside nested lists, tuples and dicts."""
+    """The values inside nested lists, tuples and dicts."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, tuple | list):
@@ -139,3 +202,22 @@ def slopes(model: nn.Module, value: Tensor) -> dict[str, float]:
         return dict.fromkeys(parameters, 0.0)
     found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, retain_graph=True)
     return {name: 0.0 if g is None else float(g.abs().max()) for name, g in zip(parameters, found, strict=True)}
+
+
+def untrained(found: Answers) -> list[str]:
+    """The weights that the logits depend on and the loss does not."""
+    losses = [x for x in found.losses if isinstance(x, Tensor) and x.requires_grad]
+    alone = [x for x in _tensors(found.alone) if x.requires_grad] if found.optional else []
+    if not losses or not alone:
+        raise NotApplicable("forward returns no loss with a gradient, or no logits without targets")
+    makes = slopes(found.model, torch.stack([x.double().square().sum() for x in alone]).sum())
+    trains = slopes(found.model, torch.stack([x.double().sum() for x in losses]).sum())
+    least = 1e-4 * max(makes.values(), default=0.0)  # the gradient of a key's bias is rounding error alone
+    return [name for name, slope in makes.items() if slope > least and not trains[name]]
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of logits, and of probabilities."""
+    logits = logits.double()
+    sure = bool((logits >= 0).all()) and bool(((logits.sum(-1) - 1).abs() < 1e-3).all())
+    return (logits.log() if sure else logits).log_softmax(-1)

@@ -1,17 +1,25 @@
-"""A backward pass of a subject's, where it can have one after another."""
+"""One backward pass of a model without randomness: its loss, its gradient, and how far two gradients are apart."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..expect import NotApplicable
+from ..loss.formula import cross_entropy
+from ..subject import Subject
+from ..training.runs import refuse_chance
+from ..watch.draws import seeded
+from ..watch.dropout import set_rates
 
-KEPT = ("backward through the graph a second time", "modified by an inplace operation")  # says autograd
-SAYS = "the model keeps what an earlier call computed, and a step reaches back into it: it is not made to train"
+KEPT = ("backward through the graph a second time", "modified by an inplace operation")  # in autograd's messages
+SAYS = "the model keeps results of earlier calls with their graph, so it cannot be trained for several steps"
+ROWS = 3  # of a batch
+SCALES = 24  # halvings of a gradient scaler: from 65536 to 1/256
 
 
 def needs_no_cache_inside(model: nn.Module) -> None:
-    """Raises NotApplicable where a module holds a tensor with its history: a cache that every call writes to."""
+    """Raises NotApplicable where a module holds a tensor with its graph: a cache that every call writes to."""
     for module in model.modules():
         for value in (*vars(module).values(), *module._buffers.values()):
             if isinstance(value, Tensor) and value.grad_fn is not None:
@@ -19,10 +27,71 @@ def needs_no_cache_inside(model: nn.Module) -> None:
 
 
 def backward(loss: Tensor) -> None:
-    """Raises NotApplicable where a step reaches back into an earlier one, as over a cache that decoding fills."""
+    """Raises NotApplicable where the graph reaches into an earlier call, as through a cache that decoding fills."""
     try:
-        loss.backward()
+        torch.autograd.backward(loss)
     except RuntimeError as error:
         if not any(words in str(error) for words in KEPT):
             raise
         raise NotApplicable(SAYS, error=str(error).splitlines()[0][:200]) from None
+
+
+def needs_numbers(subject: Subject) -> None:
+    if subject.device.type == "meta":
+        raise NotApplicable("the meta device computes nothing")
+
+
+def without_chance(
+    subject: Subject, scheme: tuple[float, float] | None = None, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A model in train mode without dropout. Raises NotApplicable if it is still random."""
+    model = subject.amplified(scheme, seed=subject.seed, dtype=dtype).train()
+    set_rates(model, 0.0)
+    refuse_chance(subject, model)
+    return model
+
+
+def tokens_of(subject: Subject, B: int = ROWS, T: int | None = None) -> Tensor:
+    return subject.tokens(B, T or subject.sizes.block_size, seed=subject.seed)
+
+
+def loss_of(subject: Subject, model: nn.Module, tokens: Tensor) -> Tensor:
+    """The mean next-token loss of a batch."""
+    return cross_entropy(subject.logits(model, tokens[:, :-1]).float(), tokens[:, 1:]).mean()
+
+
+def gradient_of(model: nn.Module) -> Tensor:
+    """All gradients in one vector."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in trained]
+    return torch.cat([gradient.flatten().double() for gradient in gradients])
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The norm of the difference, relative to that of `b`."""
+    return float((a - b).norm() / b.norm()) if b.any() else float(a.norm())
+
+
+def needs_finite(gradient: Tensor) -> None:
+    if not bool(gradient.isfinite().all()):
+        raise NotApplicable("the gradient is not finite to begin with")
+
+
+def scaled_gradient(subject: Subject, model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The unscaled gradient under autocast, and the scale of the loss: 1, or for float16 the first without overflow."""
+    kind = subject.device.type
+    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(SCALES if scaler.is_enabled() else 1):
+        scale = scaler.get_scale()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(kind, dtype), seeded(subject.seed):
+            loss = loss_of(subject, model, tokens)
+        backward(scaler.scale(loss))
+        scaler.unscale_(optimizer)
+        gradient = gradient_of(model)
+        if bool(gradient.isfinite().all()):
+            break
+        scaler.step(optimizer)  # skips an overflow
+        scaler.update()
+    return gradient, scale

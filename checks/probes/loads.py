@@ -1,4 +1,7 @@
-"""What benchmarks run: sizes of a model with the batch of a step, and whether this machine can take them."""
+"""What benchmarks run: model sizes with a batch size, whether they fit on this machine, and their matrix products.
+
+The matrix products of a GPT-2 shaped model are the lower bound: no implementation can do without them.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ import copy
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..subject import Sizes, Subject
-from .matrix_products import weight_shapes
 
 NAMES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 MODELS = 2  # the subject and the reference are held at once
@@ -39,7 +42,7 @@ class Load:
 
     @property
     def bytes(self) -> int:
-        """About what both models, their optimizers and one step's activations take."""
+        """Roughly the memory of both models, their optimizers and one step's activations."""
         sizes = self.sizes
         parameters = sum(out * into for out, into in weight_shapes(sizes)) + self.T * sizes.n_embd
         activations = 4 * self.tokens * (20 * sizes.n_layer * sizes.n_embd + 3 * sizes.vocab_size)
@@ -64,7 +67,7 @@ LOADS = (
     load("124M", 50257, 1024, 12, 12, 768, B=1, large=True),
 )
 GROWN = load("growing", 65, 128, 2, 4, 128, B=4)
-# Along each axis the load, and how the axis is written in "T^1.1".
+# By axis: the letter that stands for it in "T^1.1", and the loads that grow along it.
 AXES = {
     "length": ("T", [replace(GROWN, sizes=replace(GROWN.sizes, block_size=n)) for n in (64, 128, 256, 512)]),
     "batch": ("B", [replace(GROWN, B=n) for n in (2, 4, 8, 16)]),
@@ -74,12 +77,12 @@ AXES = {
 
 
 def extent(axis: str, load: Load) -> int:
-    """How far a load goes along an axis of AXES."""
+    """The size of a load along one of the AXES."""
     return {"length": load.T, "batch": load.B, "width": load.sizes.n_embd, "depth": load.sizes.n_layer}[axis]
 
 
 def loads_of(subject: Subject, loads: Sequence[Load] | None = None) -> list[Load]:
-    """The loads, LOADS by default, at the sizes that the subject can take; its own where it takes no others."""
+    """The loads (by default LOADS) at sizes that the subject can take; its own sizes where none can be changed."""
     return list(dict.fromkeys(fitted(subject, load) for load in loads or LOADS))
 
 
@@ -103,15 +106,15 @@ def sized(subject: Subject, load: Load) -> Subject:
 
 
 def too_large(load: Load, device: torch.device) -> str | None:
-    """Why the device cannot hold a load; None if it can, or if nobody knows."""
+    """Why a load does not fit into the device's memory; None if it does, or if the free memory is unknown."""
     free = free_bytes(device)
     if free is None or load.bytes <= free:
         return None
-    return f"about {load.bytes / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
+    return f"needs about {load.bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Of a CUDA device, or of the machine, what can still be allocated; None where nobody says."""
+    """Memory that can still be allocated on a CUDA device, or on this machine; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = Path("/proc/meminfo")
@@ -122,8 +125,59 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def compiler_missing(device: torch.device) -> str | None:
-    """Why Inductor can compile nothing for a device here; None if it can."""
+    """Why Inductor cannot compile for this device here; None if it can."""
     if device.type == "cpu":
         found = any(map(shutil.which, ("g++", "c++", "clang++", "cl")))
-        return None if found else "no C++ compiler here"
-    return None if importlib.util.find_spec("triton") else f"no triton here, which compiles for {device.type}"
+        return None if found else "no C++ compiler was found"
+    return None if importlib.util.find_spec("triton") else f"triton, which compiles for {device.type}, is not installed"
+
+
+# -- matrix products: attention's in full, though a causal kernel needs only half of them
+
+
+def weight_shapes(sizes: Sizes) -> list[tuple[int, int]]:
+    """[out, in] of every weight matrix, layer by layer: qkv, output, in, out; then the head."""
+    C = sizes.n_embd
+    return [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * sizes.n_layer + [(sizes.vocab_size, C)]
+
+
+def training_products(
+    sizes: Sizes, B: int, T: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """One training step's products on tensors of their own, forward and backward, when called."""
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    shapes = weight_shapes(sizes)
+    weights = {shape: drawn(*shape) for shape in set(shapes)}
+    activations = {width: drawn(B * T, width) for shape in shapes for width in shape}
+    head_width = sizes.n_embd // sizes.n_head
+    q, k, v = (drawn(B * sizes.n_head, T, head_width) for _ in range(3))
+    scores = drawn(B * sizes.n_head, T, T)
+
+    @torch.no_grad()
+    def run() -> None:
+        for out, into in shapes:
+            x, gradient, weight = activations[into], activations[out], weights[out, into]
+            x @ weight.T, gradient @ weight, gradient.T @ x
+        for _ in range(sizes.n_layer):
+            q @ k.transpose(1, 2), scores @ v  # forward; then the gradients of v, the scores, q and k
+            scores.transpose(1, 2) @ q, q @ v.transpose(1, 2), scores @ k, scores.transpose(1, 2) @ q
+
+    return run
+
+
+def decoding_products(
+    sizes: Sizes, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """One token's matrix-vector products when called: every weight read once, which is what bounds decoding."""
+    matrices = [torch.randn(shape, device=device, dtype=dtype) for shape in weight_shapes(sizes)]
+    vectors = [torch.randn(matrix.shape[1], device=device, dtype=dtype) for matrix in matrices]
+
+    @torch.no_grad()
+    def run() -> None:
+        for matrix, vector in zip(matrices, vectors, strict=True):
+            matrix @ vector
+
+    return run

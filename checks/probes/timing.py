@@ -1,6 +1,6 @@
-"""Timing in turn: a round runs everything once, so that whatever else loads the machine loads all of it alike.
+"""Timing in rounds: each round runs everything once, so that other load on the machine affects all runs alike.
 
-Only ratios of times from the same rounds mean anything on a machine that is shared.
+On a shared machine only ratios of times from the same rounds mean anything.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def in_turn(
     clock: Callable[[], float] = time.perf_counter,
     patience: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round, after `warmup` rounds that are not counted; every other round is reversed.
+    """Seconds of each run in each round, after `warmup` uncounted rounds; every other round goes in reverse order.
 
-    After `patience` seconds in all no further round is begun, but three are made.
+    After `patience` seconds no further round starts, but at least three are made.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     until = time.monotonic() + patience
@@ -58,7 +58,7 @@ def in_turn(
 def timed(
     run: Callable[[], object], device: torch.device | str, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Seconds until all that the run has given the device is done."""
+    """Seconds until all work that the run gives the device is done."""
     synchronize(device)
     start = clock()
     run()
@@ -67,13 +67,13 @@ def timed(
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Waits for the device; a GPU's kernels otherwise run on after the call that started them has returned."""
+    """Waits for the device; a call returns before the GPU kernels that it started are done."""
     if torch.device(device).type not in ("cpu", "meta"):
         torch.accelerator.synchronize(torch.device(device))
 
 
 class Marks:
-    """The time between places of one run, by name. On CUDA by events, so that no mark waits for the device."""
+    """The time between marks in one run, by name; on CUDA measured by events, which do not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -83,12 +83,12 @@ class Marks:
         if self.device.type != "cuda":
             synchronize(self.device)
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def mark(self, name: str) -> None:
-        """What has run since the mark before is called so."""
+        """Names what has run since the previous mark."""
         self.marks.append((name, self._now()))
 
     def seconds(self) -> dict[str, float]:
@@ -96,7 +96,7 @@ class Marks:
         return {name: self._between(start, end) for (_, start), (name, end) in pairwise(self.marks)}
 
     def _between(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
+        return float(start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start)
 
 
 def ratio(times: Sequence[float], of: Sequence[float]) -> Ratio:
@@ -105,7 +105,7 @@ def ratio(times: Sequence[float], of: Sequence[float]) -> Ratio:
 
 
 def interval(values: Sequence[float] | np.ndarray) -> Ratio:
-    """The median of a value from each round, and its 95 % interval."""
+    """The median of values from all rounds, and its 95 % interval."""
     found = np.asarray(values)
     drawn = np.random.default_rng(0).integers(len(found), size=(2000, len(found)))
     low, high = np.percentile(np.median(found[drawn], axis=1), (2.5, 97.5))
@@ -113,10 +113,10 @@ def interval(values: Sequence[float] | np.ndarray) -> Ratio:
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """k of the power law seconds ~ size^k that fits best, in logarithms."""
+    """The exponent k of the power law seconds ~ size^k that fits best, in logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def growth(sizes: Sequence[float], rounds: Sequence[Sequence[float]]) -> Ratio:
-    """The exponent that fits each round, `rounds` holding the seconds of every size; their median and interval."""
+    """The exponent of growth, fitted to each round (the seconds of every size): median and interval."""
     return interval([exponent(sizes, seconds) for seconds in rounds])

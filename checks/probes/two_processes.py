@@ -1,4 +1,4 @@
-"""A subject's model trained by two processes under DistributedDataParallel, each with half of every batch."""
+"""A model trained by two processes under DistributedDataParallel, each with half of every batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .precision import precision
 COUNT = 2
 BATCHES = 3
 SECONDS = 120  # for two processes to start, compute and end
-UNUSED = "Expected to have finished reduction"  # says DistributedDataParallel where a parameter had no part
+UNUSED = "Expected to have finished reduction"  # in DistributedDataParallel's message about an unused parameter
 
 
 CHILD = f"""
@@ -42,7 +42,7 @@ class Refused(Exception):
 
 
 class Logits(nn.Module):
-    """The subject's call as a module, so that whatever the model takes and returns passes through DDP alike."""
+    """The call of the subject as a module, so that DDP gets logits whatever the model returns."""
 
     def __init__(self, subject: Subject, model: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Logits(nn.Module):
 
 
 def model_of(subject: Subject, weights: dict[str, Tensor] | None = None) -> nn.Module:
-    """A model in train mode, in the finest type in which it runs, without dropout."""
+    """A model in train mode without dropout, in the finest type in which it runs."""
     model = subject.build(seed=subject.seed)
     if weights is not None:
         model.load_state_dict(weights)
@@ -67,7 +67,7 @@ def batches(subject: Subject) -> list[Tensor]:
 
 
 def gradients(network: nn.Module, model: nn.Module, given: list[Tensor]) -> list[dict[str, Tensor]]:
-    """Of each batch in turn, without a step between: the gradient of the mean loss, by parameter."""
+    """The gradient of the mean loss by parameter, for each batch at the same weights."""
     found = []
     for tokens in given:
         model.zero_grad(set_to_none=True)
@@ -77,10 +77,9 @@ def gradients(network: nn.Module, model: nn.Module, given: list[Tensor]) -> list
 
 
 def train_in_two(subject: Subject, weights: dict[str, Tensor], folder: Path, *, unused: bool) -> list[Any]:
-    """Of each process the gradients and the buffers at the end. Raises Refused with what a process said, and
-    NotApplicable where it has no way to the subject.
+    """The gradients and final buffers of each process; `unused` lets DDP look for unused parameters.
 
-    `unused` lets DDP look for parameters that have no part in a batch.
+    Raises Refused with the error of a process, and NotApplicable where a process cannot load the subject.
     """
     torch.save(dict(name=subject.name, seed=subject.seed, weights=weights, unused=unused), folder / "task.pt")
     command = [sys.executable, "-P", "-c", CHILD, str(folder)]
@@ -97,18 +96,18 @@ def train_in_two(subject: Subject, weights: dict[str, Tensor], folder: Path, *, 
             process.kill()
             process.wait()
     if (unmet := folder / "unmet.txt").exists():
-        raise NotApplicable("a new process has no way to this subject", error=unmet.read_text())
+        raise NotApplicable("a new process cannot load this model", error=unmet.read_text())
     said = [path.read_text() for rank in range(COUNT) if (path := folder / f"{rank}.txt").exists()]
     if said:
         raise Refused(said[0])
     ends = [folder / f"{rank}.pt" for rank in range(COUNT)]
     if not all(end.exists() for end in ends):
-        raise NotApplicable(f"two processes did not end within {SECONDS} seconds, or were killed")
+        raise NotApplicable(f"two processes were killed, or did not end within {SECONDS} seconds")
     return [torch.load(end, weights_only=True) for end in ends]
 
 
-def wait_for(running: list[subprocess.Popen]) -> None:
-    """Until all have ended, or one has failed: the others would wait for it."""
+def wait_for(running: list[subprocess.Popen[bytes]]) -> None:
+    """Waits until all have ended or one has failed, for which the others would wait."""
     until = time.monotonic() + SECONDS
     while time.monotonic() < until:
         codes = [process.poll() for process in running]
@@ -126,7 +125,7 @@ def main(folder: Path, rank: int, subject_of: Callable[..., Subject]) -> None:
     try:
         subject = subject_of(task["name"], seed=task["seed"])
         model = model_of(subject, task["weights"])
-    except Exception as error:  # another model is behind this name, or none
+    except Exception as error:  # no model has this name here, or another one
         (folder / "unmet.txt").write_text(f"{type(error).__name__}: {error}")
         os._exit(1)
     meeting = f"file://{folder / 'meeting'}"
@@ -138,9 +137,9 @@ def main(folder: Path, rank: int, subject_of: Callable[..., Subject]) -> None:
         found = gradients(network, model, mine)
     except Exception as error:
         (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-        os._exit(1)  # the other process may never come
+        os._exit(1)  # without waiting for the other process
     buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
     torch.save((found, buffers), folder / f"{rank}.pt.new")
     (folder / f"{rank}.pt.new").rename(folder / f"{rank}.pt")
     distributed.barrier()
-    os._exit(0)  # gloo's threads may abort an interpreter that ends
+    os._exit(0)  # gloo's threads may abort a normal exit
