@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forward import CallForm, Forward, parameters_of
+from .call_forms import CallForm, parameters_of
+from .forward import Forward
 from .logits import FLAT, PLAIN, TIME_FIRST
 from .padding_mask import causal_forms
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from . import vocabulary
 from .arguments import Filling, signature_of
 from .build import scope_of
-from .forward import Forward, parameters_of, set_up_caches
+from .call_forms import parameters_of, set_up_caches
+from .forward import Forward
 from .logits import Unreadable, tensors_in
 from .sandbox import Sandbox
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..subject import MaskForm
 from . import vocabulary
-from .forward import causal, parameters_of
+from .call_forms import causal, parameters_of
 
 DECLARED = vocabulary.words(
     "attentionmask attnmask padmask paddingmask mask keypaddingmask srckeypaddingmask tgtkeypaddingmask inputmask "
