@@ -240,7 +240,7 @@ def check_generation_draws_from_the_logits(subject: Subject) -> None:
     allowed = PROBABILITY if fit.specimen.dtype == torch.float64 else 1e-4
     wrong = next((draw for draw in seen if draw.error_of_power > allowed), None)
     if wrong is not None:
-        rank = int((wrong.theirs.log() - wrong.ours.log()).abs().argmax())
+        rank = wrong.worst
         fail(
             f"when generate draws token {wrong.step + 1} of row {wrong.row}, the token of rank {rank + 1} has "
             f"probability {float(wrong.theirs[rank]):.3g}, expected {float(wrong.ours[rank]):.3g} (softmax of a "
@@ -290,7 +290,7 @@ def check_weights_are_the_familys(subject: Subject) -> None:
 
 @needs(*LOGITS)
 def check_initialization_is_the_familys(subject: Subject) -> None:
-    """Weights must start as published: for GPT-2, N(0, 0.02²), output projections over √(2L), biases 0, gains 1."""
+    """Weights must be initialized as GPT-2's: N(0, 0.02²), output projections over √(2L), biases 0, gains 1."""
     fit = agreeing(subject)
     if fit.family != "gpt2":
         raise NotApplicable("no initialization is published for Llama")
@@ -319,7 +319,7 @@ def fail_for_matrix(fit: Fit, wrong: InitialMatrices, matrices: list[InitialMatr
         f"{wrong.role} ({wrong.name}): the initial standard deviation is {wrong.deviation:.4g} (mean "
         f"{float(wrong.values.mean()):.2g}), expected {wrong.wanted[0]:.4g} for GPT-2. It is {ratio:.3g} times that; "
         f"for {len(wrong.values):,} weights {wrong.tolerance(wrong.wanted[0]) / wrong.wanted[0]:.1%} are allowed"
-        + (f"; {others} other kinds of weights differ too" if others else ""),
+        + (f"; {others} more of {len(matrices)} kinds of matrices differ" if others else ""),
         where=owner_of(fit, wrong.name),
         likely=likely or ("init-left-to-pytorch",),
         advice="Draw every matrix with std=0.02, and the output projections of attention and feed-forward with "
@@ -343,7 +343,7 @@ def fail_for_constant(fit: Fit, wrong: InitialConstant) -> None:
 
 @needs(*LOGITS)
 def check_dropout_sites_are_the_familys(subject: Subject) -> None:
-    """GPT-2 must apply dropout to the embedding, the attention weights and both sublayer outputs, and nowhere else."""
+    """A GPT-2 must apply dropout to the embedding, the attention weights and both sublayer outputs, nowhere else."""
     fit = agreeing(subject)
     L = len(fit.specimen.inventory.layers)
     seen = dropouts(fit)
@@ -402,7 +402,7 @@ def check_attention_scale_is_usual(subject: Subject) -> None:
     if odd is None:
         return
     text = (
-        f"attention scores are multiplied by {odd.factor:.6g}, which is {odd.of_usual:.4g} times "
+        f"attention scores are multiplied by {odd.factor:.6g}, {odd.of_usual:.4g} times the usual "
         f"1/√{odd.head_width} = {odd.head_width**-0.5:.6g}"
     )
     if declared(subject) is None:

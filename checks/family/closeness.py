@@ -62,11 +62,17 @@ def silenced(plan: Plan, which: tuple[str, ...]) -> Iterator[None]:
     """Inside, the subject's output projections of attention, feed-forward or both are zero."""
     outputs = {"attention": plan.output, "feed-forward": plan.feed_forward_output}
     places = [place for name in which for place in (outputs[name].at, outputs[name].bias) if place is not None]
-    tensors = [layer[place].tensor for layer in plan.inventory.layers for place in places]
+    with scaled([layer[place].tensor for layer in plan.inventory.layers for place in places], 0.0):
+        yield
+
+
+@contextlib.contextmanager
+def scaled(tensors: list[Tensor], factor: float) -> Iterator[None]:
+    """Inside, these tensors are multiplied by a factor, in place."""
     before = [tensor.detach().clone() for tensor in tensors]
     with torch.no_grad():
         for tensor in tensors:
-            tensor.zero_()
+            tensor.mul_(factor) if factor else tensor.zero_()
         try:
             yield
         finally:
@@ -112,13 +118,9 @@ class Closeness:
     def _stages(self, ours: Transformer) -> dict[str, float]:
         errors = {}
         for stage, which in STAGES.items():
-            held = [(p, p.clone()) for block in ours.blocks for p in _outputs(block, which)]
-            for parameter, _ in held:
-                parameter.zero_()
             theirs = self.theirs[stage]
-            errors[stage] = apart(theirs, ours(self.fit.specimen.tokens)[..., : theirs.shape[-1]].double())
-            for parameter, value in held:
-                parameter.copy_(value)
+            with scaled([p for block in ours.blocks for p in _outputs(block, which)], 0.0):
+                errors[stage] = apart(theirs, ours(self.fit.specimen.tokens)[..., : theirs.shape[-1]].double())
         return errors
 
     def agreeing(self, candidate: Candidate) -> int:

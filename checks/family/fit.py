@@ -86,7 +86,7 @@ def unlike(plan: Plan, family: str) -> str:
     """Why these weights cannot be this family's; "" if they can."""
     if family == "gpt2" and plan.positions is None and not plan.gated:
         T, C = plan.shape.block_size, plan.shape.n_embd
-        return f"it has no position embedding: no weight or buffer outside the layers has shape [{T}, {C}]"
+        return f"it has no position embedding (no weight or buffer outside the layers has shape [{T}, {C}])"
     if family == "gpt2" and plan.gated:
         return "its feed-forward has a gate (three matrices); GPT-2's has none"
     if family == "llama" and not plan.gated:

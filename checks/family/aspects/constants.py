@@ -5,9 +5,8 @@ Also what is unusual but correct in a model that agrees: the order of its fused 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...expect import Where
 from ...watch.location import line_now
-from ..closeness import STAGES, disagreement, silenced
+from ..closeness import STAGES, disagreement, scaled, silenced
 from ..reference import norms_of
 from ..specimen import Fit, Specimen
 from ..weights.inventory import Weight
@@ -158,29 +157,15 @@ def scale_that_differs(fit: Fit) -> ScaleThatDiffers | None:
     """The largest factor of the embeddings at which the subject and the reference differ; None if they never do."""
     plan, variant, specimen = fit.plan, fit.variant, fit.specimen
     assert plan is not None and variant is not None
+    tables = [w.tensor for w in (plan.embedding, plan.positions) if w is not None]  # a tied head is scaled too
     for factor in FACTORS:
         for stage, which in STAGES.items():
-            with scaled(plan, factor), silenced(plan, which):
+            with scaled(tables, factor), silenced(plan, which):
                 error = disagreement(specimen, plan, variant, specimen.logits())
             if error > specimen.bound.size:
                 norm, name = NORMS[stage]
                 return ScaleThatDiffers(factor, norm, _module(plan, name), error)
     return None
-
-
-@contextlib.contextmanager
-def scaled(plan: Plan, factor: float) -> Iterator[None]:
-    """Inside, the subject's token and position embeddings are multiplied by a factor, and so is a tied head."""
-    tables = [w.tensor for w in (plan.embedding, plan.positions) if w is not None]
-    before = [tensor.detach().clone() for tensor in tables]
-    with torch.no_grad():
-        for tensor in tables:
-            tensor.mul_(factor)
-        try:
-            yield
-        finally:
-            for tensor, value in zip(tables, before, strict=True):
-                tensor.copy_(value)
 
 
 def unusual_epsilon(fit: Fit) -> tuple[str, str, float] | None:

@@ -110,6 +110,12 @@ class Draw:
     error: float  # largest difference of log-probabilities, over tokens with a probability above NEVER
     error_of_power: float  # the same after correcting for the power
 
+    @property
+    def worst(self) -> int:
+        """The rank, from 0, of the token whose probability differs most, among those that are compared."""
+        difference = (self.theirs.log() - self.ours.log()).abs()
+        return int(difference.where((self.theirs > NEVER) & (self.ours > NEVER), -1.0).argmax())
+
 
 def draws(fit: Fit) -> list[Draw]:
     """The draws of a few steps at temperature 1 without top-k or top-p. Raises NotApplicable if they are not seen."""

@@ -27,6 +27,11 @@ CALL = 100  # the order of a use is the number of the call times this, plus the 
 USED_INPUT_FIRST = {"linear": False, "matmul": True, "__matmul__": True, "__rmatmul__": True, "mm": True, "addmm": True}
 
 
+def is_vector(tensor: Tensor) -> bool:
+    """Whether at most one axis is longer than 1."""
+    return sum(n > 1 for n in tensor.shape) <= 1
+
+
 @dataclass(eq=False)
 class Weight:
     """One tensor of the subject. A tied tensor is one weight with several names."""
@@ -52,7 +57,7 @@ class Weight:
 
     @property
     def is_vector(self) -> bool:
-        return sum(n > 1 for n in self.shape) <= 1
+        return is_vector(self.tensor)
 
     def __str__(self) -> str:
         return f"{self.name} {list(self.shape)}"

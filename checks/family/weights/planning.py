@@ -13,9 +13,9 @@ from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .inventory import Inventory, Weight
+from .inventory import Inventory, Weight, is_vector
 from .roles import Matrix, NoPlan, Norm, Plan, Shape
 
 Placed = tuple[Any, Weight]  # a weight, with its place in a layer (or itself outside the layers)
@@ -114,15 +114,11 @@ def _norm_key(weight: Weight, gain_before: object) -> object:
         return "call", weight.call
     owned = list(weight.owner.parameters(recurse=False))
     in_list = isinstance(weight.owner, nn.ParameterList | nn.ParameterDict)
-    if all(_is_vector(p) for p in owned) and not in_list and len(owned) <= 2:
+    if all(is_vector(p) for p in owned) and not in_list and len(owned) <= 2:
         return "owner", id(weight.owner)
     if bool((weight.start == 1).all()):
         return "gain", id(weight)
     return gain_before if bool((weight.start == 0).all()) else None
-
-
-def _is_vector(tensor: Tensor) -> bool:
-    return sum(n > 1 for n in tensor.shape) <= 1
 
 
 def _norm(pair: list[Placed]) -> Norm:
