@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .expect import NotApplicable, advise, fail, needs, note
-from .loss.cases import named
-from .loss.explained import misread_mask, spans
+from .loss.explained import misread_mask, named, spans
 from .subject import Subject
 from .training.runs import Example, TrainerRun, examples, flat, model_of, needs_trainer, step_of_rank
 from .training.steps import step_leaves_random_states

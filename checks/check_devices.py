@@ -171,7 +171,7 @@ def check_mixed_precision_keeps_the_gradient(subject: Subject) -> None:
         if broken := int((~got.isfinite()).sum()):
             scales = f" at any loss scale down to {scale:g}" if dtype == torch.float16 else ""
             fail(
-                f"under autocast to {name} {broken} of the gradient's {len(got)} numbers are not finite{scales}",
+                f"under autocast to {name}, {broken} of the gradient's {len(got)} numbers are not finite{scales}",
                 likely=("fp16-autocast-mask-overflow",),
                 advice="mask with masked_fill and -inf, not by multiplying a mask by a large number",
             )

@@ -12,8 +12,8 @@ import torch
 
 from .expect import Bound, NotApplicable, advise, drawn, expect_close, expect_same, fail, needs, note
 from .loss import cases
-from .loss.cases import Case, mask_for, named, reduction, shown_apart
-from .loss.explained import misread_mask, spans
+from .loss.cases import Case, mask_for, reduction, shown_apart
+from .loss.explained import misread_mask, named, spans
 from .loss.formula import USUAL, cross_entropy, expected_gradient
 from .loss.met_loss import met_loss
 from .loss.placing import (
@@ -254,7 +254,7 @@ def check_value_is_the_closed_form(subject: Subject, case: Case) -> None:
             f"with {kept} of {mask.numel()} targets unmasked the loss is {wrong}, should be {right} "
             f"({reduction(subject, loss)})" + f": {why}" * bool(why),
             likely=likely,
-            advice="use the usual reduction, or declare the one you mean: declares = {'reduction': 'sum'}",
+            advice="compare with F.cross_entropy, or declare the reduction you mean: declares = {'reduction': 'sum'}",
             kept=mask.int().tolist(),
             got=float(got),
             want=float(want),

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .expect import READABLE, REPEATS, Bound, NotApplicable, advise, expect_close, fail, farthest, needs, note, slow
-from .probes.precision import precise, precision, spread
+from .expect import READABLE, REPEATS, Bound, NotApplicable, advise, expect_close, fail, needs, note, slow
+from .probes.padding import real, with_and_without
+from .probes.precision import clearly_differ, precise, precision, spread
 from .subject import Subject
 from .watch.calls import first_breaking
 from .watch.devices import Homeless
@@ -34,20 +35,8 @@ def _tokens(subject: Subject) -> Tensor:
 
 
 def _masks(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Tensor | None]]:
-    yield "without a mask", None
-    if subject.takes_mask and tokens.shape[1] > 3:
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        mask[-1, -2:] = False
-        yield "with a padding mask", mask
-
-
-def _real(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits with those of padding set to 0, where any value is allowed."""
-    return logits if mask is None else logits.masked_fill(~mask[..., None], 0.0)
-
-
-def _clearly_differ(a: Tensor, b: Tensor) -> bool:
-    return farthest(a, b) > 1e-5 * spread(a)
+    long = tokens.shape[1] > 3  # so that padding leaves a row with more than one token
+    return (case for case in with_and_without(subject, tokens) if long or case[1] is None)
 
 
 @needs(*READABLE)
@@ -65,14 +54,14 @@ def check_forward_stays_on_its_device(subject: Subject) -> None:
     given, maker, operation, line = watch.found
     says = (
         f"forward ({given}) creates a tensor with torch.{maker} on the default device and combines it with the model's "
-        f"in {operation}: on a GPU this raises"
+        f"tensors in {operation}, which raises an error on a GPU"
     )
     advice = f"create it on the model's device: torch.{maker}(…, device=tokens.device)"
     if subject.device.type == "cpu" and not watch.aware:  # written for the CPU, where it works
         advise(f"{says} ({line}); {advice}")
     else:
         fail(
-            f"{says}, though other tensors are created on the model's device",
+            f"{says}; other tensors are created on the model's device",
             where=line,
             likely=("device-hardcoded",),
             advice=advice,
@@ -97,11 +86,11 @@ def check_attention_backends_agree(subject: Subject) -> None:
                     continue
                 tried.append(name)
                 expect_close(
-                    _real(got, mask),
-                    _real(want, mask),
+                    real(got, mask),
+                    real(want, mask),
                     bound=precision(subject).bound(want) if name == KERNEL else _loosely(want),
                     says=f"with {name} ({given}) the logits are different",
-                    where=partial(first_breaking, model, forward, again, _clearly_differ),
+                    where=partial(first_breaking, model, forward, again, clearly_differ),
                     likely=("backends-disagree",),
                     advice="give both paths the same mask, scale, softcap and alignment of queries and keys",
                 )

@@ -76,7 +76,7 @@ def test_a_finding_names_the_mistake(bug, check, facts):
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("name", LOSSES)
 def test_right_losses_are_not_accused(name, seed):
-    """Sum, mean, -1, -100, a shift inside, a mask of any kind: recognised and silent."""
+    """Sum, mean, -1, -100, a shift inside, a mask of any kind: recognised, and nothing fails."""
     subject = loss_subject(name, seed=seed)
     accused = [v.says for check in CHECKS.values() if (v := judge(check, subject, {})).outcome in ("failed", "error")]
     assert not accused
@@ -136,7 +136,7 @@ def losses_of(logits, targets):
     ],
 )  # fmt: skip
 def test_a_mistake_of_no_known_bug_is_named_too(check, loss, facts):
-    """What a loss equals, how it weighs its targets, and what it pairs them with, is read off rather than guessed."""
+    """What the loss equals, how it weights its targets and which logits it pairs them with is measured."""
     verdict = judge(CHECKS[check], Subject("own", vars_of(loss)), {})
     assert verdict.outcome == "failed"
     assert not [fact for fact in facts if fact not in verdict.says], verdict.says
@@ -155,7 +155,7 @@ def test_a_mistake_of_no_known_bug_is_named_too(check, loss, facts):
     ids=["focal", "Brier score", "poly", "with a bonus for entropy"],
 )
 def test_a_loss_that_is_no_cross_entropy_is_not_judged_as_one(loss):
-    """Whether it is meant cannot be told; that it is none is said."""
+    """The checks advise that it is not a cross entropy, since it may be intended."""
     subject = Subject("own", vars_of(loss))
     found = [judge(check, subject, {}) for check in CHECKS.values()]
     assert not [v.says for v in found if v.outcome in ("failed", "error")]
@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_cross_entropy_is_not_judged_as_one(loss):
 
 
 def test_an_id_that_is_left_out_is_judged_by_the_tokenizer():
-    """Advice without one; a failure where the sentence has a character of that id."""
+    """A failure only where the tokenizer uses the id in the sentence."""
 
     class Characters:
         def __init__(self, first: int) -> None:
@@ -198,7 +198,7 @@ class TwoReturns(nn.Module):
 
 
 def test_the_loss_that_a_model_returns_is_judged():
-    """Its head is made to speak by a script: a right one is silent, one that divides by masked targets is told so."""
+    """Its head outputs chosen logits; a loss that divides by masked targets too is found."""
     right = Subject("model", vars_of(None, lambda **sizes: TwoReturns(0, False)))
     assert met_loss(right).inside_model
     assert not [v.says for c in CHECKS.values() if (v := judge(c, right, {})).outcome in ("failed", "error")]
@@ -209,7 +209,7 @@ def test_the_loss_that_a_model_returns_is_judged():
 
 
 def test_a_loss_that_cannot_be_called_is_not_accused():
-    """What stood in the way is said: a parameter that is for nothing known, or the errors of every way tried."""
+    """The reason is given: a parameter of unknown role, or the errors of every form tried."""
     verdict = judge(CHECKS[PLACE], Subject("other", vars_of(lambda anchor, positive, negative, margin: anchor)), {})
     assert (verdict.outcome, "'margin'" in verdict.says) == ("not_applicable", True)
     verdict = judge(CHECKS[PLACE], Subject("other", vars_of(lambda logits, targets: logits.no_such_method())), {})
@@ -218,7 +218,7 @@ def test_a_loss_that_cannot_be_called_is_not_accused():
 
 
 def test_reading_survives_a_vocabulary_smaller_than_the_batch():
-    """Labels spell out their place in several digits where there are fewer symbols than places."""
+    """With fewer token ids than positions, labels spell out their position in several digits."""
     from transformer_checks.checks.loss.reading import read
     from transformer_checks.transformer.loss import next_token_loss
 
@@ -331,7 +331,7 @@ def test_a_loss_that_gives_no_number_is_told_what_it_gives(given):
 
 @pytest.mark.parametrize("place", [-2, 0])
 def test_another_position_than_the_last_is_told(place):
-    """Without targets the logits of another place come back than users take them for."""
+    """Without targets, the logits of another position come back than users expect."""
     found = judge(
         RETURNED[1], answering(lambda x: (x[:, [place]], None), lambda logits, loss: (logits, loss.mean())), {}
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ..expect import Bound, NotApplicable, advise, fail
 from ..subject import Subject
-from .explained import explained, spans
+from .explained import explained
 from .formula import REDUCTIONS, USUAL, cross_entropy
 from .met_loss import MetLoss, met_loss
 from .reading import EXACT, gradient, read
@@ -151,12 +149,6 @@ def weighed(subject: Subject, loss: MetLoss, mask: Tensor) -> str:
     uneven = next(row for row, all_ in enumerate(rows) if max(all_) > (1 + EXACT) * min(all_))
     each = ", ".join(f"{value:.3g}" for value in rows[uneven])
     return f"the targets of row {uneven} have {each} times the right weight"
-
-
-def named(dropped: Iterable[int]) -> str:
-    """`target 3`, `targets 0-2`, `no target`."""
-    dropped = list(dropped)
-    return f"target{'s' * (len(dropped) > 1)} {spans(dropped)}" if dropped else "no target"
 
 
 def reduction(subject: Subject, loss: MetLoss) -> str:

@@ -26,6 +26,12 @@ def spans(positions: Iterable[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+def named(dropped: Iterable[int]) -> str:
+    """`target 3`, `targets 0-2`, `no target`."""
+    dropped = list(dropped)
+    return f"target{'s' * (len(dropped) > 1)} {spans(dropped)}" if dropped else "no target"
+
+
 def misread_mask(asked: set[int], dropped: set[int], places: int, rows: Sequence[set[int]] = ()) -> Explanation:
     """Why the targets dropped from a row are not those that its mask drops; `rows`: what the mask of each row drops."""
     if dropped in rows:
@@ -41,9 +47,9 @@ def misread_mask(asked: set[int], dropped: set[int], places: int, rows: Sequence
             steps = f"{abs(shift)} position{'s' if abs(shift) > 1 else ''}"
             return f"the mask is applied {steps} too {side}", ("loss-mask-shifted-by-one",)
     if dropped > asked:
-        return f"{spans(dropped - asked)} should be trained", ("last-target-dropped",)
+        return f"{named(dropped - asked)} should be trained", ("last-target-dropped",)
     if dropped < asked:
-        return f"{spans(asked - dropped)} should not be trained", ("padding-counted", "ignore-index-mismatch")
+        return f"{named(asked - dropped)} should not be trained", ("padding-counted", "ignore-index-mismatch")
     return "the mask is applied to other targets", ("loss-mask-shifted-by-one",)
 
 
@@ -62,9 +68,9 @@ def explained(
         return "", ()
     for says, likely, value in mistakes(logits.double(), targets, mask, asked):
         if math.isclose(got, float(value()), rel_tol=1e-6, abs_tol=1e-9):
-            return f"on a ragged batch it equals {says}", likely
+            return f"on a ragged batch the loss equals {says}", likely
     if rounded and off < 1e-2:
-        return f"on a ragged batch it is off by {100 * off:.2g} %, as in bfloat16 or float16", ("loss-in-bf16",)
+        return f"on a ragged batch the loss is off by {100 * off:.2g} %, as in bfloat16 or float16", ("loss-in-bf16",)
     return "", ()
 
 

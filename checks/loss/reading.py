@@ -111,6 +111,6 @@ def gradient(loss: Loss, logits: Tensor, labels: Tensor, mask: Tensor | None) ->
     leaf = logits.clone().requires_grad_()
     value = loss(leaf, labels.clone(), None if mask is None else mask.clone())
     if not value.requires_grad:
-        raise NoGradient("the loss has no gradient: it was detached or converted to a number")
+        raise NoGradient("it was detached or converted to a number, so it has no gradient")
     (found,) = torch.autograd.grad(value, leaf, allow_unused=True)
     return torch.zeros_like(leaf) if found is None else found
