@@ -39,7 +39,7 @@ def check_generate_appends_tokens(subject: Subject) -> None:
             new = output[len(prompt) :] if on.decoder.with_prompt else output
             if len(new) != n:
                 fail(
-                    f"asked for {n} new tokens, row {row} has {len(new)}: {new} after the prompt {prompt}",
+                    f"asked for {n} new token{'s' * (n > 1)}, row {row} has {len(new)}: {new} after prompt {prompt}",
                     likely=("generate-length-off-by-one",),
                     advice="Loop over range(max_new_tokens) and append one token in each iteration.",
                     asked=n,

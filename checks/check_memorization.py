@@ -195,7 +195,7 @@ def run(trainer: Trainer, task: Task) -> float:
         loss = float(trainer.step())
         if not math.isfinite(loss):
             fail(
-                f"the loss is {loss} at step {trainer.steps_done}",
+                f"the training loss is {loss} at step {trainer.steps_done}",
                 likely=("vocabulary-masked-too-far",),
                 advice="Look for a target whose logit is -∞ (its loss is infinite), the log of 0, or a division by 0.",
                 step=trainer.steps_done,

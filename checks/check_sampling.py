@@ -216,7 +216,7 @@ def judge_kept(
     else:
         what = f"keeps {got} tokens, should keep {right}"
     fail(
-        f"{asked} {what} (row {row} of {len(kept)}, {kept.shape[1]} tokens)",
+        f"{asked} {what} (row {row} of {len(kept)}, vocabulary of {kept.shape[1]})",
         likely=likely,
         advice="Print the sorted probabilities of one row before and after the cut: the likeliest must remain.",
         row=row,
@@ -333,8 +333,8 @@ def expect_drawn_is_returned(made: Sampler, options: dict[str, Any]) -> None:
         if bool(wrong.any()):
             row = int(wrong.int().argmax())
             fail(
-                f"row {row} drew the token of probability {float(weights[row, place] / weights[row].sum()):.4f}, "
-                f"which is {int(want[row])}, but returns {int(returned[row])}",
+                f"row {row} drew token {int(want[row])} (probability "
+                f"{float(weights[row, place] / weights[row].sum()):.4f}) but returns token {int(returned[row])}",
                 likely=("topk-answers-a-place",) if int(returned[row]) == place else ("same-token-for-whole-batch",),
                 advice="Map the drawn index back after a sort: order.gather(-1, drawn).",
                 row=row,

@@ -19,11 +19,11 @@ from .subject import Subject
 from .training.explained import (
     Micro,
     accumulation_mistakes,
-    angle,
     cause,
     clipped,
     clipping_mistakes,
     near,
+    off_in_direction,
     step_mistakes,
 )
 from .training.met_step import RATE, met_step
@@ -60,7 +60,7 @@ def check_a_step_follows_the_gradient(subject: Subject) -> None:
             count, rows = sum(len(e) - 1 for e in step.examples), len(step.examples)
             when = f"step {number} ({rows} examples, {count} targets)"
             if number == 1 and near(-run.step().update / run.config.learning_rate, gradient, 1e-2):
-                refuse_update(got, gradient, when, "nothing, and the next step uses this gradient", STALE)
+                refuse_update(got, gradient, when, "zero, and the next step uses this gradient", STALE)
             refuse_update(got, gradient, when, *cause(got, step_mistakes(got, gradient, earlier, count, rows)))
         earlier.append(gradient)
 
@@ -99,12 +99,12 @@ def refuse_accumulation(
     targets = [n for _, _, n in sums]
     says, likely = cause(got, accumulation_mistakes([Micro(g, n) for g, _, n in sums], limit))
     if not says and len(step.examples) < len(window):
-        says, likely = f"that of {len(step.examples)} examples: the others are never read", LAST_DROPPED
+        says, likely = f"computed from {len(step.examples)} examples: the others are never read", LAST_DROPPED
     fail(
         f"{len(window)} examples in micro-batches of {size} (with {targets} targets"
         + (f", clipped at {limit:.3g}" if limit else "")
-        + f") give an update of {float(got.norm()):.4g} × the learning rate, expected {float(want.norm()):.4g} as for "
-        f"the whole batch; the directions are {angle(got, want)}° apart" + (f": the update is {says}" if says else ""),
+        + f") give an update of {float(got.norm()):.4g} × the learning rate, expected {float(want.norm()):.4g} (as for "
+        f"the whole batch){off_in_direction(got, want)}" + (f": the update is {says}" if says else ""),
         likely=likely,
         advice="Accumulate the gradients of loss sums, and divide once by the number of targets of all micro-batches, "
         "before clipping.",
@@ -146,8 +146,8 @@ def check_clipping_scales_the_whole_gradient(subject: Subject) -> None:
             says, likely = "clipped only after the step", ("clip-after-step",)
         fail(
             f"a gradient of norm {norm:.4g}, clipped at {share * norm:.4g}, gives an update of "
-            f"{float(got.norm()):.4g} × the learning rate, expected {float(want.norm()):.4g}; the directions are "
-            f"{angle(got, want)}° apart" + (f": the gradient is {says}" if says else ""),
+            f"{float(got.norm()):.4g} × the learning rate, expected {float(want.norm()):.4g}"
+            f"{off_in_direction(got, want)}" + (f": the gradient is {says}" if says else ""),
             likely=likely,
             advice=CLIP_ADVICE,
             limit=share * norm,

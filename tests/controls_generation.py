@@ -1,6 +1,6 @@
-"""Right decoding loops as people write them, over models that they are usually written for: no check may fail one.
+"""Correct decoding loops as people write them: they must not fail any check.
 
-`LOOPS` maps a name to a generate for the reference's model, `LIBRARIES` a name to a subject of a library with its own.
+`LOOPS` maps a name to a generate for the reference's model, `LIBRARIES` a name to a library model with its generate.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def loop_subject(name: str, *, seed: int = 0) -> Subject:
 @loop
 @torch.no_grad()
 def crops_and_draws(model, idx, max_new_tokens, temperature=1.0, do_sample=False, top_k=None):
-    """Top-k by a threshold; greedy unless it is asked to sample."""
+    """Top-k by a threshold; greedy unless do_sample is set."""
     for _ in range(max_new_tokens):
         window = idx if idx.size(1) <= model.config.block_size else idx[:, -model.config.block_size :]
         logits = model(window)[:, -1, :] / temperature
@@ -54,7 +54,7 @@ def crops_and_draws(model, idx, max_new_tokens, temperature=1.0, do_sample=False
 
 @loop
 def with_context_size(model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=-1):
-    """As a book has it, for one row: temperature 0 is greedy, torch.where cuts, an end stops."""
+    """From a book, for one row: temperature 0 is greedy, torch.where cuts, an end token stops."""
     for _ in range(max_new_tokens):
         with torch.no_grad():
             logits = model(idx[:, -context_size:])[:, -1, :]
@@ -74,7 +74,7 @@ def with_context_size(model, idx, max_new_tokens, context_size, temperature=0.0,
 @loop
 @torch.inference_mode()
 def over_a_cache(model, prompt_ids: Tensor, max_new_tokens: int, use_cache: bool = True):
-    """Prefill, then a token at a time; anew when the block is full."""
+    """Prefill, then one token at a time; without the cache once the block is full."""
     text, cache = prompt_ids, None
     for _ in range(max_new_tokens):
         if not use_cache or text.shape[1] > model.config.block_size:
@@ -91,7 +91,7 @@ def over_a_cache(model, prompt_ids: Tensor, max_new_tokens: int, use_cache: bool
 @loop
 @torch.no_grad()
 def left_padded(model, input_ids, attention_mask, max_new_tokens, eos_token_id=None, pad_token_id=0):
-    """The mask goes to every call and grows; rows that have ended say the pad."""
+    """The mask is passed to every call and grows; rows that have ended are filled with the pad token."""
     ended = torch.zeros(len(input_ids), 1, dtype=torch.bool)
     for _ in range(max_new_tokens):
         size = model.config.block_size
@@ -108,7 +108,7 @@ def left_padded(model, input_ids, attention_mask, max_new_tokens, eos_token_id=N
 
 @loop
 def nucleus(model, tokens, n, p=0.9, temp=1.0, generator=None):
-    """Top-p by a shifted mask over the sorted probabilities; in eval mode, and back."""
+    """Top-p by a shifted mask over the sorted probabilities; in eval mode, then in the mode before."""
     mode = model.training
     model.eval()
     with torch.no_grad():
@@ -127,7 +127,7 @@ def nucleus(model, tokens, n, p=0.9, temp=1.0, generator=None):
 @loop
 @torch.no_grad()
 def one_row_of_k_likeliest(model, x, steps, temperature=1.0, k=None):
-    """One row at a time, drawn among the k likeliest places, which are then looked up."""
+    """One row at a time: an index among the k likeliest is drawn, then looked up."""
     ids = x[0].tolist()
     for _ in range(steps):
         read = torch.tensor([ids[-model.config.block_size :]])
@@ -139,7 +139,7 @@ def one_row_of_k_likeliest(model, x, steps, temperature=1.0, k=None):
 @loop
 @torch.no_grad()
 def by_categorical(model, context, max_new_tokens, temperature=1.0):
-    """A sampler of torch.distributions."""
+    """The sampler of torch.distributions."""
     for _ in range(max_new_tokens):
         logits = model(context[:, -model.config.block_size :])[:, -1] / temperature
         context = torch.cat((context, torch.distributions.Categorical(logits=logits).sample()[:, None]), 1)
@@ -149,7 +149,7 @@ def by_categorical(model, context, max_new_tokens, temperature=1.0):
 @loop
 @torch.no_grad()
 def yields_tokens(model, ids, max_new_tokens):
-    """A stream: a token of every row at a time."""
+    """A generator: one token of every row at a time."""
     for _ in range(max_new_tokens):
         following = model(ids[:, -model.config.block_size :])[:, -1].argmax(-1, keepdim=True)
         yield following
@@ -159,7 +159,7 @@ def yields_tokens(model, ids, max_new_tokens):
 @loop
 @torch.no_grad()
 def into_a_buffer(model, prompt, max_new_tokens, seed=None):
-    """The answer is written into a tensor made for it; a seed makes a generator of its own."""
+    """The output is written into a preallocated tensor; a seed creates a separate generator."""
     B, T = prompt.shape
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     text = prompt.new_zeros(B, T + max_new_tokens)
@@ -173,7 +173,7 @@ def into_a_buffer(model, prompt, max_new_tokens, seed=None):
 @loop
 @torch.no_grad()
 def bans_a_token(model, prompt, max_new_tokens, temperature=1.0):
-    """Never says id 0, its begin token."""
+    """Never generates id 0, its begin token."""
     for _ in range(max_new_tokens):
         logits = model(prompt[:, -model.config.block_size :])[:, -1].index_fill(1, torch.tensor([0]), -torch.inf)
         prompt = torch.cat((prompt, torch.multinomial((logits / temperature).softmax(-1), 1)), 1)
@@ -184,7 +184,7 @@ def bans_a_token(model, prompt, max_new_tokens, temperature=1.0):
 
 
 class WithCache(Called):
-    """A model of the transformers library whose cache is given back as past_key_values."""
+    """A model of the transformers library that returns its cache as past_key_values."""
 
     def logits(self, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, cache: Any = None, **more: Any):
         if cache is None:

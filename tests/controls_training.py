@@ -1,6 +1,6 @@
-"""Right losses and right steps as people write them: no check may fail one.
+"""Correct losses and training steps as people write them: they must not fail any check.
 
-`LOSSES` maps a name to a loss and what it declares of itself, `STEPS` a name to a train_step.
+`LOSSES` maps a name to a loss and its declarations, `STEPS` a name to a train_step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STEPS: dict[str, Callable] = {}
 
 
 def loss_subject(name: str, *, seed: int = 0) -> Subject:
-    """The reference's model with this loss, which declares no more than the entry says."""
+    """The reference's model with this loss and only its own declarations."""
     loss, declares = LOSSES[name]
     build = log_probability_model if name.startswith("nll") else reference_parts().build_model
     return Subject(name, SimpleNamespace(build_model=build, loss=loss, declares=declares), seed=seed)
@@ -321,7 +321,7 @@ def with_a_penalty(model, optimizer, batch):
 
 @step
 def accumulates(model, optimizer, batch, accumulation=2):
-    """Micro-batches by the share of their targets."""
+    """Micro-batches weighted by their share of the targets."""
     x, y = batch
     optimizer.zero_grad()
     total = 0.0
@@ -336,7 +336,7 @@ def accumulates(model, optimizer, batch, accumulation=2):
 
 @step
 def accumulates_over_calls(model, optimizer, batch, step, accumulation_steps=4):
-    """The optimizer is stepped at every fourth call."""
+    """The optimizer is stepped on every fourth call."""
     loss = next_token(model(batch[0]), batch[1])
     (loss / accumulation_steps).backward()
     if (step + 1) % accumulation_steps == 0:

@@ -37,7 +37,7 @@ def explain(on: Stage, prompts: Tensor, got: Rows, want: Rows, *, turn: int, **o
     how = "".join(f", {name}={value}" for name, value in options.items())
     fail(
         f"{again}greedy decoding from {B} prompts of {T} tokens{how}: row {row} gives {got[row]}, expected {want[row]} "
-        f"(the whole text read again at each step); token {step + 1} is {token}, should be {right}. {cause}",
+        f"(from reading the whole text at each step); token {step + 1} is {token}, should be {right}. {cause}",
         likely=likely,
         advice="Compare with: logits = model(text)[:, -1]; text = torch.cat((text, logits.argmax(-1, True)), 1).",
         row=row,
@@ -93,7 +93,7 @@ def by_position(logits: Tensor, chosen: Tensor) -> Iterator[Cause]:
     for position in range(length - 1):
         if bool((logits[:, position].argmax(dim=-1) == chosen).all()):
             bugs = ("generate-first-position-logits",) if position == 0 else ("generate-reads-earlier-position",)
-            yield f"It uses the logits at position {position} of {length}, not at the last, {length - 1}", bugs
+            yield f"It uses the logits at position {position}, expected the last position, {length - 1}", bugs
     if bool((logits[:, -1].argmin(dim=-1) == chosen).all()):
         yield "It takes the least likely token", ()
 

@@ -24,8 +24,8 @@ FOLDERS = {
     "check_sanity.check_learns_only_unmasked_targets": "sanity_check_2",
 }
 TITLES = {
-    "sanity_check_1": "Sanity check 1: all targets in the loss",
-    "sanity_check_2": "Sanity check 2: first three targets masked",
+    "sanity_check_1": "Sanity check 1 (all targets in the loss)",
+    "sanity_check_2": "Sanity check 2 (first three targets masked)",
 }
 THRESHOLDS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 COLOURS = {"training": "#1f5fa8", "validation": "#d9822b", "all targets": "#8a8a8a"}
@@ -155,6 +155,7 @@ def section(name: str, verdict: Verdict) -> str:
             f"## {TITLES[name]}: {verdict.outcome}\n",
             f"{verdict.rule}\n",
             *([f"{verdict.says}\n"] if verdict.says else []),
+            *([f"What to try: {verdict.advice}\n"] if verdict.advice else []),
             setup(learned) + "\n",
             losses_table(learned),
             thresholds_table(learned),

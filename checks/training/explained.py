@@ -30,6 +30,12 @@ def angle(got: Tensor, want: Tensor) -> str:
     return f"{degrees:.3g}" if degrees > 1e-3 else "0"
 
 
+def off_in_direction(got: Tensor, want: Tensor) -> str:
+    """`, 3.4° off in direction`; empty for the right direction."""
+    degrees = angle(got, want)
+    return "" if degrees == "0" else f", {degrees}° off in direction"
+
+
 def clipped(g: Tensor, limit: float | None) -> Tensor:
     return g if limit is None else g * min(1.0, limit / max(float(g.norm()), 1e-30))
 

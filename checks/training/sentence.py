@@ -100,7 +100,7 @@ def train(subject: Subject, task: SentenceTask, sizes: dict[str, Any], recipe: s
         loss = float(trainer.step())
         if not math.isfinite(loss):
             fail(
-                f"the loss is {loss} at step {trainer.steps_done} of the {recipe} recipe",
+                f"the training loss is {loss} at step {trainer.steps_done} of the {recipe} recipe",
                 advice="Look for a division by zero, the log of 0, or a softmax over a row that is masked completely.",
                 step=trainer.steps_done,
             )
@@ -138,7 +138,7 @@ def logits_of(subject: Subject, model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def loss_of(subject: Subject) -> Callable[..., Tensor]:
-    """loss(logits, targets, mask): the subject's own if it has one, ours where it cannot mask targets."""
+    """loss(logits, targets, mask): the subject's own if it has one, but ours where it cannot mask targets."""
     if not subject.brings("loss"):
         return next_token_loss
     try:

@@ -274,7 +274,7 @@ def padded_rows_count_by_their_targets(subject: Subject) -> None:
         return
     found = row_weights(got, [g for g, _, _ in parts])
     if found is None:
-        note(padding="counts, or is not told by -100")
+        note(padding="counts, or is not marked by -100")
         raise NotApplicable("the step does not ignore targets of -100, and its own padding id is unknown")
     per_row = [c * n for c, n in zip(found, counts, strict=True)]
     if max(per_row) - min(per_row) < 1e-3 * max(map(abs, per_row)):
