@@ -34,7 +34,7 @@ class Peer:
     def step(self, tokens: Tensor, targets: Tensor, *, bfloat16: bool = False) -> None:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16):
             loss = self.loss(tokens, targets)
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -85,7 +85,9 @@ def hf_gpt2(sizes: Sizes) -> Peer:
     def decode(prompt: Tensor, n: int) -> Tensor:
         attended = torch.ones_like(prompt)
         model.eval()
-        return model.generate(prompt, attention_mask=attended, max_new_tokens=n, do_sample=False, pad_token_id=0)
+        how = dict(max_new_tokens=n, do_sample=False, pad_token_id=0)
+        tokens: Tensor = model.generate(prompt, attention_mask=attended, **how)
+        return tokens
 
     return Peer(
         model,
