@@ -317,9 +317,9 @@ def fail_for_matrix(fit: Fit, wrong: InitialMatrices, matrices: list[InitialMatr
     likely = [bug for factor, bug in known.items() if "output" in wrong.role and abs(ratio / factor - 1) < 0.03]
     fail(
         f"{wrong.role} ({wrong.name}): the initial standard deviation is {wrong.deviation:.4g} (mean "
-        f"{float(wrong.values.mean()):.2g}), expected {wrong.wanted[0]:.4g} for GPT-2. It is {ratio:.3g} times that; "
-        f"for {len(wrong.values):,} weights {wrong.tolerance(wrong.wanted[0]) / wrong.wanted[0]:.1%} are allowed"
-        + (f"; {others} more of {len(matrices)} kinds of matrices differ" if others else ""),
+        f"{float(wrong.values.mean()):.2g}), expected {wrong.wanted[0]:.4g} for GPT-2 ({ratio:.3g} times as much; "
+        f"±{wrong.tolerance(wrong.wanted[0]) / wrong.wanted[0]:.1%} allowed for {len(wrong.values):,} weights)"
+        + (f"; {others + 1} of {len(matrices)} kinds of matrices differ" if others else ""),
         where=owner_of(fit, wrong.name),
         likely=likely or ("init-left-to-pytorch",),
         advice="Draw every matrix with std=0.02, and the output projections of attention and feed-forward with "
