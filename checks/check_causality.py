@@ -68,7 +68,7 @@ from .ways import (
 DROPOUT = 0.2
 FARTHEST = 1031  # beyond the last length at which masks commonly end; two cuts put every pair on both sides of one
 LONGEST_TRIED = 1024
-UNSEEN = 1e-9  # of the largest move: one token among many may move the logits by so little that this is rounding
+UNSEEN = 1e-9  # of the largest move; anything smaller is rounding, although one token among many moves little
 SEEN = 1e-3  # standard deviations of the logits: a token in reach must move them by more (clean models: 0.018)
 
 
@@ -89,7 +89,7 @@ def check_future_cannot_change_past(subject: Subject) -> None:
 
 @needs(CAUSAL)
 def check_future_cannot_change_past_in_training(subject: Subject) -> None:
-    """In train mode, with and without dropout, changing a token must not change any earlier logit (seed fixed)."""
+    """In train mode, with or without dropout (same seed), changing a token must not change any earlier logit."""
     expect_causal(subject)
     for dropout in (0.0, DROPOUT):
         model = precise(subject, dropout=dropout)
@@ -101,7 +101,7 @@ def check_future_cannot_change_past_in_training(subject: Subject) -> None:
 
 @needs(CAUSAL)
 def check_future_cannot_change_past_under_a_mask(subject: Subject) -> None:
-    """With a padding mask (no padding, right, left), changing a real token must not change earlier real logits."""
+    """With padding on the right, on the left or nowhere, changing a real token must not change earlier real logits."""
     expect_causal(subject)
     expect_takes_mask(subject)
     model = precise(subject)
@@ -152,7 +152,7 @@ def check_future_cannot_change_past_in_long_sequences(subject: Subject) -> None:
 
 @needs(CAUSAL)
 def check_future_cannot_change_past_by_another_attention(subject: Subject) -> None:
-    """On PyTorch's plain attention kernel and without a fused one, changing a token must not change earlier logits."""
+    """With PyTorch's plain attention kernel, or none that is fused, changing a token must not change earlier logits."""
     expect_causal(subject)
     if not attention_is_fused(subject, precise(subject)):
         raise NotApplicable("attention does not use PyTorch's fused function, so there is no second path")
@@ -182,7 +182,7 @@ def attention_is_fused(subject: Subject, model: nn.Module) -> bool:
 
 @needs(CAUSAL)
 def check_future_cannot_change_past_into_a_cache(subject: Subject) -> None:
-    """Reading into an empty key-value cache, changing a token must not change any earlier logit."""
+    """With an empty key-value cache, changing a token must not change any earlier logit."""
     expect_causal(subject)
     model = precise(subject)
     if subject.new_cache(model, 1) is None:
@@ -250,8 +250,8 @@ def check_rewritten_future_cannot_change_past(subject: Subject, case: dict[str, 
     mask = None
     if case["padding"] is not None:
         mask = ragged(case["rows"], case["T"], case["padding"], seed=case["seed"]).to(subject.device)
-    cuts = torch.full((len(tokens),), case["cut"], device=subject.device)
-    tried = Changes(tokens, rewritten(subject, tokens, case), cuts, mask)
+    places = torch.full((len(tokens),), case["cut"], device=subject.device)
+    tried = Changes(tokens, rewritten(subject, tokens, case), places, mask)
     expect_no_leak(LeakSearch(subject, shared(subject), tried, TRAIN if case["training"] else EVAL))
 
 
@@ -382,7 +382,7 @@ def fail_past_unseen(moves: Tensor, silent: Tensor, *, windowed: bool) -> None:
     elif band:
         says = f"the logits depend only on the last {farthest_seen + 1} tokens: earlier ones are never read"
     fail(
-        f"{says}; {int(silent.sum())} of {T * (T + 1) // 2} pairs of positions have no such effect",
+        f"{says}; {int(silent.sum())} of {T * (T + 1) // 2} pairs of positions show no effect",
         likely=("attention-sees-itself-only", "first-token-never-seen", "window-sign-error"),
         advice="Check that the mask shows every earlier token. If a sliding window is intended, name its attribute or "
         "configuration field `window`.",

@@ -59,9 +59,7 @@ def check_logits_have_shape(subject: Subject) -> None:
             logits = call(subject, model, tokens)
         except Exception as error:
             if T == subject.sizes.block_size > 1:
-                call(
-                    subject, model, tokens[:, 1:].contiguous()
-                )  # raises an error that has nothing to do with the length
+                call(subject, model, tokens[:, 1:].contiguous())  # raises if the length is not to blame
                 fail_unread(T, T, error)
             raise
         if tuple(logits.shape) != (B, max(T, 1), V):
@@ -120,7 +118,7 @@ def check_logits_are_finite(subject: Subject) -> None:
     T, V = length(subject), subject.sizes.vocab_size
     everywhere = every_id(subject, T, seed=subject.seed)
     alone = torch.arange(min(V, 64), device=subject.device)[:, None]
-    models = (subject.build(seed=subject.seed), "as initialized"), (precise(subject), "with large weights")
+    models = (subject.build(seed=subject.seed), "weights as initialized"), (precise(subject), "large weights")
     for model, which in models:
         for tokens in (everywhere, alone.expand(-1, T).contiguous()):
             expect_finite(subject, model, tokens, which)
@@ -134,7 +132,7 @@ def expect_finite(subject: Subject, model: nn.Module, tokens: Tensor, which: str
         every_first = not bool(bad[:, 1].any()) and torch.unique(bad[:, 0]).numel() == len(tokens)
         likely = ("mask-positive-inf", "first-token-masked-out", "causal-excludes-self")
         fail(
-            f"the logit of symbol {symbol} at position {t} is {float(logits[row, t, symbol])} {which}, after "
+            f"the logit of symbol {symbol} at position {t} is {float(logits[row, t, symbol])} ({which}) after "
             f"the tokens {tokens[row, : t + 1].tolist()}; {len(bad)} of {logits.numel()} logits are not finite",
             where=first_bad(model, lambda: call(subject, model, tokens), lambda x: bool(x.isnan().any())),
             likely=likely[::-1] if every_first else likely,
@@ -320,7 +318,7 @@ def check_every_tensor_is_registered(subject: Subject) -> None:
         )
     if constants:
         names = ", ".join(held.name for held in constants)
-        advise(f"neither parameters nor buffers: {names}. As buffers, these tensors would follow .to() and .double()")
+        advise(f"{names}: neither parameters nor buffers; as buffers these tensors would follow .to() and .double()")
 
 
 @needs(SHAPE)
@@ -342,7 +340,7 @@ def check_state_dict_restores_the_model(subject: Subject) -> None:
         fail(
             f"the model's own state_dict cannot be loaded into another instance: {type(error).__name__}: {error}",
             likely=("state-dict-does-not-load",),
-            advice="Names and shapes in the state_dict must depend only on the constructor's arguments.",
+            advice="Make names and shapes in the state_dict depend only on the constructor's arguments.",
         )
     if buffers:
         advise(
@@ -361,7 +359,7 @@ def check_state_dict_restores_the_model(subject: Subject) -> None:
 
 @needs(SHAPE, "check_contract.check_state_dict_restores_the_model")
 def check_copies_are_independent(subject: Subject) -> None:
-    """A deep copy with other weights must compute as a model with those weights and leave the original unchanged."""
+    """A deep copy given other weights must equal a model with those weights and leave the original unchanged."""
     model, other = precise(subject), precise(subject, seed=subject.seed + 1)
     tokens = subject.tokens(3, length(subject), seed=subject.seed)
     before, want = call(subject, model, tokens), call(subject, other, tokens)

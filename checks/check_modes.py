@@ -139,7 +139,7 @@ def _bytes(parameters: dict[str, nn.Parameter]) -> list[bytes]:
 
 @needs(*READABLE)
 def check_modes_reach_every_part(subject: Subject) -> None:
-    """eval() and train() must set the mode of every module that reads it, however the model holds it."""
+    """eval() and train() must set the mode of every module that reads self.training, however the model holds it."""
     model = _model(subject)
     for switch, mode in ((model.eval, False), (model.train, True), (model.eval, False)):
         switch()
@@ -221,7 +221,7 @@ def check_dropout_draws_anew(subject: Subject) -> None:
     one, two, one_again = (_run(subject, model, tokens, seed) for seed in (1, 2, 1))
     if not _differ(one, two):
         fail(
-            f"with a dropout of {RATE} two forwards in training mode give the same logits: nothing is dropped, "
+            f"with a dropout of {RATE}, two forwards in training mode give the same logits: nothing is dropped, "
             "or always the same units",
             likely=("forward-reseeds", "dropout-never-on-again"),
             advice="Let dropout read self.training, and do not seed the generator inside a forward.",
@@ -287,7 +287,7 @@ def check_dropout_obeys_its_rate(subject: Subject) -> None:
     note(away=away)
     if not away < 0.01:
         fail(
-            f"with a dropout of {ALMOST_NONE:g} half of the logits are {away:.2g} standard deviations or more from "
+            f"with a dropout of {ALMOST_NONE:g}, half of the logits are {away:.2g} standard deviations or more from "
             "those without dropout, expected less than 0.01: almost nothing is dropped, so the scale must be wrong",
             likely=("dropout-scaled-by-its-rate", "dropout-rate-means-kept"),
             advice="Drop with probability p and multiply what is kept by 1 / (1 - p).",

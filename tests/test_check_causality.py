@@ -1,4 +1,4 @@
-"""What the causality checks say: the first leaking pair, the module, the path, and the likely bug."""
+"""What the causality checks report: the first leaking pair, the module, the path, and the likely bug."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ def test_a_passing_check_keeps_the_influence_map():
     assert (influence.tril() > 0).sum() == 13 * 14 // 2
 
 
-# -- leaks nobody listed: each breaks one condition of a search that is less than complete
+# -- leaks that are no known bug: each would escape a search that leaves out one condition
 
 
 class Leaky(nn.Module):
-    """A causal mean of the past, which under a condition also sees the last token."""
+    """A causal mean of the past that, under a condition, also sees the last token."""
 
     def __init__(self, vocab_size=17, n_embd=32, condition=lambda model, tokens: True, **sizes):
         super().__init__()
@@ -171,7 +171,7 @@ def test_other_ways_of_mixing_time_are_found(mix):
 
 
 def test_another_row_is_no_future():
-    """A batch leak is the business of the batch laws: causality must not be accused of it."""
+    """A leak between rows is for the checks of rows to report: causality must not fail."""
 
     class Coupled(Leaky):
         def forward(self, tokens, mask=None):
@@ -183,7 +183,7 @@ def test_another_row_is_no_future():
             x = self.embedding(tokens)
             return self.head(x.cumsum(dim=1) + x.mean(dim=0, keepdim=True).cumsum(dim=1))
 
-    for kind, outcome in ((Averaged, "passed"), (Coupled, "failed")):  # row 0 of the second does see its own future
+    for kind, outcome in ((Averaged, "passed"), (Coupled, "failed")):  # in the second, row 0 sees its own future
         parts = reference_parts()
         parts.build_model = lambda kind=kind, **sizes: kind(**sizes)
         assert judge(CHECKS[PAST], Subject("coupled", parts), {}).outcome == outcome, kind
@@ -226,7 +226,7 @@ def test_expert_choice_is_a_leak():
     assert judge(CHECKS[PAST], Subject("chosen", parts), {}).outcome == "failed"
 
 
-# -- what is no leak, and what is out of reach
+# -- what is not a leak
 
 
 def test_an_encoder_that_says_so_is_not_accused():

@@ -1,4 +1,4 @@
-"""What the contract checks say: shapes, lengths, ids, what is remembered, what is thrown away."""
+"""What the contract checks report: shapes, lengths, ids, state between calls, parts without effect."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
 
 
 def test_statistics_kept_in_training_are_no_memory():
-    """A running mean in a registered buffer, as a router's balance is: training moves it, evaluation only reads it."""
+    """Training may update a running mean in a registered buffer (a router's balance, say); evaluation only reads it."""
 
     def change(model):
         class Centred(Transformer):
@@ -165,7 +165,7 @@ def test_statistics_kept_in_training_are_no_memory():
 
 
 def test_one_mistake_is_one_finding():
-    """A model that remembers is no random one too: the check of repetition waits for that of memory."""
+    """A model that keeps state between calls fails one check: the check of repetition is blocked by it."""
     from transformer_checks.checks.check_modes import check_eval_repeats_itself
 
     subject = BUGS["state-leaks-between-calls"].subject(seed=3)
@@ -184,4 +184,4 @@ def test_a_block_that_hands_on_what_it_was_given_is_passed_by_in_what_is_new():
     first, newest = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
     streams, latest = passed_by(lambda streams, latest: (streams, latest + 1))([first, newest], newest)
     assert torch.equal(streams[0], first) and torch.equal(streams[1], newest)
-    assert torch.equal(latest, first), "its own output, and not what it hands on, gives way to its input"
+    assert torch.equal(latest, first), "only its own output is replaced by its input, not what it hands on"

@@ -1,4 +1,4 @@
-"""What the checks of evaluation and training mode say: which dropout, in which module, in which mode."""
+"""What the checks of evaluation and training mode report: which dropout, in which module, in which mode."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_mistake_is_told_by_its_place_and_its_cause(bug):
 
 
 def test_dropout_that_is_not_rescaled_is_legitimate_where_evaluation_scales():
-    """Srivastava et al. 2014: units are dropped in training as they are, and all are scaled by 1 - p afterwards."""
+    """Srivastava et al. 2014: training drops without rescaling, evaluation multiplies by 1 - p."""
 
     class Original(nn.Dropout):
         def forward(self, x):
@@ -146,7 +146,7 @@ def test_dropout_that_is_not_rescaled_is_legitimate_where_evaluation_scales():
 
 
 class WithAnotherTask(Transformer):
-    """It can label whole texts too: a head of its own, and a method with a dropout of its own."""
+    """It can also label whole texts: with a second head, and a method with its own dropout."""
 
     def label(self, tokens):
         return self.label_head(self.label_dropout(self.embed(tokens).mean(1)))
