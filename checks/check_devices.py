@@ -5,7 +5,6 @@ On CUDA everything is tried, elsewhere what the device has. A check notes what i
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -231,9 +230,7 @@ def check_device_agrees_with_the_cpu(subject: Subject) -> None:
     needs_numbers(subject)
     if subject.device.type == "cpu":
         raise NotApplicable("the checks run on the CPU; --gpu or --device compares another device with it")
-    home = copy.copy(subject)
-    home.device = torch.device("cpu")
-    expect_agreement(subject, home)
+    expect_agreement(subject, subject.changed(device="cpu"))
 
 
 def expect_agreement(subject: Subject, home: Subject) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import functools
 import shlex
 import warnings
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 from typing import cast as as_type
 
 import torch
@@ -136,6 +137,14 @@ class Subject:
         self.device = torch.device(device)
         self.sizes = Sizes()
         self._made: dict[Any, Any] = {}
+
+    def changed(self, *, device: str | None = None, sizes: Sizes | None = None) -> Self:
+        """The same subject on another device or at other sizes."""
+        other = copy.copy(self)
+        other._made = {}  # which was made for this device and these sizes
+        other.device = self.device if device is None else torch.device(device)
+        other.sizes = self.sizes if sizes is None else sizes
+        return other
 
     def once(
         self,

@@ -5,7 +5,6 @@ The matrix products of a GPT-2 shaped model are the lower bound: no implementati
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import shutil
@@ -100,9 +99,8 @@ def fitted(subject: Subject, load: Load) -> Load:
 
 def sized(subject: Subject, load: Load) -> Subject:
     """The subject at the sizes of a load."""
-    other = copy.copy(subject)
-    other.sizes = load.sizes if subject.can_vary("dropout") else replace(load.sizes, dropout=subject.sizes.dropout)
-    return other
+    varies = subject.can_vary("dropout")
+    return subject.changed(sizes=load.sizes if varies else replace(load.sizes, dropout=subject.sizes.dropout))
 
 
 def too_large(load: Load, device: torch.device) -> str | None:
