@@ -1,9 +1,10 @@
-# make sanity: the main job. make test: every test. Both set up .venv first, once. make power: the long run.
+# make sanity: the two sanity checks. make test: all tests. make power: every check on every bug, takes hours.
+# The first call of any of them sets up .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# mypy sees the package as a wheel has it: checks and transformer inside transformer_checks.
+# A folder in which checks and transformer are inside transformer_checks, as in the wheel, for mypy.
 TYPING := $(VENV)/typing
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
@@ -22,17 +23,17 @@ lint: $(VENV)/installed-for-tests
 	@ln -sfn $(CURDIR)/checks $(CURDIR)/transformer $(CURDIR)/src/transformer_checks/*.py $(TYPING)/transformer_checks
 	cd $(TYPING) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --package transformer_checks
 
-# ours beside HF GPT-2, x-transformers and, with NANOGPT=folder, a nanoGPT
+# Times our model, the GPT-2 of transformers, x-transformers and, with NANOGPT=folder, nanoGPT.
 bench: $(VENV)/installed-for-tests
 	$(BIN)/python -m benchmarks.compare $(if $(NANOGPT),--nanogpt $(NANOGPT))
 
-# every known bug and every correct model against every check, for hours; goes on where it was stopped.
-# JOBS=processes SEEDS=of each correct model (20) ONLY='words of names'
+# Runs every check on every known bug and every correct model; takes hours, and continues a run that was stopped.
+# JOBS=processes SEEDS=seeds per correct model (20) ONLY='words in names'
 power: $(VENV)/installed-for-tests
 	$(ONE_THREAD) $(BIN)/python -m power.power $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS)) \
 		$(if $(ONLY),--only '$(ONLY)')
 
-# one-place mistakes made mechanically in FILE=model.py[:NAME]: how many are caught, which survive; goes on where it was
+# Makes small changes to FILE=model.py[:NAME], one at a time: how many are caught, which survive. Continues too.
 mutants: $(VENV)/installed-for-tests
 	$(ONE_THREAD) $(BIN)/python -m power.mutants $(FILE)
 

@@ -1,1 +1,1 @@
-"""What is caught, with intervals: every known bug and control, one-place mistakes in a public file."""
+"""How much the checks catch: all known bugs and correct models (power), and mutants of a public file (mutants)."""

@@ -1,4 +1,4 @@
-"""One-place mutants of a source file, made mechanically: the text around the place stays as it is."""
+"""Makes mutants of a source file: copies of it with one small change, such as a swapped operand or a shifted slice."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ OTHER: dict[type, type] = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
+REMOVED: dict[type, str] = {ast.Not: "`not`", ast.USub: "minus sign", ast.Invert: "`~`"}
 NOT_COMMUTATIVE = (ast.Sub, ast.Div, ast.FloorDiv, ast.MatMult, ast.Pow)
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` at `line` and `column` becomes `new`."""
+    """A copy of the source in which `old`, at `line` and `column`, is replaced by `new`."""
 
     kind: str
     line: int
     column: int
     old: str
     new: str
-    function: int  # the line at which the innermost function around it begins; 0 outside of all
+    function: int  # first line of the innermost function around it; 0 outside all functions
     source: str  # the whole file with the change
 
     @property
@@ -45,19 +46,22 @@ def _short(text: str) -> str:
 
 
 def mutants(source: str) -> list[Mutant]:
-    """Every mutant that still compiles, in the order of the text."""
+    """Every mutant that compiles and is another program, in the order of the source."""
     tree = ast.parse(source)
     found: dict[str, Mutant] = {}
     for node, function in _code(tree):
         for kind, new in _changes(node):
-            mutant = _made(source, node, function, (kind, new))
+            mutant = _mutant(source, node, function, (kind, new))
             if mutant is not None:
                 found.setdefault(mutant.id, mutant)
     return sorted(found.values(), key=lambda m: (m.line, m.column))
 
 
 def _code(tree: ast.Module) -> Iterator[tuple[ast.AST, int]]:
-    """What is in functions and classes, without annotations, docstrings, messages and assertions; in which function."""
+    """The nodes inside functions and classes, each with the first line of its function.
+
+    Annotations, decorators, assertions, raised errors and f-strings are left out.
+    """
     for top in tree.body:
         if isinstance(top, ast.FunctionDef | ast.ClassDef):
             yield from _inside(top, 0)
@@ -75,7 +79,7 @@ def _inside(node: ast.AST, function: int) -> Iterator[tuple[ast.AST, int]]:
                 yield from _inside(child, function)
 
 
-def _made(source: str, node: ast.AST, function: int, change: tuple[str, str]) -> Mutant | None:
+def _mutant(source: str, node: ast.AST, function: int, change: tuple[str, str]) -> Mutant | None:
     kind, new = change
     lines = source.splitlines(keepends=True)
     first, last = node.lineno - 1, node.end_lineno - 1  # type: ignore[attr-defined]
@@ -92,7 +96,7 @@ def _made(source: str, node: ast.AST, function: int, change: tuple[str, str]) ->
 
 
 def distinct(found: Iterable[Mutant]) -> list[Mutant]:
-    """Those that are programs of their own: of several ways to write one, the first."""
+    """The first of all mutants that are the same program written in different ways."""
     programs: dict[str, Mutant] = {}
     for mutant in found:
         programs.setdefault(meaning(mutant.source), mutant)
@@ -101,12 +105,14 @@ def distinct(found: Iterable[Mutant]) -> list[Mutant]:
 
 @functools.lru_cache(maxsize=4096)
 def meaning(source: str) -> str:
-    """A digest of the program that a source is, however it is written."""
+    """A hash of the program, the same for sources that differ only in how they are written."""
     return hashlib.sha1(ast.dump(_Plain().visit(ast.parse(source))).encode()).hexdigest()
 
 
 class _Plain(ast.NodeTransformer):
-    """A statement that only names something becomes `pass`, a `not` before another, `is` or `in` goes into it."""
+    """Normalizes a program: an expression statement without a call becomes `pass`; `not not x` in a condition becomes
+    `x`; `not (a is b)` becomes `a is not b`, and likewise for `in`.
+    """
 
     OPPOSITE: ClassVar[dict[type, type]] = {
         ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In
@@ -137,26 +143,26 @@ def _negation(node: ast.AST) -> bool:
 
 
 def _characters(line: str, column: int) -> int:
-    """ast counts bytes."""
+    """The column in characters; ast counts bytes."""
     return len(line.encode()[:column].decode())
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """(kind, new text) for a node."""
+    """The changes of a node: what kind it is, and the new text."""
     if isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in OTHER:
-        yield "operator", _with(node, op=OTHER[type(node.op)]())
+        yield "operator replaced", _with(node, op=OTHER[type(node.op)]())
     if isinstance(node, ast.BinOp) and isinstance(node.op, NOT_COMMUTATIVE):
         yield "operands swapped", f"({_with(node, left=node.right, right=node.left)})"
     if isinstance(node, ast.Compare) and type(node.ops[0]) in OTHER:
-        yield "comparison", _with(node, ops=[OTHER[type(node.ops[0])](), *node.ops[1:]])
+        yield "comparison replaced", _with(node, ops=[OTHER[type(node.ops[0])](), *node.ops[1:]])
     if isinstance(node, ast.BoolOp):
-        yield "and, or", f"({_with(node, op=OTHER[type(node.op)]())})"
+        yield "and/or exchanged", f"({_with(node, op=OTHER[type(node.op)]())})"
     if isinstance(node, ast.Constant):
         yield from _constants(node.value)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub | ast.Invert):
-        yield f"{type(node.op).__name__.lower()} removed", f"({ast.unparse(node.operand)})"
-    if isinstance(node, ast.If | ast.IfExp | ast.While) and isinstance(node.test, ast.expr):
-        yield from _branches(node)
+        yield f"{REMOVED[type(node.op)]} removed", f"({ast.unparse(node.operand)})"
+    if isinstance(node, ast.IfExp):
+        yield "branches swapped", f"({_with(node, body=node.orelse, orelse=node.body)})"
     if isinstance(node, ast.Call):
         yield from _calls(node)
     if isinstance(node, ast.Slice):
@@ -166,7 +172,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, str]]:
     ):
         yield "statement dropped", "pass"
     if isinstance(node, ast.AugAssign):
-        yield "assigned, not added", f"{ast.unparse(node.target)} = {ast.unparse(node.value)}"
+        yield "augmented assignment made plain", f"{ast.unparse(node.target)} = {ast.unparse(node.value)}"
 
 
 def _with(node: ast.AST, **fields: object) -> str:
@@ -178,18 +184,13 @@ def _with(node: ast.AST, **fields: object) -> str:
 
 def _constants(value: object) -> Iterator[tuple[str, str]]:
     if isinstance(value, bool):
-        yield "truth", str(not value)
+        yield "boolean flipped", str(not value)
     elif isinstance(value, int):
         yield "constant + 1", f"({value + 1})"
         yield "constant - 1", f"({value - 1})"
     elif isinstance(value, float):
         yield "constant × 2", repr(value * 2)
         yield "constant + 1", repr(value + 1)
-
-
-def _branches(node: ast.If | ast.IfExp | ast.While) -> Iterator[tuple[str, str]]:
-    if isinstance(node, ast.IfExp):
-        yield "branches swapped", f"({_with(node, body=node.orelse, orelse=node.body)})"
 
 
 def _calls(call: ast.Call) -> Iterator[tuple[str, str]]:
@@ -200,15 +201,16 @@ def _calls(call: ast.Call) -> Iterator[tuple[str, str]]:
         yield "arguments swapped", _with(call, args=args)
     for index, keyword in enumerate(call.keywords):
         if keyword.arg is not None:
-            yield f"{keyword.arg} left out", _with(call, keywords=call.keywords[:index] + call.keywords[index + 1 :])
+            others = call.keywords[:index] + call.keywords[index + 1 :]
+            yield f"argument {keyword.arg} dropped", _with(call, keywords=others)
     if plain and not isinstance(plain[0], ast.Constant | ast.GeneratorExp):
-        yield "call dropped", f"({ast.unparse(plain[0])})"
+        yield "call replaced by its argument", f"({ast.unparse(plain[0])})"
     if isinstance(call.func, ast.Attribute) and not isinstance(call.func.value, ast.Name):
-        yield "method dropped", f"({ast.unparse(call.func.value)})"
+        yield "method call dropped", f"({ast.unparse(call.func.value)})"
     elif (
         isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) and call.func.value.id != "self"
     ):
-        yield "method dropped", f"({call.func.value.id})"
+        yield "method call dropped", f"({call.func.value.id})"
 
 
 def _slices(node: ast.Slice) -> Iterator[tuple[str, str]]:
@@ -221,10 +223,10 @@ def _slices(node: ast.Slice) -> Iterator[tuple[str, str]]:
 
 
 def negated(source: str) -> Iterator[Mutant]:
-    """Every condition of an `if`, `while` or conditional expression turned around."""
+    """Mutants that negate the condition of an `if`, `while` or conditional expression."""
     for node, function in _code(ast.parse(source)):
         if isinstance(node, ast.If | ast.IfExp | ast.While):
             change = ("condition negated", f"(not ({ast.unparse(node.test)}))")
-            mutant = _made(source, node.test, function, change)
+            mutant = _mutant(source, node.test, function, change)
             if mutant is not None:
                 yield mutant

@@ -1,7 +1,8 @@
-"""`make power`: every bug and every control against every check, in processes; a table as data, and POWER.md from it.
+"""`make power`: judges every known bug and every correct model with every check, and writes the report POWER.md.
 
-The table is out/power/CODE.jsonl, a line a subject and seed, CODE a fingerprint of the sources: a run that was stopped
-goes on where it was, and after a change of the sources another table begins. Removing a table starts it over.
+The results are in out/power/CODE.jsonl, one line per subject and seed, where CODE is a fingerprint of the sources. A
+run that was stopped continues where it was; after a change of the sources a new table is begun. Delete a table to start
+over.
 """
 
 from __future__ import annotations
@@ -11,29 +12,31 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from power.process import BUGS, CONTROLS, Task, run
-from power.report import report, wrong
+from power.process import BUGS, Task, run
+from power.report import problems, report
+from tests.controls import CONTROLS
 
 ROOT = Path(__file__).parent.parent
+Key = tuple[Any, ...]  # the fields of a Task: kind, subject, seed, slow
 SOURCES = ("transformer", "checks", "tests/controls.py", "tests/variants.py")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 1 where a bug was missed or a control accused."""
+    """The exit code: 1 if a bug was missed, a correct model failed a check, or a process died."""
     options = parse(arguments)
     table = options.report or options.out / f"{fingerprint()}.jsonl"
     if not options.report:
         tasks = [task for task in plan(options.seeds) if chosen(task, options.only)]
-        print(f"{table}: {len(tasks)} rows; remove it to start over", flush=True)
+        print(f"{len(tasks)} rows in {table}; delete it to start over", flush=True)
         with interrupted_quietly():
             fill(table, tasks, options.jobs)
     rows = read(table)
@@ -48,15 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="subjects at a time")
-    parser.add_argument("--seeds", type=positive, default=20, help="seeds of each control; a bug has one")
-    parser.add_argument("--only", default="", help="subjects whose kind or name has one of these words: 'bug mask'")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "power", help="folder of the tables")
-    parser.add_argument("--markdown", type=Path, default=ROOT / "POWER.md", help="the report (not with --only)")
-    parser.add_argument("--report", type=Path, metavar="TABLE", help="run nothing: the report of this table")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--seeds", type=positive, default=20, help="seeds per correct model (20); a bug has one")
+    parser.add_argument("--only", default="", help="only subjects with one of these words in kind or name: 'bug mask'")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "power", help="folder for the tables")
+    parser.add_argument("--markdown", type=Path, default=ROOT / "POWER.md", help="report file; not used with --only")
+    parser.add_argument("--report", type=Path, metavar="TABLE", help="run nothing, only report on this table")
     options = parser.parse_args(arguments)
     if options.report and not options.report.exists():
-        parser.error(f"no table is at {options.report}")
+        parser.error(f"no such table: {options.report}")
     return options
 
 
@@ -67,7 +70,7 @@ def positive(text: str) -> int:
 
 
 def fingerprint(root: Path = ROOT) -> str:
-    """Ten digits of the sources that decide a verdict, and of torch's version."""
+    """Ten hex digits of a hash of the sources that decide a verdict and of torch's version."""
     digest = hashlib.sha256(torch.__version__.encode())
     for path in (root / name for name in SOURCES):
         for source in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
@@ -76,7 +79,7 @@ def fingerprint(root: Path = ROOT) -> str:
 
 
 def plan(seeds: int) -> list[Task]:
-    """What is soonest worth knowing first: every bug that a CPU shows, every control, more seeds, what is slow."""
+    """All rows in the order to run them: bugs that show on a CPU, controls seed by seed, then the slow checks."""
     tasks = [Task("bug", name, 0) for name, bug in BUGS.items() if bug.device == "cpu"]
     tasks += [Task("control", name, seed) for seed in range(seeds) for name in CONTROLS]
     return tasks + [Task("control", name, 0, slow=True) for name in CONTROLS]
@@ -87,13 +90,16 @@ def chosen(task: Task, only: str) -> bool:
 
 
 def fill(table: Path, tasks: list[Task], jobs: int) -> None:
-    """Runs what the table lacks, `jobs` subjects at a time, and writes each row as it comes."""
+    """Runs the tasks missing from the table, `jobs` at a time, and writes each row as soon as it is known.
+
+    A task whose row ended early is run again.
+    """
     done = {key for key, row in read(table).items() if not row["ended"]}
     left = [task for task in tasks if tuple(asdict(task).values()) not in done]
     table.parent.mkdir(parents=True, exist_ok=True)
     pool = ThreadPoolExecutor(jobs)
     with progress(len(tasks), table.stem) as show, open(table, "a+", encoding="utf-8") as file:
-        start_a_line(file)
+        end_partial_line(file)
         show(len(tasks) - len(left))
         for future in as_completed([pool.submit(run, task) for task in left]):
             row = future.result()
@@ -102,17 +108,17 @@ def fill(table: Path, tasks: list[Task], jobs: int) -> None:
             show(1, row)
 
 
-def start_a_line(file: Any) -> None:
-    """A run that was killed may have left half a line."""
+def end_partial_line(file: TextIO) -> None:
+    """Ends the last line, which a run that was killed may have left unfinished."""
     file.seek(0)
     text = file.read()
     if text and not text.endswith("\n"):
         file.write("\n")
 
 
-def read(table: Path) -> dict[tuple, dict[str, Any]]:
-    """The rows by (kind, subject, seed, slow), the last of each; half a line is none."""
-    rows: dict[tuple, dict[str, Any]] = {}
+def read(table: Path) -> dict[Key, dict[str, Any]]:
+    """The last row of each task; unfinished lines are left out."""
+    rows: dict[Key, dict[str, Any]] = {}
     for line in table.read_text(encoding="utf-8").splitlines() if table.exists() else []:
         try:
             row = json.loads(line)
@@ -123,8 +129,8 @@ def read(table: Path) -> dict[tuple, dict[str, Any]]:
 
 
 @contextmanager
-def progress(total: int, title: str) -> Iterator[Any]:
-    """A bar on a terminal, none in a pipe; what is wrong is a line in both, as soon as it is known."""
+def progress(total: int, title: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal, none in a pipe; problems are printed in both as soon as they are known."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -133,7 +139,7 @@ def progress(total: int, title: str) -> Iterator[Any]:
 
     def show(steps: int, row: dict[str, Any] | None = None) -> None:
         bar.update(task, advance=steps, description=row["subject"] if row else title)
-        for line in wrong(row) if row else []:
+        for line in problems(row) if row else []:
             print(line, flush=True)
 
     with bar:
@@ -142,11 +148,11 @@ def progress(total: int, title: str) -> Iterator[Any]:
 
 @contextmanager
 def interrupted_quietly() -> Iterator[None]:
-    """What still runs ends with its next word: nobody listens any more."""
+    """Exits on Ctrl-C without a traceback; processes still running end at their next message."""
     try:
         yield
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         os._exit(130)
 
 

@@ -1,4 +1,4 @@
-"""POWER.md from the rows of the table: what is caught and by what, who is accused falsely. Pure: rows in, text out."""
+"""Writes POWER.md from the rows of `make power`: bugs caught, by which checks, and false alarms on correct models."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ BROKEN = ("failed", "error")
 
 
 def report(rows: list[Row], of_what: str, *, left: int = 0) -> tuple[str, bool]:
-    """The report, and whether every bug was caught by what it names and no control accused; `left` rows are not run."""
+    """The report, and whether there are no problems: every bug caught by its checks, no false alarm, nothing died.
+
+    `of_what` names the sources that were judged, `left` is the number of rows not run yet.
+    """
     bugs, controls = of_kind(rows, "bug"), of_kind(rows, "control")
-    amiss = [line for row in rows for line in wrong(row)]
+    found = [line for row in rows for line in problems(row)]
     parts = [
         "# Power",
-        f"What every check says of every known bug and of correct models: `make power` "
-        f"({of_what}; {len(rows)} rows{f', {left} more are not yet run' if left else ''}).",
+        f"Results of every check on every known bug and on correct models, measured by `make power` "
+        f"({of_what}; {len(rows)} rows{f', {left} more not run yet' if left else ''}).",
         *(of_bugs(bugs) if bugs else []),
         *(of_controls(controls) if controls else []),
-        *(["## Amiss", *listed(amiss)] if amiss else []),
+        *(["## Problems", *listed(found)] if found else []),
         *(by_check(bugs, controls) if bugs or controls else []),
     ]
-    return "\n\n".join(parts) + "\n", not amiss
+    return "\n\n".join(parts) + "\n", not found
 
 
-def wrong(row: Row) -> list[str]:
-    """A line for each thing that should not be in this row."""
-    who = f"{row['kind']}:{row['subject']} seed {row['seed']}"
-    found = [f"{who}: {row['ended']}"] if row["ended"] else []
+def problems(row: Row) -> list[str]:
+    """What is wrong in a row, a line each: an early end, a false alarm, a bug that was missed."""
+    name = f"{row['kind']}:{row['subject']} seed {row['seed']}"
+    found = [f"{name}: {row['ended']}"] if row["ended"] else []
     if row["kind"] == "control":
-        return found + [
-            f"{who}: {v['check']} {v['outcome']}: {v['says']}" for v in row["verdicts"] if v["outcome"] in BROKEN
-        ]
-    outcomes = {v["check"]: v["outcome"] for v in row["verdicts"]}
-    missed = [name for name in row["named"] if outcomes.get(name, "none") in ("passed", "not_applicable", "error")]
+        alarms = [v for v in row["verdicts"] if v["outcome"] in BROKEN]
+        return found + [f"{name}: false alarm: {v['check']} {v['outcome']}: {v['says']}" for v in alarms]
     if not caught(row):
-        found.append(f"{who}: caught by no check")
-    return found + [f"{who}: {name} {outcomes[name]}, and is named to catch it" for name in missed]
+        found.append(f"{name}: no check failed")
+    outcomes = {v["check"]: v["outcome"] for v in row["verdicts"]}
+    missed = [check for check in row["named"] if outcomes.get(check) in ("passed", "not_applicable", "error")]
+    return found + [f"{name}: {check} should fail, outcome: {outcomes[check]}" for check in missed]
 
 
 def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
@@ -47,11 +49,12 @@ def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
 
 
 def failed(row: Row) -> list[str]:
-    """The checks that failed; an error counts as no catch, for anything can crash."""
+    """The checks that failed. An error does not count as a catch, because any broken model can crash."""
     return [v["check"] for v in row["verdicts"] if v["outcome"] == "failed"]
 
 
 def caught(row: Row, theme: str = "") -> bool:
+    """Whether a check failed: any check, or one of this theme."""
     return any(theme in ("", theme_of(check)) for check in failed(row))
 
 
@@ -70,8 +73,9 @@ def of_bugs(bugs: list[Row]) -> list[str]:
         "## Bugs",
         f"{all_caught} of {total} known bugs are caught. The two sanity checks alone catch {len(sanity)} "
         f"({share(len(sanity), total)}).",
-        "A check whose prerequisite failed is blocked and counts as no catch: one mistake is to give one finding.",
-        table("| theme | catches | is the first to | is the only one to |", lines),
+        "A check whose prerequisite failed is blocked and does not count as a catch: one mistake should give one "
+        "finding. The columns count the bugs that a theme catches, catches first, and is the only one to catch.",
+        table("| theme | caught | caught first | caught by no other theme |", lines),
     ]
 
 
@@ -83,9 +87,9 @@ def of_controls(controls: list[Row]) -> list[str]:
     often = f"{least} to {most} seeds" if most != least else "1 seed" if most == 1 else f"{most} seeds"
     return [
         "## Controls",
-        f"{len(names)} correct models, {often} each: {outcomes['passed']} verdicts passed, "
-        f"{outcomes['not_applicable']} were not applicable, {outcomes['failed']} failed and {outcomes['error']} were "
-        f"errors, of {accused} of {len(controls)} rows. A failure here is a false alarm.",
+        f"Correct models: {len(names)}, {often} each. Of their verdicts {outcomes['passed']} are passed, "
+        f"{outcomes['not_applicable']} not applicable, {outcomes['failed']} failed and {outcomes['error']} error. "
+        f"A failure or an error here is a false alarm: {accused} of {len(controls)} rows have one.",
     ]
 
 
@@ -102,16 +106,17 @@ def by_check(bugs: list[Row], controls: list[Row]) -> list[str]:
         f"| {sum(outcomes[check][bad] for bad in BROKEN)} |"
         for check in checks
     ]
-    head = "| check | bugs caught | alone | decides on controls | false alarms |"
+    head = "| check | bugs caught | caught by no other check | applies to controls | false alarms |"
     return ["## Check by check", table(head, lines)]
 
 
 def decided(outcomes: Counter[str]) -> str:
+    """The share of verdicts in which the check applied and could decide."""
     return share(sum(outcomes[outcome] for outcome in DECIDED), sum(outcomes.values()))
 
 
 def in_order(rows: list[Row]) -> list[str]:
-    """The themes as they run."""
+    """The themes in the order in which they run."""
     return list(dict.fromkeys(theme_of(v["check"]) for row in rows for v in row["verdicts"]))
 
 

@@ -1,7 +1,7 @@
-"""Correct implementations that no check may fail: libraries' models at tiny sizes, and legitimate variants of ours.
+"""Correct models that must not fail any check: models of public libraries at tiny sizes.
 
-`CONTROLS` maps a name to a function from a seed to a Subject. `FAULTY` holds models of these libraries that the checks
-rightly accuse, with the check that does.
+`CONTROLS` maps a name to a function that makes a Subject; variants.py adds variants of the reference to it. `FAULTY`
+holds library models that have a real bug, each with the check that finds it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FAULTY: dict[str, tuple[str, Callable[..., Subject]]] = {}
 
 
 class Called(Subject):
-    """A subject whose model is called in its own way: `call(model, tokens, mask)` gives the logits."""
+    """A subject whose logits are computed by `call(model, tokens, mask)`, for models with an interface of their own."""
 
     def __init__(self, name: str, build: Callable[..., nn.Module], call: Callable, *, mask: bool, **declared: Any):
         super().__init__(name, SimpleNamespace(build_model=build), **declared)
@@ -40,7 +40,7 @@ class Called(Subject):
         return self.masked
 
 
-# -- the transformers library: a configuration each, by the library's own names
+# -- the transformers library; families and options are named as there
 
 
 def library(
@@ -53,7 +53,7 @@ def library(
     attention: str | None = None,
     **fixed: Any,
 ) -> None:
-    """One of the library's causal models; `fixed` are fields of its configuration beside the sizes."""
+    """Adds one of its causal models; `fixed` are its other configuration fields, or functions of the sizes."""
 
     def build(vocab_size, block_size, n_layer, n_head, n_embd, dropout):
         import transformers
@@ -106,7 +106,7 @@ def fields_of(config_class: type) -> frozenset[str]:
 
 
 def half(sizes: Any) -> int:
-    """Grouped heads: two query heads a key-value head, where the heads are even in number."""
+    """The number of key-value heads for grouped attention: half the number of heads, at least one."""
     return max(sizes.H // 2, 1)
 
 
@@ -141,7 +141,7 @@ library("gemma3", "Gemma3", num_key_value_heads=half, head_dim=lambda s: s.D, qu
         layer_types=every_other_sliding, sliding_window=5, config="Gemma3TextConfig")  # fmt: skip
 library("phi", "Phi", rope_parameters=dict(rope_type="default", rope_theta=10_000.0, partial_rotary_factor=0.5))
 library("phi3", "Phi3")
-# Falcon's attention_dropout is not applied by its fast attention: the library's fault, so not asked for here
+# Falcon ignores attention_dropout in its fast attention, a bug of the library, so it is set to 0 here
 library("falcon", "Falcon", attention_dropout=0.0, new_decoder_architecture=False, multi_query=True, parallel_attn=True)
 library("falcon-alibi", "Falcon", attention_dropout=0.0, alibi=True, multi_query=False, parallel_attn=False, bias=True)
 library("bloom", "Bloom")
@@ -164,7 +164,7 @@ library("gpt-oss-sinks", "GptOss", num_key_value_heads=half, head_dim=lambda s: 
 library("smollm3-some-without-positions", "SmolLM3", num_key_value_heads=half, no_rope_layers=lambda s: [1, 0] * s.L)
 
 
-# -- x-transformers: one attention stack, many switches
+# -- x-transformers: one decoder with many options
 
 
 def x_transformer(
@@ -176,13 +176,13 @@ def x_transformer(
     fault: str = "",
     **switches: Any,
 ) -> None:
-    """One of its decoders; `mask=False` where padding is not asked for, `fault` the check that it rightly fails."""
+    """Adds one of its decoders; `mask=False`: padding is not tested; `fault`: the check that finds a bug in it."""
 
     def build(vocab_size, block_size, n_layer, n_head, n_embd, dropout):
         from loguru import logger
         from x_transformers import Decoder, TransformerWrapper
 
-        logger.disable("x_transformers")  # small heads make it talk
+        logger.disable("x_transformers")  # it logs a warning for small heads
         layers = Decoder(dim=n_embd, depth=n_layer, heads=n_head, attn_dim_head=n_embd // n_head, attn_dropout=dropout,
                          ff_dropout=dropout, **switches)  # fmt: skip
         return TransformerWrapper(num_tokens=vocab_size, max_seq_len=block_size, attn_layers=layers,
@@ -218,20 +218,20 @@ x_transformer("macaron", rotary_pos_emb=True, macaron=True)
 x_transformer("shifted-tokens", rotary_pos_emb=True, shift_tokens=1, mask=False)
 x_transformer("memory-keys", rotary_pos_emb=True, attn_num_mem_kv=3)
 x_transformer("embedding-norm", absolute=True, wrapper=dict(post_emb_norm=True))
-# Its feed-forward is told of no mask, and shifts what the padding on the left holds into the first real token.
+# Its feed-forward gets no mask, and shifts features of the left padding into the first real token.
 x_transformer("shifted-padding", rotary_pos_emb=True, shift_tokens=1,
               fault="check_masking.check_pad_contents_change_nothing")  # fmt: skip
-# Its head is a lambda over the model that made it: a deep copy computes logits with the original's table.
+# Its output head is a lambda that holds the original model: a deep copy still uses the original's embedding.
 x_transformer("tied-embedding", absolute=True, wrapper=dict(tie_embedding=True),
               fault="check_contract.check_copies_are_independent")  # fmt: skip
 
 
-# -- PyTorch's own encoder, made causal
+# -- torch.nn.TransformerEncoder with a causal mask
 
 
 def encoder(name: str, *, norm_first: bool, activation: str) -> None:
     class CausalEncoder(nn.Module):
-        """torch.nn.TransformerEncoder with a causal mask: tokens and positions in, logits out."""
+        """torch.nn.TransformerEncoder with embeddings, learned positions, a causal mask and an output head."""
 
         def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout):
             super().__init__()
@@ -241,7 +241,7 @@ def encoder(name: str, *, norm_first: bool, activation: str) -> None:
                                                batch_first=True, norm_first=norm_first)  # fmt: skip
             norm = nn.LayerNorm(n_embd) if norm_first else None
             self.encoder = nn.TransformerEncoder(layer, n_layer, norm, enable_nested_tensor=False)
-            for layer in self.encoder.layers:  # TransformerEncoder copies one layer: draw each anew
+            for layer in self.encoder.layers:  # TransformerEncoder copies one layer: initialize each anew
                 for module in layer.modules():
                     if isinstance(module, nn.Linear | nn.MultiheadAttention):
                         module._reset_parameters() if hasattr(

@@ -1,4 +1,4 @@
-"""The transformers library's GPT-2 and Llama with our weights in them: what test_parity.py compares against."""
+"""GPT-2 and Llama of the transformers library, loaded with our weights; test_parity.py compares with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformer_checks.transformer.model import ModelConfig, Transformer
 
 
 class Promoted(TorchFunctionMode):
-    """Inside, whoever asks for float32 gets float64: transformers' Llama computes norms and angles in float32."""
+    """Replaces float32 by float64 in every call: the Llama of transformers computes norms and angles in float32."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         args = [torch.float64 if value is torch.float32 else value for value in args]
@@ -21,7 +21,7 @@ class Promoted(TorchFunctionMode):
 
 
 def amplified(config: ModelConfig, seed: int) -> Transformer:
-    """Weights of gain 1.5, embeddings of deviation 1, gains and biases off their 1 and 0, in float64."""
+    """A float64 model with large random weights: projections of gain 1.5, embeddings of deviation 1, noisy vectors."""
     model = Transformer(config).double().eval()
     generator = torch.Generator().manual_seed(seed)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
@@ -58,7 +58,7 @@ def hf_llama(config: ModelConfig) -> torch.nn.Module:
 
 
 def as_gpt2(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our weights, or gradients, under GPT2LMHeadModel's names and layout: its Conv1D holds matrices transposed."""
+    """Our weights, or gradients, with GPT2LMHeadModel's names and layout; its Conv1D stores matrices transposed."""
     names = {
         "embedding.": "transformer.wte.", "positions.table.": "transformer.wpe.", "head.": "lm_head.",
         "blocks.": "transformer.h.", "attention_norm.": "ln_1.", "attention.qkv.": "attn.c_attn.",
@@ -70,7 +70,7 @@ def as_gpt2(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def as_llama(ours: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our weights, or gradients, under LlamaForCausalLM's names and layout: queries, keys and values apart."""
+    """Our weights, or gradients, with LlamaForCausalLM's names and layout: separate queries, keys and values."""
     names = {
         "embedding.": "model.embed_tokens.", "head.": "lm_head.", "blocks.": "model.layers.",
         "attention_norm.": "input_layernorm.", "attention.qkv.": "self_attn.qkv.",
@@ -98,7 +98,7 @@ def renamed(ours: dict[str, torch.Tensor], names: dict[str, str], final_norm: st
 
 @dataclass
 class Pair:
-    """Our model and theirs with the same weights, and how ours are called there."""
+    """Our model and theirs with the same weights, and the mapping of names between them."""
 
     ours: Transformer
     theirs: torch.nn.Module

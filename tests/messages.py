@@ -1,4 +1,4 @@
-"""What a finding must tell of a known bug: the module it names, the facts it says, the likely cause, what to try."""
+"""What the finding about a known bug must contain: the module, the facts, the likely cause, advice."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from transformer_checks.checks.run.verdict import Verdict, judge
 
 BUGS = all_bugs()
 
-# The check that finds a bug, the module that it names, what it says, and one of the first two likely causes.
+# The check that finds a bug, the module it must name, facts in its message, and one of the first two likely causes.
 Told = tuple[str, str | None, tuple[str, ...], str]
 
 
 def verdict(theme: str, check: str, bug: str) -> Verdict:
-    """What a check, by its name without `check_`, says of a known bug."""
+    """The verdict of a check, named without `check_`, on a known bug."""
     checks = {each.__name__.removeprefix("check_"): each for each in checks_in(theme)}
     return judge(checks[check], BUGS[bug].subject(seed=3), {})
 

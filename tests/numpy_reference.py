@@ -1,6 +1,7 @@
-"""Both families in NumPy float64, written from the papers' formulas: one row, one query, one head at a time.
+"""GPT-2 and Llama in NumPy float64, written from the papers' formulas: one sequence, one query, one head at a time.
 
-Slow on purpose and without a batch, a mask or a cache: a padded batch must give each row what this gives the row alone.
+Deliberately slow and without batch, mask or cache: each row of a padded batch must get the logits computed here for
+that row alone.
 Vaswani et al. 2017 (attention), Radford et al. 2019 (GPT-2), Su et al. 2021 (rotary positions), Zhang and Sennrich
 2019 (RMSNorm), Shazeer 2020 (SwiGLU), Ainslie et al. 2023 (grouped key-value heads).
 """
@@ -11,7 +12,7 @@ import numpy as np
 
 
 def logits(weights: dict[str, np.ndarray], tokens: list[int], config) -> np.ndarray:
-    """[T, V] for one row of tokens; `weights` by the names of `Transformer.state_dict`."""
+    """Logits [T, V] of one sequence; `weights` are named as in `Transformer.state_dict`."""
     x = weights["embedding.weight"][tokens]
     if config.positions == "learned":
         x = x + weights["positions.table.weight"][: len(tokens)]
@@ -48,7 +49,7 @@ def attention(weights: dict[str, np.ndarray], x: np.ndarray, config) -> np.ndarr
 
 
 def rotate(x: np.ndarray, config) -> np.ndarray:
-    """A pair of features is a complex number, multiplied by e^{i m θ_j}, θ_j = base^(-2j / D), at position m."""
+    """Each pair of features as a complex number, times e^{i m θ_j} at position m, where θ_j = base^(-2j / D)."""
     T, _, D = x.shape
     half = D // 2
     interleaved = config.positions == "rotary-interleaved"

@@ -1,4 +1,4 @@
-"""A trainer small enough for exact comparisons, on rows of unequal lengths."""
+"""A trainer small enough for exact comparisons, on sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLAIN = TrainConfig(
 
 
 class Rows:
-    """Sequences of unequal lengths; the first `skip` targets carry no loss."""
+    """Random sequences of different lengths; the first `skip` targets are masked out of the loss."""
 
     def __init__(self, lengths=(3, 8, 2, 5, 9, 4, 6), skip=1) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -29,7 +29,7 @@ class Rows:
 
 
 def trainer(config=PLAIN, *, data=None, model=None, seed=0, folder=None, objective=next_token_objective, **sizes):
-    """In float64, so that what should be equal differs by rounding of 1e-16 only."""
+    """A trainer in float64, so that equal computations differ only by rounding of about 1e-16."""
     if model is None:
         torch.manual_seed(seed)
         model = Transformer(ModelConfig(**{**SMALL, **sizes})).double()

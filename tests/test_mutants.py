@@ -1,4 +1,6 @@
-"""Mutants are one place each, compile, and are told apart: crashing, changing nothing, caught by which check."""
+"""`make mutants`: each mutant is one change that compiles, and crashes, equal programs, catches and survivors are told
+apart.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,11 @@ def test_each_mutant_is_one_change_of_the_text():
 def test_every_kind_of_change_is_made():
     found = made()
     assert found["operands swapped"] == ["(x @ x.softmax(dim=-1))"]
-    assert found["operator"] == ["x -= self.gain(x, 1) if not self.off else -x[1:]"]
-    assert "(self.off)" in found["not removed"] and "(x[1:])" in found["usub removed"]
+    assert found["operator replaced"] == ["x -= self.gain(x, 1) if not self.off else -x[1:]"]
+    assert "(self.off)" in found["`not` removed"] and "(x[1:])" in found["minus sign removed"]
     assert found["branches swapped"] == ["(-x[1:] if not self.off else self.gain(x, 1))"]
     assert found["arguments swapped"] == ["self.gain(1, x)"]
-    assert found["dim left out"] == ["x.softmax()"]
+    assert found["argument dim dropped"] == ["x.softmax()"]
     assert set(found["slice + 1"]) == {"1 + 1:"} and set(found["slice - 1"]) == {"1 - 1:"}
     assert found["statement dropped"] == ["pass", "pass"]
     assert found["condition negated"] == ["(not (not self.off))"]
@@ -69,24 +71,24 @@ class Layer:
 
 
 def test_one_program_written_in_several_ways_counts_once():
-    """A call left as a bare name is the statement dropped; `not not x` is `x`; `not (k is None)` is `k is not None`."""
+    """A bare name left of a call equals `pass`; `not not x` equals `x`; `not (k is None)` equals `k is not None`."""
     every = [*mutants(WRITTEN_DIFFERENTLY), *negated(WRITTEN_DIFFERENTLY)]
     kept = distinct(every)
     told = {(m.line, m.kind, m.new) for m in kept}
     assert len({m.source for m in kept}) == len(kept)
-    assert {new for line, _, new in told if line == 5} == {"pass"}  # as (w) and (init) are
+    assert {new for line, _, new in told if line == 5} == {"pass"}  # (w) and (init) are the same program
     assert {new for line, _, new in told if line == 4} == {"(self.off)"}
     assert {new for line, _, new in told if line == 6} == {"k is not None"}
     assert {new for line, _, new in told if line == 8} == {"k in w"}
-    assert {new for line, _, new in told if line == 9} == {"(self.start)", "pass"}  # an assignment is another program
+    assert {new for line, _, new in told if line == 9} == {"(self.start)", "pass"}  # in an assignment they differ
 
 
-def test_what_calls_something_is_not_taken_for_a_name():
+def test_an_expression_that_calls_something_is_not_pass():
     calls = "def f(x):\n    g(h(x))\n"
     assert [m.new for m in distinct(mutants(calls))] == ["pass", "(h(x))", "(x)"]
 
 
-def test_texts_assertions_and_the_module_itself_stay():
+def test_docstrings_assertions_and_module_level_code_stay():
     changed = {mutant.line for mutant in mutants(SOURCE)}
     assert changed.isdisjoint({2, 3, 7, 8})
 
@@ -98,12 +100,12 @@ def results(tmp_path: Path, *options: str) -> list[dict]:
 
 @pytest.fixture
 def few(monkeypatch):
-    """Four mutants of which all is known."""
+    """Three mutants whose result is known."""
     known = {
         "operator, scores": lambda m: (
-            m.kind == "operator" and "transpose" in m.old and "-0.5" in m.old.replace(" ", "")
+            m.kind == "operator replaced" and "transpose" in m.old and "-0.5" in m.old.replace(" ", "")
         ),
-        "mask": lambda m: m.kind == "method dropped" and "masked_fill" in m.old and "softmax" not in m.old,
+        "mask": lambda m: m.kind == "method call dropped" and "masked_fill" in m.old and "softmax" not in m.old,
         "activation": lambda m: m.kind == "statement dropped" and m.old.startswith("self.net"),
     }
     every = run.mutants(FILE.read_text())
@@ -113,19 +115,20 @@ def few(monkeypatch):
     return {name: m.id for name, m in chosen.items()}
 
 
-def test_mutants_are_judged_and_a_run_goes_on(few, tmp_path, capsys):
+def test_mutants_are_judged_and_a_run_continues(few, tmp_path, capsys):
     first = {r["id"]: r for r in results(tmp_path, "--laws", "causality")}
     assert first[few["operator, scores"]].get("check", "").startswith("check_spec.")
     assert first[few["mask"]]["check"].startswith("check_causality.")
     assert first[few["activation"]]["result"] == "crashes"
     said = capsys.readouterr().out
-    assert "of 2 live ones the laws alone catch 1 (50%), with a declared spec 2 (100.0%)" in said
-    assert "as it is: gpt2; failed: check_spec.check_initialization_is_the_familys" in said  # no GPT-2 starts so
+    assert "2 live mutants: the laws alone catch 1 (50%), with the declared spec 2 (100.0%)" in said
+    # its initialization is not GPT-2's
+    assert "unchanged file: gpt2; failing checks: check_spec.check_initialization_is_the_familys" in said
     assert {r["id"]: r for r in results(tmp_path, "--laws", "causality")} == first
     assert "0 left to judge" in capsys.readouterr().out
 
 
-BEFORE = {"the head": "tied", "biases and gains": "9"}
+BEFORE = {"output head": "tied", "number of biases and gains": "9"}
 
 
 @pytest.mark.parametrize(
@@ -133,27 +136,27 @@ BEFORE = {"the head": "tied", "biases and gains": "9"}
     [
         (
             ["logits of 5"],
-            {"the head": "untied", "biases and gains": "9"},
-            "left open by the family: the head (tied → un",
+            {"output head": "untied", "number of biases and gains": "9"},
+            "the family allows either: output head (tied → untied)",
         ),
-        (["text", "text, hot"], BEFORE, "a default of generate"),
-        (["with targets"], BEFORE, "the loss that the model returns"),
-        (["logits of 5", "alone"], BEFORE, "the same function of weights that lie otherwise"),
+        (["text", "text, hot"], BEFORE, "only a default value in generate changes"),
+        (["with targets"], BEFORE, "only the output with targets changes"),
+        (["logits of 5", "alone"], BEFORE, "same architecture, the weights are arranged differently"),
         (["2 layers, head.weight"], BEFORE, ""),
         (["logits of 5"], {}, ""),
     ],
 )
-def test_what_can_be_told_of_a_survivor(changed, now, why):
+def test_why_a_mutant_survives(changed, now, why):
     told = run.why_it_survives(changed, BEFORE if now else {}, now)
     assert told.startswith(why) and bool(told) == bool(why)
 
 
-def test_survivors_are_reported_by_why_they_survive():
+def test_survivors_are_grouped_by_reason():
     one, two, three = ({"result": "survives", "mutant": f"line {n}", "changed": ["text"]} for n in (1, 2, 3))
-    said = run.report([dict(one, why="a default of generate"), two, dict(three, why="a default of generate")])
+    said = run.report([dict(one, why="a default"), two, dict(three, why="a default")])
     lines = said.splitlines()[2:]
-    assert [line[:40] for line in lines[:2]] == ["survive, for no reason that is known:", "  line 2 (changes text)"]
-    assert lines[2:] == ["survive, a default of generate:", "  line 1 (changes text)", "  line 3 (changes text)"]
+    assert [line[:40] for line in lines[:2]] == ["survivors, reason unknown:", "  line 2 (changes text)"]
+    assert lines[2:] == ["survivors, a default:", "  line 1 (changes text)", "  line 3 (changes text)"]
 
 
 def test_a_missing_file_is_named(capsys):

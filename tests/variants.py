@@ -1,4 +1,4 @@
-"""Legitimate variants of the reference: each one change of design that no check may take for a bug."""
+"""Correct variants of the reference: each one design choice that must not fail any check."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from transformer_checks.transformer.model import (
 
 
 def variant(name: str, *, cache: bool = True, causal: bool = True, **config: Any) -> Callable:
-    """A change of the built reference. `cache=False` where it does not know about caches; `causal` is declared."""
+    """Adds a variant made by changing the built model. `cache=False`: it has no cache; `causal`: what is declared."""
 
     def mark(change: Callable[[Transformer], None]) -> Callable:
         def make(**declared: Any) -> Subject:
@@ -196,7 +196,7 @@ def prefix_model(model: Transformer) -> None:
 
 
 def sees_all_of_the_first(model: Transformer, count: int) -> None:
-    """As T5 reads its prefix: the first tokens are seen by each other, whichever comes first."""
+    """As in the prefix of T5, the first `count` tokens attend to each other in both directions."""
 
     class Prefix(Transformer):
         def visible(self, mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
@@ -228,7 +228,7 @@ def dropout_by_hand(model: Transformer) -> None:
 
 @variant("keys-dropped-before-the-softmax", attention="explicit")
 def keys_dropped(model: Transformer) -> None:
-    """DropKey (Li et al. 2022): what is left sums to 1 again by itself, and each token keeps its own key."""
+    """DropKey (Li et al. 2022): the remaining weights still sum to 1, and each token keeps its own key."""
 
     class DropsKeys(ExplicitAttention):
         def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ def grouped_and_tiled(model: Transformer) -> None:
 
 @variant("key-bias", **LLAMA)
 def key_bias(model: Transformer) -> None:
-    """Softmax cancels it but for its turn by the rotation; without positions its gradient is rounding."""
+    """Softmax cancels a key bias except for its rotation; without rotary positions its gradient is only rounding."""
 
     class Biased(Attention):
         def place(self, q: Tensor, k: Tensor, rotate: Any) -> tuple[Tensor, Tensor]:
@@ -427,7 +427,7 @@ def swapped_gate(model: Transformer) -> None:
 
 @variant("experts-of-one")
 def experts_of_one(model: Transformer) -> None:
-    """Every token goes to the one expert that its router likes best, weighted by the router's probability."""
+    """Mixture of experts, top 1: each token uses the expert with the highest router probability, scaled by it."""
 
     class Experts(nn.Module):
         def __init__(self, dense: GeluFeedForward) -> None:
@@ -453,7 +453,7 @@ def experts_of_one(model: Transformer) -> None:
 
 @variant("ternary-weights", **LLAMA)
 def ternary_weights(model: Transformer) -> None:
-    """Straight-through: rounded weights forward, the gradient of unrounded ones backward."""
+    """Straight-through estimator: rounded weights in the forward pass, gradients for the unrounded weights."""
 
     class Ternary(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -464,7 +464,7 @@ def ternary_weights(model: Transformer) -> None:
     swap([m for block in model.blocks for m in block.modules() if type(m) is nn.Linear], Ternary)
 
 
-# -- ends
+# -- embedding and output head
 
 
 @variant("scaled-embeddings", tied=False)
@@ -534,6 +534,6 @@ def limited_norm(model: Transformer) -> None:
 
 @variant("misspelled-requires-grad")
 def misspelled(model: Transformer) -> None:
-    """It has no effect on a buffer, so that the model is right all the same."""
+    """On a buffer the misspelled attribute has no effect, so the model is still correct."""
     sinusoidal(model)
     model.positions.waves.require_grad = False
