@@ -19,7 +19,7 @@ from torch import nn
 
 from . import vocabulary
 from .arguments import CONFIG_NAMES, Filling, Parameter, Settings, signature_of
-from .sandbox import Sandbox
+from .sandbox import OUR_FOLDERS, Sandbox
 
 LIKE_A_CONFIG = ("config", "args", "params", "hyper", "setting", "options", "cfg")
 
@@ -88,7 +88,8 @@ def _beside(sandbox: Sandbox) -> Iterator[ModuleType]:
         for path in sorted(
             (*root.glob("*.py"), *root.glob("*/*.py")) if root != sandbox.file.parent else root.glob("*.py")
         ):
-            if path.stem.lower().endswith(("config", "configs", "conf", "configuration", "args")):
+            ours = str(path.resolve()).startswith(OUR_FOLDERS)  # a project may lie in our checkout
+            if not ours and path.stem.lower().endswith(("config", "configs", "conf", "configuration", "args")):
                 before = set(sandbox.sources)
                 with contextlib.suppress(Exception):
                     yield importlib.import_module(sandbox.dotted(path, root))
