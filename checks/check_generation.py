@@ -71,8 +71,8 @@ def expect_prefix(on: Stage, row: int, output: list[int], prompt: list[int]) -> 
 
 @needs(APPENDS)
 def check_greedy_equals_the_naive_loop(subject: Subject) -> None:
-    """Greedy decoding must give the tokens of the naive loop, which reads the whole text again at each step: for any
-    batch size, with and without the cache, and a second time.
+    """Greedy decoding must give the same tokens as reading the whole text again at each step: for any batch size, with
+    and without the cache, and in a second call.
     """
     on, block = stage(subject), subject.sizes.block_size
     V = min(on.vocab_size, 32 if on.decoder.batched else 6)
@@ -356,8 +356,8 @@ def check_generate_keeps_no_graph(subject: Subject) -> None:
 
 @needs(APPENDS)
 def check_generate_leaves_random_states(subject: Subject) -> None:
-    """Generate may draw from a global random generator but must not seed it, which would repeat training's random
-    numbers.
+    """Generate may draw from the global random generators but must not seed them: that would repeat the random
+    numbers of training.
     """
     on = stage(subject)
     prompts = subject.tokens(1, 2, seed=subject.seed)

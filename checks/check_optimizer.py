@@ -144,7 +144,7 @@ def check_decay_keeps_to_its_groups(subject: Subject) -> None:
 
 
 def check_the_learning_rate_follows_its_schedule(subject: Subject) -> None:
-    """The learning rate must follow its schedule (warm-up, then cosine) once per optimizer step, from the first on."""
+    """The learning rate must follow its schedule (warm-up, then cosine), advancing once per optimizer step."""
     if not subject.brings("trainer"):
         schedule_ticks_once(subject)
         return

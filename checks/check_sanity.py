@@ -34,9 +34,7 @@ def sanity(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
 @sanity
 @needs(*READABLE, *READ_ALONE)
 def check_memorizes_the_sentence(subject: Subject) -> None:
-    """A one-layer model must memorize the sentence: training loss at most 1e-5, and from every prefix it must
-    generate exactly the rest.
-    """
+    """A one-layer model must memorize the sentence (training loss at most 1e-5) and complete its prefixes exactly."""
     learned = learn(subject, SentenceTask())
     expect_learned(subject, learned)
     expect_every_completion(subject, learned)
@@ -45,7 +43,7 @@ def check_memorizes_the_sentence(subject: Subject) -> None:
 @sanity
 @needs(*READABLE, *READ_ALONE)
 def check_learns_only_unmasked_targets(subject: Subject) -> None:
-    """With the first three targets masked, the model must learn the other targets to a loss of 1e-5 and must not
+    """With the first three targets masked, the model must learn the other targets (loss at most 1e-5) and must not
     learn the masked ones.
     """
     learned = learn(subject, SentenceTask(skip=SKIP))

@@ -73,7 +73,7 @@ WINDOWS = ((5, 2, False), (5, 2, True), (4, 3, True), (6, 1, False))  # examples
 
 @needs(FOLLOWS)
 def check_micro_batches_add_up_to_the_whole(subject: Subject) -> None:
-    """Gradient accumulation over micro-batches, even uneven ones, must give the same update as the whole batch."""
+    """Gradient accumulation must give the same update as the whole batch, even with uneven micro-batches."""
     if not subject.brings("trainer"):
         padded_rows_count_by_their_targets(subject)
         return

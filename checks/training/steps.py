@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..expect import NotApplicable, advise, fail, note
 from ..loss.formula import cross_entropy
 from ..subject import Subject
-from .events import Ticks, watched_events
 from .explained import (
     angle,
     cause,
@@ -29,7 +28,7 @@ from .explained import (
     uneven_rows,
 )
 from .met_step import RATE, SURE, MetStep, equal_examples, met_step
-from .runs import Example, Losses, Step, examples, model_of, pieces, write
+from .runs import Example, Losses, Step, Ticks, examples, model_of, pieces, watched_events, write
 
 EXACT = 1e-6  # relative, of updates in float64; clipping adds 1e-6 to the norm that it divides by
 UNDECIDED = 0.7  # cosine above which an unknown update may come from an auxiliary loss
