@@ -1,4 +1,4 @@
-"""Gradients: every trainable parameter must get the slope of the forward, and rows must not share gradients."""
+"""Gradients: backward must give every trainable parameter its true gradient, and must not mix rows."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _backward(model: nn.Module, objective: Callable[[], Tensor]) -> dict[str, Te
 
 @needs(*READABLE, "check_contract.check_nothing_projected_is_thrown_away")
 def check_every_parameter_gets_a_gradient(subject: Subject) -> None:
-    """Every trainable parameter must get a finite, nonzero gradient for at least one of a few random weights."""
+    """Every trainable parameter must get a finite, nonzero gradient for at least one of a few draws of the weights."""
     draws = (EXISTENCE[1], None, ABSENCE) * 2  # one batch may give an expert no token, one draw may close a gate
     missing: dict[str, str] | None = None
     for number, scheme in enumerate(draws):

@@ -89,7 +89,7 @@ def expect_pads_unread(subject: Subject, model: nn.Module, side: str, way: Way) 
 def likely_readers(
     subject: Subject, model: nn.Module, tokens: tuple[Tensor, Tensor], mask: Tensor, way: Way, row: int
 ) -> tuple[str, ...]:
-    """A mask that changes nothing is not used. A row that is right alone is given the mask of another row."""
+    """Known bugs: a mask that changes nothing is not used; a row that is right alone gets the mask of another row."""
     if torch.equal(call(subject, model, tokens[0], mask, way), call(subject, model, tokens[0], None, way)):
         return "pad-mask-ignored", "pad-mask-on-queries"
     one, other = (call(subject, model, x[row : row + 1], mask[row : row + 1], way)[0] for x in tokens)

@@ -229,7 +229,7 @@ def check_float32_keeps_its_digits(subject: Subject) -> None:
 
 @needs(*READABLE, REPEATS)
 def check_bfloat16_stays_close(subject: Subject) -> None:
-    """Converted to bfloat16, the model must have no more error than rounding costs, also if padded or wide."""
+    """In bfloat16, the error must not exceed what rounding costs, also with padding and in wide layers."""
     trials = _short_trials(subject, torch.bfloat16)
     if subject.can_vary("n_embd"):
         few = _tokens(subject, 1, min(subject.sizes.block_size, 8))
@@ -248,7 +248,7 @@ def check_bfloat16_stays_close(subject: Subject) -> None:
 
 @needs(*READABLE, REPEATS)
 def check_float16_stays_close(subject: Subject) -> None:
-    """Converted to float16, the model must have no more error than rounding costs, also with padding."""
+    """In float16, the error must not exceed what rounding costs, also with padding."""
     for trial in _short_trials(subject, torch.float16):
         _judge(
             _runs(subject, trial),
@@ -273,10 +273,9 @@ def _short_trials(subject: Subject, dtype: torch.dtype) -> list[Trial]:
 
 @needs(*READABLE, REPEATS, "check_numerics.check_bfloat16_stays_close")
 def check_long_sequences_stay_close(subject: Subject) -> None:
-    """On a long sequence, in bfloat16 or under autocast, the model must have no more error than rounding costs."""
-    sizes = _varied(
-        subject, block_size=LONG, n_layer=1, n_embd=4 * subject.sizes.n_embd
-    )  # wide heads have many rotary angles
+    """On long sequences, in bfloat16 and under autocast, the error must not exceed what rounding costs."""
+    # wide heads, which have many rotary angles
+    sizes = _varied(subject, block_size=LONG, n_layer=1, n_embd=4 * subject.sizes.n_embd)
     tokens = _tokens(subject, 1, min(sizes.get("block_size", subject.sizes.block_size), LONG))
     T = tokens.shape[1]
     converted = Trial(f"a sequence of {T} tokens in bfloat16", torch.bfloat16, tokens, scheme=SHARP, sizes=sizes)

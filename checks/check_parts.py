@@ -115,9 +115,7 @@ def expect_scale_taken_out(model: nn.Module, norm: Norm) -> dict[str, float] | N
         if change > SCALED:
             fail_scale(model, norm, one, four, linear)
     share = norm.mean_taken()
-    learned = any(
-        p.numel() == 1 for p in norm.module.parameters()
-    )  # it may be the share of the mean that is subtracted
+    learned = any(p.numel() == 1 for p in norm.module.parameters())  # the share may be a parameter
     if share is not None and not learned and MEANS < abs(share) and MEANS < abs(share - 1):
         fail_mean(model, norm, share)
     return dict(change=change) if share is None else dict(change=change, mean_taken=share)
@@ -153,7 +151,7 @@ def fail_mean(model: nn.Module, norm: Norm, share: float) -> None:
 
 @needs(*STEADY, ALONE, SCALE)
 def check_epsilon_does_not_rule_a_norm(subject: Subject) -> None:
-    """At initialization, a norm's output must be decided by its input, not by its epsilon."""
+    """At initialization, a norm's output must depend on its input and not be dominated by its epsilon."""
     judged(*recognized(subject), expect_small_epsilon)
 
 
@@ -334,7 +332,9 @@ def fail_activation(one: Activation, x: Tensor, gives: Tensor) -> None:
 
 @needs(*STEADY, REACHES, MATTERS)
 def check_tokens_get_past_a_silent_part(subject: Subject) -> None:
-    """Without attention a token must still reach its own logits, and without feed-forwards the past must."""
+    """With every attention set to zero, a token must still affect its own logits; with every feed-forward set to zero,
+    earlier tokens must still affect later logits.
+    """
     if length(subject) < 2:
         raise NotApplicable("the model reads one token only: attention cannot be told from a feed-forward")
     best: dict[str, float] = {}
@@ -351,7 +351,7 @@ def check_tokens_get_past_a_silent_part(subject: Subject) -> None:
     if len(lost) == 1 < len(best):
         fail_lost(subject, model, lost[0], parts[lost[0]])
     for part in lost:
-        advise(f"with every {part} set to zero the logits lose the tokens: no residual connection goes around it")
+        advise(f"with every {part} set to zero the logits ignore the tokens: no residual connection goes around it")
 
 
 def fail_lost(subject: Subject, model: nn.Module, part: str, silence: Silence) -> None:
@@ -366,7 +366,11 @@ def fail_lost(subject: Subject, model: nn.Module, part: str, silence: Silence) -
     fail(
         f"with every {part} set to zero, the logits at the last position do not depend on the {'earlier ' * own}tokens"
         f": {why}"
-        + (f". Zeroing one alone does the same: {len(alone)} of {len(places)}, first {where.module}" if alone else ""),
+        + (
+            f". Zeroing one alone does the same for {len(alone)} of {len(places)}, first {where.module}"
+            if alone
+            else ""
+        ),
         where=where,
         likely=(f"{part}-residual-missing", *(["residual-from-the-blocks-input"] if own else [])),
         advice="Add every part to its input: x = x + attention(norm(x)), then x = x + feed_forward(norm(x)).",

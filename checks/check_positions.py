@@ -28,13 +28,13 @@ PAST_CONVOLUTION = 4  # tokens after which a short convolution of equal tokens i
 
 NAMED = re.compile(r"(?<![a-z])(pos|position|positions|wpe|pe|freqs|alibi|rope|rotary)(?![a-z])")
 KIND = re.compile(r"rotary|rope(?![a-z])|alibi|sinusoid|learnedpos", re.IGNORECASE)
-LONG = 40  # tokens: beyond powers of two, at which positions may start again
+LONG = 40  # tokens: beyond powers of two, at which positions may wrap around
 LONGER = 131  # tokens; here only some pairs are tried
 
 
 @needs(*STEADY, REACHES)
 def check_order_of_tokens_matters(subject: Subject) -> None:
-    """In one block, exchanging any two tokens must change a later logit."""
+    """In one block, exchanging any two tokens must change the logits after them."""
     expect_causal(subject)
     sizes = dict(block_size=LONG) if subject.can_vary("block_size") else {}
     T = min(sizes.get("block_size", subject.sizes.block_size), LONG)

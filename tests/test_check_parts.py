@@ -113,7 +113,7 @@ def plain_weights(scores: Tensor, future: Tensor) -> Tensor:
 
 
 class Toy(nn.Module):
-    """Two blocks; `norm(C)`, `feed_forward(C)` and `weights(scores, future)` are what is tried."""
+    """Two blocks, with the parts to try: `norm(C)`, `feed_forward(C)` and `weights(scores, future)`."""
 
     def __init__(self, sizes: dict[str, int], norm: Callable, feed_forward: Callable, weights: Callable, **other: Any):
         super().__init__()
@@ -149,7 +149,7 @@ class ToyBlock(nn.Module):
 
 
 def verdicts(**parts: Any) -> dict[str, Verdict]:
-    """By name, what the theme says of a toy with this part."""
+    """By check, the verdicts of the theme on a toy model with these parts."""
     given = dict(norm=nn.LayerNorm, feed_forward=gelu, weights=plain_weights) | parts
     subject = Subject("toy", SimpleNamespace(build_model=lambda **sizes: Toy(sizes, **given)), seed=5)
     return {check.__name__.removeprefix("check_"): judge(check, subject, {}) for check in checks_in("parts")}
@@ -160,7 +160,7 @@ def accused(found: dict[str, Verdict]) -> dict[str, str]:
 
 
 class Own(nn.Module):
-    """What a norm of one's own has: a gain and a bias."""
+    """A custom norm with a gain and a bias."""
 
     def __init__(self, C: int):
         super().__init__()
@@ -209,7 +209,7 @@ class OnePlusRMSNorm(nn.Module):
 
 
 class RunningNorm(Own):
-    """Divides by what it has seen in training: a constant in evaluation mode."""
+    """Divides by a running average: a constant in evaluation mode."""
 
     def __init__(self, C: int):
         super().__init__(C)
@@ -246,12 +246,12 @@ def switched_off(C: int) -> nn.Module:
 @pytest.mark.parametrize(
     "norm", [DyT, ScaleNorm, BareNorm, OnePlusRMSNorm, RunningNorm, NamesExchanged, NoNorm, generous, switched_off]
 )
-def test_unusual_norms_are_left_alone(norm):
+def test_unusual_norms_pass(norm):
     assert not accused(verdicts(norm=norm))
 
 
-def test_tiny_embeddings_before_a_norm_are_a_design():
-    """As RWKV begins: they are far below the root of a usual epsilon."""
+def test_tiny_embeddings_before_a_norm_pass():
+    """As in RWKV at initialization: far below the root of a usual epsilon."""
     assert not accused(verdicts(norm=nn.LayerNorm, embedding=1e-4))
 
 
@@ -297,7 +297,7 @@ class NormOverRows(Own):
         (lambda C: nn.LayerNorm(C, eps=0.5), "epsilon_does_not_rule_a_norm"),
     ],
 )
-def test_wrong_norms_of_ones_own_are_found(norm, check):
+def test_wrong_custom_norms_are_found(norm, check):
     found = verdicts(norm=norm)
     assert found[check].outcome == "failed", found[check].says
     assert found[check].where.module == "layers.0.ln1"
@@ -319,7 +319,7 @@ class InPlace(nn.Module):
 
 
 class Convolved(nn.Module):
-    """Two convolutions over one position each, as some write a feed-forward; `bend` lies between."""
+    """A feed-forward written as two convolutions of width 1, with `bend` between them."""
 
     def __init__(self, C: int, bend: Callable[[Tensor], Tensor] = F.gelu):
         super().__init__()
@@ -345,7 +345,7 @@ def low_rank(C: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("feed_forward", [InPlace, Convolved, Bilinear, low_rank])
-def test_feed_forwards_that_bend_or_narrow_are_left_alone(feed_forward):
+def test_nonlinear_and_low_rank_feed_forwards_pass(feed_forward):
     assert not accused(verdicts(feed_forward=feed_forward))
 
 
@@ -379,7 +379,7 @@ class SquaredReLU(nn.Module):
 
 
 class Swish(nn.Module):
-    """With a slope that is learned it is what it becomes."""
+    """With a learned slope, it need not equal the standard form."""
 
     def __init__(self):
         super().__init__()
@@ -396,7 +396,7 @@ class SwiGLU(nn.Module):
 
 
 @pytest.mark.parametrize("activation, out", [(FastGELU, 4), (SquaredReLU, 4), (Swish, 4), (SwiGLU, 2)])
-def test_activations_of_other_names_and_usual_forms_are_left_alone(activation, out):
+def test_activations_with_other_names_and_usual_forms_pass(activation, out):
     def feed_forward(C: int) -> nn.Module:
         return nn.Sequential(nn.Linear(C, 4 * C), activation(), nn.Linear(out * C, C))
 
@@ -454,11 +454,11 @@ def by_keys_first(scores: Tensor, future: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("weights", [with_sink, sigmoid, differential, talking_heads, by_keys_first])
-def test_unusual_attention_is_left_alone(weights):
+def test_unusual_attention_passes(weights):
     assert not accused(verdicts(weights=weights))
 
 
-def test_weights_that_are_scaled_are_found():
+def test_scaled_attention_weights_are_found():
     found = verdicts(weights=lambda scores, future: plain_weights(scores, future) / 8)
     assert set(accused(found)) == {"attention_weights_sum_to_one"}
     assert "add up to 0.125" in found["attention_weights_sum_to_one"].says
@@ -468,7 +468,7 @@ def test_weights_that_are_scaled_are_found():
 
 
 class WideHeads(nn.Module):
-    """Heads that are together wider than the model, and queries that are made last."""
+    """Heads that together are wider than the model, with queries computed last."""
 
     def __init__(self, C: int, H: int, shared: bool):
         super().__init__()
@@ -503,7 +503,7 @@ def test_wide_heads_are_no_feed_forward(shared):
     assert len(found["tokens_get_past_a_silent_part"].evidence["changes"]) == 2
 
 
-def test_what_attention_found_and_the_stream_never_got_is_told():
+def test_a_residual_taken_before_attention_is_found():
     verdict = judge(
         {c.__name__: c for c in checks_in("parts")}["check_tokens_get_past_a_silent_part"],
         BUGS["residual-from-the-blocks-input"].subject(seed=3),
@@ -513,7 +513,7 @@ def test_what_attention_found_and_the_stream_never_got_is_told():
     assert "residual-from-the-blocks-input" in verdict.likely
 
 
-def test_a_model_without_any_residual_is_told_so_and_not_accused():
+def test_a_model_without_residuals_gets_remarks_and_passes():
     found = verdicts(residual=False)
     assert not accused(found)
     assert len(found["tokens_get_past_a_silent_part"].remarks) == 2

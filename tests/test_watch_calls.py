@@ -22,7 +22,7 @@ class Output:
 
 
 class Step(nn.Module):
-    """Adds its number; `spoil` makes it answer differently on its second call in a run."""
+    """Adds its number; if `spoiled`, it adds one more."""
 
     def __init__(self, number: float, form=lambda x: x):
         super().__init__()
@@ -62,7 +62,7 @@ def spoil(model, index):
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_the_culprit_is_the_first_whose_inputs_are_innocent(form):
+def test_the_first_module_with_right_inputs_and_a_wrong_output_is_named(form):
     model = Chain(*(Step(float(n), form) for n in range(4)))
     run, again = spoil(model, 2)
     where = first_breaking(model, run, again, lambda a, b: not torch.equal(a, b))
@@ -73,7 +73,7 @@ def test_the_culprit_is_the_first_whose_inputs_are_innocent(form):
     assert "def forward" in line
 
 
-def test_a_shared_module_is_told_by_its_first_name_and_number_of_call():
+def test_a_shared_module_is_recorded_under_its_first_name_with_the_number_of_the_call():
     step = Step(1.0)
     model = Chain(step, step, step)
     with recorded(model) as calls:
@@ -83,7 +83,7 @@ def test_a_shared_module_is_told_by_its_first_name_and_number_of_call():
     ]  # fmt: skip
 
 
-def test_a_call_that_one_run_makes_alone_shifts_nothing():
+def test_a_call_made_in_one_run_only_does_not_misalign_the_others():
     class Sometimes(Chain):
         def forward(self, x):
             if x.sum() > 0:
@@ -107,7 +107,7 @@ def test_the_module_that_makes_a_nan_is_named():
     assert where is not None and where.type == "Log"
 
 
-def test_what_was_recorded_does_not_change_afterwards():
+def test_recorded_tensors_do_not_change_afterwards():
     class InPlace(nn.Module):
         def forward(self, x):
             return x.add_(1)
@@ -119,7 +119,7 @@ def test_what_was_recorded_does_not_change_afterwards():
     assert [float(call.outputs[0]) for call in calls] == [1, 2, 2]
 
 
-def test_what_was_wrapped_is_as_before():
+def test_forwards_are_restored():
     model = Chain(Step(1.0))
     model.steps[0].forward = lambda x: x * 7  # someone else's wrapper, as libraries leave them
     before = model.steps[0].forward
@@ -129,7 +129,7 @@ def test_what_was_wrapped_is_as_before():
     assert "forward" not in model.__dict__ and "forward" not in model.last.__dict__
 
 
-def test_tensors_are_found_in_objects_and_cycles_end():
+def test_tensors_are_found_in_objects_and_cyclic_references_end():
     class Cache:
         def __init__(self):
             self.layers = [Output(torch.ones(2))]

@@ -1,4 +1,4 @@
-"""Dropout sites: modules that declare a dropout rate. Some never drop anything, and some of those are excused.
+"""Dropout sites, which are modules that declare a dropout rate, and which of them never drop anything.
 
 A site is tried by itself: its module in training mode, all other modules in evaluation mode.
 """
@@ -43,7 +43,7 @@ class Site:
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """Dropout modules with a rate between 0 and 1, and modules with such a rate of their own but no dropout module."""
+    """The innermost modules that declare a dropout rate, where it is between 0 and 1."""
     found = [
         Site(name, module, _rates(module)[0])
         for name, module in model.named_modules()

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from .calls import Call, recorded, tensors
 
 NAMED = re.compile(r"norm(?!al(?!i))|rms|(?<![a-z])ln(?![a-z])", re.IGNORECASE)  # matches neither Normal nor NormalInit
-STAND_IN = re.compile(
-    r"identity|affine|dropout|no_?op|skip|fake|^no_?norm", re.IGNORECASE
-)  # names of modules that replace a norm
+STAND_IN = re.compile(r"identity|affine|dropout|no_?op|skip|fake|^no_?norm", re.IGNORECASE)  # replaces a norm
 STATISTICS = re.compile(r"running|moving|num_batches|ema", re.IGNORECASE)
 TORCHS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # PyTorch's norms, except batch and instance norms
 LARGE = 30.0  # size of an input so large that no usual epsilon matters; its square fits into half precision

@@ -82,7 +82,7 @@ def multiplied(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, int] |
     if func is torch.addmm and len(given) > 2:
         return given[1], given[2], -1
     if func in CONVOLUTIONS and len(given) > 1 and given[1].shape[-1] == 1 and given[1].shape[1] == given[0].shape[1]:
-        return given[0], given[1], 1  # over one position alone
+        return given[0], given[1], 1  # a kernel of size 1
     return None
 
 
