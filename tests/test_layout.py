@@ -21,7 +21,7 @@ ALLOWED = {
     "checks.expect": ("checks.report",),
     "checks.check_": LAWS,
     "checks.check_spec": (*LAWS, "checks.family"),
-    "checks.watch": ("checks.expect", "checks.subject", "checks.watch", "checks.probes"),
+    "checks.watch": ("checks.expect", "checks.subject", "checks.watch"),
     "checks": ("checks", "transformer"),
 }
 
