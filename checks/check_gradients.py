@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from .expect import GRADIENTS, READABLE, ROWS_APART, NotApplicable, Where, advise, fail, needs, note
 from .probes.ablation import blocks_of
 from .probes.embeddings import watched_embeddings
+from .probes.influence import block_of_tokens
 from .probes.module_state import renormalized
 from .probes.precision import precision
 from .subject import ABSENCE, EXISTENCE, Subject
@@ -41,10 +42,6 @@ def _weighted(outputs: list[Tensor]) -> Tensor:
         weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
         total = total + (weights * out).sum() / max(out.numel(), 1) ** 0.5
     return total
-
-
-def _tokens(subject: Subject, seed: int = 0) -> Tensor:
-    return subject.tokens(ROWS, subject.sizes.block_size, seed=subject.seed + seed)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -83,7 +80,7 @@ def check_every_parameter_gets_a_gradient(subject: Subject) -> None:
     missing: dict[str, str] | None = None
     for number, scheme in enumerate(draws):
         model = subject.amplified(scheme, seed=subject.seed + number, dtype=torch.float32)
-        without = _without_gradient(subject, model, _tokens(subject, number))
+        without = _without_gradient(subject, model, block_of_tokens(subject, ROWS, seed=number))
         missing = without if missing is None else {name: why for name, why in without.items() if name in missing}
         if not missing:
             return
@@ -158,7 +155,7 @@ def check_gradients_equal_finite_differences(subject: Subject) -> None:
 def check_training_gradients_equal_finite_differences(subject: Subject) -> None:
     """In training mode, with a fixed dropout mask, backward must also give the slope of the forward."""
     model = _finest(subject, **(dict(dropout=RATE) if subject.can_vary("dropout") else {})).train()
-    tokens = _tokens(subject)
+    tokens = block_of_tokens(subject, ROWS)
     with torch.no_grad():
         one, two = (_value(subject, model, tokens) for _ in range(2))
     if not torch.equal(one, two):
@@ -171,7 +168,7 @@ def _finest(subject: Subject, **sizes: Any) -> nn.Module:
 
 
 def _expect_slopes(subject: Subject, model: nn.Module, mode: str) -> None:
-    tokens, exact = _tokens(subject)[:2], precision(subject).inside == torch.float64
+    tokens, exact = block_of_tokens(subject, ROWS)[:2], precision(subject).inside == torch.float64
     value = partial(_value, subject, model, tokens)
     with seeded(subject.seed):
         gradients = _backward(model, value)
@@ -355,7 +352,7 @@ def _wrong_by_itself(module: nn.Module, call: Call, seed: int, exact: bool) -> b
 @needs(*READABLE, GRADIENTS, ROWS_APART)
 def check_rows_get_their_own_gradient(subject: Subject) -> None:
     """The loss of one row must have no gradient with respect to the embeddings of another row."""
-    model, tokens = _finest(subject), _tokens(subject)
+    model, tokens = _finest(subject), block_of_tokens(subject, ROWS)
     with watched_embeddings(model, tokens) as embeddings:
         logits = subject.logits(model, tokens)
     if not embeddings or not logits.requires_grad:

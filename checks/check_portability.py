@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .expect import READABLE, REPEATS, Bound, NotApplicable, advise, expect_close, fail, needs, note, slow
+from .probes.influence import block_of_tokens
 from .probes.padding import real, with_and_without
 from .probes.precision import clearly_differ, precise, precision, spread
 from .subject import Subject
@@ -30,10 +31,6 @@ RATE = 0.3
 AttentionPath = Callable[[], AbstractContextManager[None]]  # inside it attention is computed in another way
 
 
-def _tokens(subject: Subject) -> Tensor:
-    return subject.tokens(ROWS, subject.sizes.block_size, seed=subject.seed)
-
-
 def _masks(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Tensor | None]]:
     long = tokens.shape[1] > 3  # so that padding leaves a row with more than one token
     return (case for case in with_and_without(subject, tokens) if long or case[1] is None)
@@ -42,7 +39,7 @@ def _masks(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Tensor | Non
 @needs(*READABLE)
 def check_forward_stays_on_its_device(subject: Subject) -> None:
     """Forward must create its tensors on the device of its tokens and weights, not on the default device."""
-    model, tokens = subject.build(seed=subject.seed), _tokens(subject)
+    model, tokens = subject.build(seed=subject.seed), block_of_tokens(subject, ROWS)
     masks = dict(_masks(subject, tokens))
     owned = [*model.parameters(), *model.buffers(), tokens, *(mask for mask in masks.values() if mask is not None)]
     watch = Homeless(owned)
@@ -71,7 +68,7 @@ def check_forward_stays_on_its_device(subject: Subject) -> None:
 @needs(*READABLE, REPEATS)
 def check_attention_backends_agree(subject: Subject) -> None:
     """PyTorch's math kernel, and every other attention path of the model, must give the same logits."""
-    model, tokens = precise(subject), _tokens(subject)
+    model, tokens = precise(subject), block_of_tokens(subject, ROWS)
     tried = []
     for given, mask in _masks(subject, tokens):
         forward = partial(subject.logits, model, tokens, mask)
@@ -184,7 +181,7 @@ def _expect_compiled(subject: Subject, backend: str) -> None:
         raise NotApplicable("the model has no parameters, so PyTorch does not compute it")
     sizes: dict[str, Any] = dict(n_layer=1) if subject.can_vary("n_layer") else {}
     model = subject.amplified(seed=subject.seed, dtype=torch.float32, **sizes)
-    tokens = _tokens(subject)
+    tokens = block_of_tokens(subject, ROWS)
     want, gradients = _with_gradients(subject, model, tokens)
     forward = model.forward
     torch._dynamo.reset()
@@ -228,7 +225,7 @@ def _with_gradients(subject: Subject, model: nn.Module, tokens: Tensor) -> tuple
 @needs(*READABLE, REPEATS)
 def check_exported_model_agrees(subject: Subject) -> None:
     """Exported by torch.export, the model must give the same logits, for other tokens than it was exported with."""
-    model, tokens = subject.amplified(seed=subject.seed, dtype=torch.float32), _tokens(subject)
+    model, tokens = subject.amplified(seed=subject.seed, dtype=torch.float32), block_of_tokens(subject, ROWS)
     others = subject.tokens(*tokens.shape, seed=subject.seed + 1)
     with torch.no_grad():
         subject.logits(model, tokens)
@@ -264,7 +261,7 @@ class _AsModule(nn.Module):
 def check_recomputation_changes_nothing(subject: Subject) -> None:
     """Activation checkpointing must change neither logits nor gradients, with dropout on."""
     sizes: dict[str, Any] = dict(dropout=RATE) if subject.can_vary("dropout") else {}
-    model, tokens = precise(subject, **sizes).train(), _tokens(subject)
+    model, tokens = precise(subject, **sizes).train(), block_of_tokens(subject, ROWS)
     switch = _checkpointing(model)
     if switch is None:
         raise NotApplicable(

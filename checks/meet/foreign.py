@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..subject import UNDECLARED, KeyValueCache, MaskForm, Sizes, Spec, Subject, unwarned
+from ..subject import KeyValueCache, MaskForm, Sizes, Subject, unwarned
 from .header import header_of
 from .load import load
 from .loaded import Loaded
@@ -19,18 +19,9 @@ from .loaded import Loaded
 class Foreign(Subject):
     """A subject made from foreign code; `loaded` knows how it is built and called."""
 
-    def __init__(
-        self,
-        name: str,
-        loaded: Loaded,
-        *,
-        seed: int = 0,
-        device: str = "cpu",
-        causal: bool = True,
-        spec: Spec = UNDECLARED,
-    ) -> None:
+    def __init__(self, name: str, loaded: Loaded, **declared: Any) -> None:
         parts = SimpleNamespace(build_model=lambda **sizes: loaded.build(sizes), **loaded.parts)
-        super().__init__(name, parts, seed=seed, device=device, causal=causal, spec=spec)
+        super().__init__(name, parts, **declared)
         self.loaded, self.sizes = loaded, Sizes(**loaded.sizes)
         if not loaded.fresh:  # now: both put the one instance back, which must not happen while a check holds it
             _ = self.header, self.learns
