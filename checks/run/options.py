@@ -29,18 +29,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--checkpoint": dict(metavar="FILE", help="weights to load into the model"),
     "--spec": dict(
         metavar="FAMILY",
-        help="what the model should be: gpt2, llama, or auto (only reported); gpt2:FILE.json with a table of which "
-        "weight is which, as -v shows it",
+        help="what the model should be: gpt2, llama, or auto (only report the nearest); gpt2:FILE.json adds a table of "
+        "which weight is which, in the form that -v prints",
     ),
     "--not-causal": dict(action="store_true", help="the model is an encoder or a prefix model by design"),
     "--device": dict(metavar="DEVICE", help="where the checks run: cpu (the default), cuda, mps, xpu"),
-    "--gpu": dict(action="store_true", help="run the checks on CUDA, then the benchmarks of steps and decoding"),
+    "--gpu": dict(action="store_true", help="run the checks on CUDA, then benchmark training steps and decoding"),
     "--slow": dict(action="store_true", help="also run the checks that take minutes: compilers, new processes"),
-    "--seed": dict(type=int, metavar="N", help="seed of everything that is random (default: a new one, printed)"),
+    "--seed": dict(type=int, metavar="N", help="random seed of the run (default: a new one, printed)"),
     "--out": dict(metavar="FOLDER", help="where the sanity checks write their artifacts (default: out)"),
     "--verdicts": dict(metavar="FILE", help="write one JSON line per verdict, as it happens"),
     "--expected-failures": dict(
-        metavar="FILE", help="checks known to fail, one `check: reason` per line; one that passes is an error"
+        metavar="FILE",
+        help="checks known to fail, one `check: reason` per line; a listed check that passes is an error",
     ),
 }
 
