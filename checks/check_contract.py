@@ -65,7 +65,7 @@ def check_logits_have_shape(subject: Subject) -> None:
         if tuple(logits.shape) != (B, max(T, 1), V):
             fail(
                 f"{B} rows of {T} tokens gave logits of shape {list(logits.shape)}, expected {[B, T, V]}: "
-                f"rows, positions, one number for each of the {V} symbols",
+                f"rows, positions, one logit for each of the {V} token ids",
                 likely=("logits-time-first", "logits-last-position-only"),
                 advice="Print the shape after each step of the forward; the head must be applied to [B, T, width].",
                 got=list(logits.shape),
@@ -114,7 +114,7 @@ def fail_unread(T: int, block: int, error: Exception) -> NoReturn:
 
 @needs(SHAPE)
 def check_logits_are_finite(subject: Subject) -> None:
-    """Every symbol must give finite logits at every position, in mixed rows and in rows of that symbol only."""
+    """Every token id must give finite logits at every position, in mixed rows and in rows of that id only."""
     T, V = length(subject), subject.sizes.vocab_size
     everywhere = every_id(subject, T, seed=subject.seed)
     alone = torch.arange(min(V, 64), device=subject.device)[:, None]
@@ -132,7 +132,7 @@ def expect_finite(subject: Subject, model: nn.Module, tokens: Tensor, which: str
         every_first = not bool(bad[:, 1].any()) and torch.unique(bad[:, 0]).numel() == len(tokens)
         likely = ("mask-positive-inf", "first-token-masked-out", "causal-excludes-self")
         fail(
-            f"the logit of symbol {symbol} at position {t} is {float(logits[row, t, symbol])} ({which}) after "
+            f"the logit for token id {symbol} at position {t} is {float(logits[row, t, symbol])} ({which}) after "
             f"the tokens {tokens[row, : t + 1].tolist()}; {len(bad)} of {logits.numel()} logits are not finite",
             where=first_bad(model, lambda: call(subject, model, tokens), lambda x: bool(x.isnan().any())),
             likely=likely[::-1] if every_first else likely,
@@ -158,7 +158,7 @@ def check_earlier_calls_leave_no_trace(subject: Subject) -> None:
         expect_same(
             call(subject, after(), tokens),
             first,
-            says=f"after {between} the model gives other logits than a fresh model: it keeps state between calls",
+            says=f"after {between} the model gives different logits from a fresh model: it keeps state between calls",
             where=lambda after=after: first_difference(subject, precise(subject), after(), tokens),
             likely=likely_memories(between),
             advice="Look for attributes that forward writes: a cache, a mask or a position counter kept on self.",
@@ -276,7 +276,7 @@ def check_unknown_token_ids_are_refused(subject: Subject) -> None:
             accepted=accepted,
         )
     if reads_id(subject, model, -1):
-        advise("token id -1 is accepted and read as the last symbol")
+        advise("token id -1 is accepted and read as the last token id")
 
 
 def reads_id(subject: Subject, model: nn.Module, token: int) -> bool:
@@ -350,7 +350,8 @@ def check_state_dict_restores_the_model(subject: Subject) -> None:
     expect_same(
         call(subject, other, tokens),
         want,
-        says="saved and loaded into another instance, the model gives other logits: something is not in its state_dict",
+        says="saved and loaded into another instance, the model gives different logits: something is not in its "
+        "state_dict",
         where=lambda: first_difference(subject, model, other, tokens),
         likely=("init-reruns-after-load", "tied-weights-broken", "parameter-outside-module", "buffer-not-registered"),
         advice="Make every tensor that affects the output a parameter or a persistent buffer.",
@@ -372,7 +373,7 @@ def check_copies_are_independent(subject: Subject) -> None:
         likely=("copy-calls-the-original",),
         advice="Keep no bound methods or closures in attributes: in a copy they still call the original.",
     )
-    says = "a deep copy with the weights of another model gives other logits than that model"
+    says = "a deep copy with the weights of another model gives different logits from that model"
     expect_same(call(subject, copied, tokens), want, says=says, **finding)
     says = "loading other weights into a deep copy changes the logits of the original"
     expect_same(call(subject, model, tokens), before, says=says, **finding)

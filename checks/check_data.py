@@ -98,7 +98,7 @@ def check_the_loss_mask_drops_what_was_asked(subject: Subject) -> None:
                     why, likely = misread_mask(asked, dropped, real)
                     fail(
                         f"row {row}, padded on the {side}: the loss mask drops {named(sorted(dropped))}, expected "
-                        f"{spans(asked) or 'none'} (skip={skip}): {why}",
+                        f"{named(asked)} (skip={skip}): {why}",
                         likely=likely if skip == 0 else ("loss-mask-skips-others", *likely),
                         advice="Count targets from 0: target 0 is the first predicted token, after the begin token.",
                         asked=sorted(asked),

@@ -48,8 +48,8 @@ def check_targets_give_a_loss(subject: Subject) -> None:
     key, value = found.instead_of_a_loss
     place = f" as output[{key}]" if key.isdigit() else f" as {key}" if key else ""
     fail(
-        f"given {found.name}, forward returns no loss but {described(value)}{place}"
-        f"{', and nothing there without them' if found.optional else ''}",
+        f"given {found.name}, forward returns {described(value)}{place} instead of a loss"
+        f"{f'; without {found.name} it returns nothing there' if found.optional else ''}",
         where=locate(found.model, type(found.model).__name__),
         likely=("loss-never-computed", "loss-is-a-function"),
         advice="call the loss and return its result: "
@@ -146,7 +146,7 @@ def check_no_target_is_dropped(subject: Subject) -> None:
             whole = "nothing of this row is trained" if not kept.any() else "the last target is never trained" * last
             fail(
                 f"without a mask the loss drops {named(dropped)} of row {row} (of 0-{places - 1}), should drop "
-                f"{spans(asked) or 'none'}" + f": {whole}" * bool(whole),
+                f"{named(asked)}" + f": {whole}" * bool(whole),
                 likely=("last-target-dropped",) if last else (),
                 advice="look for [:-1] or [1:] applied to the targets a second time, or for a mask one position short",
                 dropped=list(dropped),
@@ -167,7 +167,7 @@ def check_mask_drops_its_targets_and_no_others(subject: Subject) -> None:
                 others = [{t for t in range(loss.places) if not other[t]} | skipped for other in mask]
                 why, likely = misread_mask(asked, dropped, loss.places, others)
                 fail(
-                    f"in row {row} the loss drops {named(dropped)}, should drop {spans(asked) or 'none'}: {why}",
+                    f"in row {row} the loss drops {named(dropped)}, should drop {named(asked)}: {why}",
                     likely=likely,
                     advice="apply mask[b, t] to targets[b, t], True to keep it (a parameter named pad_mask or "
                     "ignore_mask is given the opposite)",

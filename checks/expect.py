@@ -158,8 +158,11 @@ def first_offence(got: Tensor, want: Tensor, bound: float) -> tuple[int, ...] | 
 
 
 def place(index: Sequence[int], axes: Sequence[str]) -> str:
-    """`row 0, position 3, symbol 11`."""
-    return ", ".join(f"{axis} {i}" for axis, i in zip(axes, index, strict=False))
+    """`row 0, position 3, logit 11`; `index [2, 5]` in a parameter."""
+    if all(axis.startswith("index ") for axis in axes):
+        return f"index {list(index)}"
+    named = ("logit" if axis == "symbol" else axis for axis in axes)
+    return ", ".join(f"{axis} {i}" for axis, i in zip(named, index, strict=False))
 
 
 def expect_close(
@@ -185,9 +188,10 @@ def expect_close(
     largest = farthest(got, want)
     if index is None:
         return largest
+    size = f"largest difference {largest:.3g}, " if got.is_floating_point() else ""
     fail(
         f"{says}: first at {place(index, axes)}: {_number(got[index])} against {_number(want[index])}; "
-        f"largest difference {largest:.3g}, allowed {bound}",
+        f"{size}allowed {bound}",
         where=where() if where else None,
         likely=likely,
         advice=advice,

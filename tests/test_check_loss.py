@@ -28,9 +28,9 @@ SAID = [
     ("flatten-then-shift", PLACE, ["row 0, position 6", "row 1's target 0", "flattened before it is shifted"]),
     ("logits-labels-reshape-order", PLACE, ["rows are mixed", "reshaped in different orders"]),
     ("last-target-dropped", DROPPED, ["drops target 8", "of 0-8", "the last target is never trained"]),
-    ("loss-mask-shifted-by-one", MASK, ["should drop 0-2", "1 position too late"]),
-    ("loss-mask-ignored", MASK, ["drops no target", "should drop 0-2", "no effect"]),
-    ("loss-mask-inverted", MASK, ["drops targets 3-8", "should drop 0-2", "inverted"]),
+    ("loss-mask-shifted-by-one", MASK, ["should drop targets 0-2", "1 position too late"]),
+    ("loss-mask-ignored", MASK, ["drops no target", "should drop targets 0-2", "no effect"]),
+    ("loss-mask-inverted", MASK, ["drops targets 3-8", "should drop targets 0-2", "inverted"]),
     ("masked-mean-over-all-positions", VALUE, ["divided by all positions"]),
     ("masked-numerator-unmasked", VALUE, ["the sum over all positions divided by the number of unmasked"]),
     ("loss-mean-of-sequence-means", VALUE, ["the mean over rows of each row's mean"]),
@@ -55,12 +55,12 @@ SAID = [
     ("loss-negated", PLACE, ["minus a cross entropy", "every target less probable"]),
     ("loss-without-targets", PLACE, ["the same for any targets"]),
     ("loss-returns-logits", PLACE, ["a tensor [14, 17]", "as many numbers as there are logits"]),
-    ("loss-never-computed", "check_targets_give_a_loss", ["a tensor [21, 17] as output[1]", "no loss"]),
+    ("loss-never-computed", "check_targets_give_a_loss", ["a tensor [21, 17] as output[1]", "instead of a loss"]),
     ("loss-is-a-function", "check_targets_give_a_loss", ["the function cross_entropy as output[1]"]),
     ("loss-of-hidden-states", SAME_LOGITS, ["[3, 7, 32]", "[3, 7, 17]", "32 numbers per position"]),
     ("loss-of-other-logits", SAME_LOGITS, ["row 0, position 0", "with targets", "than without"]),
     ("loss-beside-the-head", "check_the_loss_trains_what_makes_the_logits", ["depend on head.weight", "no gradient"]),
-    ("loss-mask-of-row-0", MASK, ["row 1 the loss drops targets 0-2, should drop 0", "row 0's mask"]),
+    ("loss-mask-of-row-0", MASK, ["row 1 the loss drops targets 0-2, should drop target 0", "row 0's mask"]),
 ]
 
 

@@ -69,7 +69,7 @@ SAID = [
     ),
     ("bptt-tail-mis-split", "check_a_row_is_its_sequence", ["row 0", "from position 6 on"]),
     ("padding-counted", LOSS_MASK, ["row 1", "4 padding targets"]),
-    ("loss-mask-skips-others", LOSS_MASK, ["drops target 1", "expected 0", "1 p", "late"]),
+    ("loss-mask-skips-others", LOSS_MASK, ["drops target 1", "expected target 0", "1 p", "late"]),
     (
         "eos-masked-because-pad-is-eos",
         "check_an_end_token_counts_though_it_pads",

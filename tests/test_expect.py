@@ -39,7 +39,7 @@ def test_a_difference_is_named_by_its_first_position_its_size_and_its_bound():
     found = finding(lambda: expect_close(got, want, bound=Bound(1e-3, "a reason"), says="they differ", advice=""))
     assert found.evidence["first"] == {"row": 1, "position": 0, "symbol": 2}
     assert found.evidence["difference"] == 0.5
-    for fact in ("they differ", "row 1, position 0, symbol 2", "0.25", "0.5", "a reason"):
+    for fact in ("they differ", "row 1, position 0, logit 2", "0.25", "0.5", "a reason"):
         assert fact in found.says
 
 
