@@ -59,7 +59,8 @@ def check_logits_agree(subject: Subject) -> None:
     if fit.why_not:
         fail(
             f"the model is not a {NAMES[family]}: {fit.why_not}",
-            advice=f"Compare its parameters with those of a {NAMES[family]}. --spec auto reports which family fits.",
+            advice=f"Compare your model's parameters with those of a {NAMES[family]}. "
+            "--spec auto reports which family fits.",
             family=family,
         )
     fail_with_cause(fit, explain(fit, SIMULATION_SECONDS))
@@ -96,7 +97,8 @@ def note_fit(fit: Fit) -> None:
 def fail_with_cause(fit: Fit, why: Explained | None) -> None:
     """Fails, naming the known bug that gives these logits and the first part that differs."""
     name = NAMES[fit.family]
-    text = f"the logits are not those of a {name} with the same weights: they differ by {fit.error:.3g} of the largest"
+    text = f"the logits are not those of a {name} with the same weights: "
+    text += f"they differ by up to {fit.error:.3g} times the largest logit"
     first = first_part_that_differs(fit, why.plan, why.variant) if why is not None else None
     if why is not None and why.ids:
         text += f". They equal those of a {name} with {named(why)}: {says(why)}"
@@ -162,8 +164,8 @@ def check_gradients_agree(subject: Subject) -> None:
     first = wrong[0]
     fail(
         f"the logits agree, but the gradient of {first.theirs} is {first.ratio:.3g} times that of a "
-        f"{NAMES[fit.family]} (difference {first.error:.3g} of the largest, allowed {GRADIENT:.0e}); {len(wrong)} of "
-        f"{len(pairs)} gradients differ",
+        f"{NAMES[fit.family]} (they differ by up to {first.error:.3g} times the largest entry, allowed "
+        f"{GRADIENT:.0e}); {len(wrong)} of {len(pairs)} gradients differ",
         where=owner_of(fit, first.theirs),
         likely=("embedding-gradient-by-count", "embedding-no-grad", "head-detached"),
         advice="Look for detach(), no_grad(), .data, a custom backward or scale_grad_by_freq before this weight.",
@@ -181,8 +183,8 @@ def check_tiny_activations_agree(subject: Subject) -> None:
     assert fit.plan is not None
     plan, specimen = fit.plan, fit.specimen
     fail(
-        f"the logits differ when the embeddings are multiplied by {scale.factor:g}: by {scale.error:.3g} of the "
-        f"largest, in {scale.norm}. Its epsilon is not added to the variance under the root",
+        f"with the embeddings multiplied by {scale.factor:g}, the logits differ by up to {scale.error:.3g} times the "
+        f"largest: the epsilon of {scale.norm} is not added to the variance under the root",
         where=locate(specimen.model, scale.module) if scale.module else None,
         likely=("norm-epsilon-is-a-floor",),
         advice="Compute x / sqrt(mean square + epsilon), without a clamp, a maximum or an epsilon that depends on x.",
@@ -218,7 +220,8 @@ def check_last_position_agrees(subject: Subject) -> None:
             meant = call.meant(fit.theirs[:, : call.tokens.shape[1]])
             fail(
                 f"{call.how} does not return the logits of the last of {call.tokens.shape[1]} positions "
-                f"(difference {call.error:.3g} of the largest)" + (f", but those of {meant}" if meant else ""),
+                f"(they differ by up to {call.error:.3g} times the largest logit)"
+                + (f", but those of {meant}" if meant else ""),
                 likely=("last-position-is-the-first",) if meant == "position 0" else ("last-position-of-the-last-row",)
                 if "last row" in meant else (),
                 advice="Use logits = head(x[:, [-1], :]): the last position of every row, with the axis kept.",
@@ -382,7 +385,7 @@ def fail_for_site(odd: Dropout) -> None:
         "applies it to the embedding, the attention weights and the outputs of attention and feed-forward",
         where=odd.where,
         likely=next(((bug,) for part, bug in MISPLACED.items() if part in (odd.part or "")), ()),
-        advice="Move it behind the softmax, or behind the projection whose result is added to the residual stream.",
+        advice="Move it after the softmax, or after the projection whose result is added to the residual stream.",
         part=odd.part,
     )
 
