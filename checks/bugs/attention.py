@@ -131,7 +131,11 @@ def softmax_over_heads(model: Transformer) -> None:
     attend_with(model, Heads)
 
 
-@bug("softmax over heads, not keys, and the mask after it", check_attention_weights_sum_to_one, attention="explicit")
+@bug(
+    "the softmax runs over heads instead of keys, and the mask is applied after it",
+    check_attention_weights_sum_to_one,
+    attention="explicit",
+)
 def softmax_over_heads_masked_after(model: Transformer) -> None:
     class Heads(ExplicitAttention):
         def mask(self, scores: Tensor, visible: Tensor) -> Tensor:
@@ -314,7 +318,11 @@ def gqa_heads_collapse_to_one(model: Transformer) -> None:
     attend_with(model, First)
 
 
-@bug("query heads are grouped unevenly: one, and all the rest", check_heads_that_share_keys_share_values, n_kv_head=2)
+@bug(
+    "query heads are grouped unevenly: one alone, the rest together",
+    check_heads_that_share_keys_share_values,
+    n_kv_head=2,
+)
 def gqa_groups_of_different_sizes(model: Transformer) -> None:
     class Uneven(Attention):
         def share(self, x: Tensor) -> Tensor:

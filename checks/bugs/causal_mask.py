@@ -261,7 +261,7 @@ def mask_fill_of_minus_ten_thousand(model: Transformer) -> None:
 
 
 @bug(
-    "masked scores are set to -10 in half precision, against overflow, instead of -inf",
+    "masked scores are set to -10 instead of -inf in half precision, to avoid overflow",
     check_future_cannot_change_past_in_low_precision,
     source="https://github.com/huggingface/transformers/pull/18185",
     attention="explicit",

@@ -89,7 +89,7 @@ def loss_mask_by_column(parts: SimpleNamespace) -> None:
 
 
 @bug(
-    "targets equal to the pad id are masked, and so is the end token, which pads",
+    "targets equal to the pad id are masked, and so is the end token, whose id is the same",
     check_an_end_token_counts_though_it_pads,
     source="https://github.com/huggingface/transformers/issues/23530",
 )

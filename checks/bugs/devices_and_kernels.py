@@ -66,7 +66,7 @@ def other_path_when_compiled(model: Transformer) -> None:
     attend_with(model, Tracing)
 
 
-@bug("exporting fixes a constant: the embedding of the example's tokens", check_exported_model_agrees)
+@bug("export freezes a constant: the embedding of the example's tokens", check_exported_model_agrees)
 def constant_baked_in(model: Transformer) -> None:
     class Baked(Transformer):
         def embed(self, tokens: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def cache_leaks_between_calls(model: Transformer) -> None:
     model.__class__ = Keeps
 
 
-@bug("keys are cached under the row next to theirs", check_cached_rows_are_isolated, check_cached_decoding_equals_full)
+@bug("each row's keys are cached under the next row", check_cached_rows_are_isolated, check_cached_decoding_equals_full)
 def cache_rows_mixed(model: Transformer) -> None:
     class Mixed(KeyValueCache):
         def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

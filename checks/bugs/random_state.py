@@ -122,7 +122,7 @@ def step_reseeds(parts: SimpleNamespace) -> None:
 
 
 @bug(
-    "every evaluation reseeds the training: the same dropout masks follow each",
+    "every evaluation reseeds the training: the same dropout masks follow each evaluation",
     check_looking_does_not_change_the_training,
     source="https://github.com/huggingface/diffusers/issues/7991",
 )

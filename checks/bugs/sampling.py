@@ -22,7 +22,7 @@ from .damage import decode_with
 # -- the distribution
 
 
-@bug("tokens are drawn by the sigmoid of their logits instead of the softmax", check_temperature_divides_the_logits)
+@bug("tokens are drawn with the sigmoid of their logits instead of the softmax", check_temperature_divides_the_logits)
 def multinomial_of_other_weights(parts: SimpleNamespace) -> None:
     decode_with(parts, apply_temperature=lambda logits, temperature: (logits / temperature).sigmoid().log())
 

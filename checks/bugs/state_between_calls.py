@@ -57,7 +57,9 @@ def decoding_state_left_behind(model: Transformer) -> None:
     model.__class__ = Decodes
 
 
-@bug("a backward changes all later forwards: its hook sets a flag on the model", check_earlier_calls_leave_no_trace)
+@bug(
+    "a hook on backward sets a flag on the model, which changes all later forwards", check_earlier_calls_leave_no_trace
+)
 def backward_leaves_a_mark(model: Transformer) -> None:
     class Marked(Transformer):
         marked = False
