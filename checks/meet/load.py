@@ -279,7 +279,8 @@ class VocabularyIgnored(Exception):
     """The constructor takes a vocabulary size and the logits have another."""
 
     def __init__(self, asked: int, given: int, where: str) -> None:
-        super().__init__(f"built with a vocabulary of {asked}, but the logits have {given} entries{where}")
+        hint = where or ": is its output head missing?"
+        super().__init__(f"built with a vocabulary of {asked}, but the logits have {given} entries{hint}")
 
 
 def _constructor(recipe: Recipe) -> str:

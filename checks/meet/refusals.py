@@ -13,7 +13,7 @@ from .build import Recipe, Unfillable
 from .errors import own_frames, what_happened
 from .forward import Uncallable
 from .logits import Unreadable
-from .process import SubjectWaits
+from .process import SubjectExit, SubjectWaits
 from .sandbox import Sandbox
 from .stubs import LeftOut, MissingLibrary, Stub
 from .which_model import KINDS, Found
@@ -100,7 +100,8 @@ def explain(trials: list[Trial], sandbox: Sandbox, label: str) -> str:
     if inspect.isfunction(trial.target):
         failed = "did not build a model"
     says = f"{where}{name}: {happened}" if trial.built else f"{where}{name} {failed}\n  {happened}"
-    return f"{says}\n{hint}{_remedy(trial.error, sandbox) or factory(f'{name}(…)')}"
+    call = "MyModel(…)" if name == "build_model" else f"{name}(…)"
+    return f"{says}\n{hint}{_remedy(trial.error, sandbox) or factory(call)}"
 
 
 def _remedy(error: Exception, sandbox: Sandbox) -> str:
@@ -111,7 +112,7 @@ def _remedy(error: Exception, sandbox: Sandbox) -> str:
         return factory("…  # with that value set first") + (
             "\n  a file that reads data or trains when it is imported is not run: only its definitions are loaded"
         )
-    if isinstance(error, SubjectWaits):
+    if isinstance(error, SubjectExit | SubjectWaits):
         return "  to fix this, remove that line"
     if any(word in str(error).lower() for word in ("cuda", "nvidia")):
         return (
