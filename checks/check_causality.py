@@ -152,7 +152,7 @@ def check_future_cannot_change_past_in_long_sequences(subject: Subject) -> None:
 
 @needs(CAUSAL)
 def check_future_cannot_change_past_by_another_attention(subject: Subject) -> None:
-    """With PyTorch's plain attention kernel, or none that is fused, changing a token must not change earlier logits."""
+    """With PyTorch's math kernel, or without fused attention, changing a token must not change any earlier logit."""
     expect_causal(subject)
     if not attention_is_fused(subject, precise(subject)):
         raise NotApplicable("attention does not use PyTorch's fused function, so there is no second path")
@@ -407,7 +407,7 @@ def check_prefix_gives_the_same_logits(subject: Subject) -> None:
             got,
             whole[:, :t],
             bound=bound,
-            says=f"the first {t} of {T} tokens have other logits when read alone than when read with the rest",
+            says=f"the first {t} of {T} tokens have different logits when read alone than when read with the rest",
             likely=("position-reversed", "causal-hardcoded-length"),
             advice="Count positions and masks from the first token, never from the length of the input.",
             length=t,
@@ -426,7 +426,7 @@ def expect_long_prefixes_alike(subject: Subject) -> None:
             call(subject, model, tokens[:, :t].contiguous()),
             whole[:, :t],
             bound=precision(subject).bound(whole),
-            says=f"the first {t} of {LONG} tokens have other logits when read alone than when read with the rest",
+            says=f"the first {t} of {LONG} tokens have different logits when read alone than when read with the rest",
             likely=("window-only-when-long", "causal-hardcoded-length"),
             advice="Look for anything that depends on the input's length: a window, a scale, a table that is rebuilt.",
             length=t,

@@ -119,8 +119,8 @@ def needs_preparing(on: Stage, options: dict[str, bool]) -> bool:
     if not options.get("use_cache") or on.decoder.defaults.get("use_cache"):
         return False
     advise(
-        f"{on.decoder.name} gives other tokens with its cache than without: a bug, unless the cache has to be prepared "
-        "first"
+        f"{on.decoder.name} gives different tokens with its cache than without: a bug, unless the cache has to be "
+        "prepared first"
     )
     return True
 
@@ -248,7 +248,7 @@ def expect_ended(row: int, got: list[int], whole: list[int], end: int) -> None:
         )
     if len(set(filled)) > 1:
         fail(
-            f"row {row} produced the end token {end} as token {at + 1} and continues with {filled}",
+            f"row {row} produced the end token {end} as new token {at + 1} and continues with {filled}",
             likely=("continues-after-eos",),
             advice="Once a row has ended, replace its new tokens with the pad token.",
             row=row,

@@ -183,7 +183,7 @@ def train(subject: Subject, task: Task) -> nn.Module:
     fail(
         f"the model cannot memorize {what} of {longest} tokens: {'; '.join(tried)}; expected a loss of at most "
         f"{LEARNED:g}",
-        advice="Look at the gradient checks: a model that does not learn has usually lost a gradient or its inputs.",
+        advice="Run -k check_gradients: a model that does not learn has usually lost a gradient or its inputs.",
         tried=tried,
     )
 
@@ -223,8 +223,8 @@ def refuse_short_context(task: Task, loss: float, tried: list[str]) -> None:
             f"the loss stays at {loss:.4f}, the lowest that is possible from the shared tokens alone "
             f"({'; '.join(tried)})",
             likely=("attention-sees-itself-only", "attention-forgets-the-past"),
-            advice="Look at the checks of past influence, at the mask and at the attention weights: the model does not "
-            "use earlier tokens.",
+            advice="The model does not use earlier tokens. Run -k check_past_reaches_every_later_position, then print "
+            "the mask and the attention weights.",
             loss=loss,
             floor=floor(task.strings, k),
             context_needed=needed,

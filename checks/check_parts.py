@@ -125,7 +125,9 @@ def fail_scale(model: nn.Module, norm: Norm, one: Tensor, four: Tensor, linear: 
     ratio = float(four.square().mean().sqrt() / one.square().mean().sqrt())
     power = math.log(ratio) / math.log(TIMES) if ratio > 0 else math.nan
     what = (
-        "it does not divide by the size of its input" if linear else f"it grows with the input to the power {power:.2g}"
+        "it does not divide by the size of its input"
+        if linear
+        else f"the output goes as the input to the power {power:.2g}"
     )
     fail(
         f"the norm {norm.name} does not remove the scale: {TIMES:g} times a large input gives {ratio:.4g} times the "
@@ -170,7 +172,7 @@ def expect_small_epsilon(model: nn.Module, norm: Norm) -> dict[str, float] | Non
         fail(
             f"the epsilon of the norm {norm.name} is too large: at initialization its input has size "
             f"{float(size):.3g}, "
-            f"and its output {here:.3g} of the size that a large input gives. That is the effect of about "
+            f"and its output only {here:.3g} of the size that a large input gives. That is the effect of about "
             f"{epsilon:.2g} "
             "added to the mean square, where 1e-5 is usual",
             where=locate(model, norm.name),

@@ -76,9 +76,9 @@ def expect_learned(subject: Subject, learned: Learned) -> None:
     verdict = "learns the sentence, but too slowly" if slowly else "does not learn the sentence"
     fail(
         f"the model {verdict}: {losses} ({'; '.join(learned.tried)})",
-        advice="Look at the checks of initialization, norms and gradients."
+        advice="Run the checks that explain it: -k 'check_initialization or check_parts or check_gradients'."
         if slowly
-        else "Look at the gradient checks: a model that does not learn has usually lost a gradient or its inputs.",
+        else "Run -k check_gradients: a model that does not learn has usually lost a gradient or its inputs.",
         loss_before=start,
         loss_after=learned.loss,
         tried=learned.tried,

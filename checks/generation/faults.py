@@ -37,7 +37,8 @@ def explain(on: Stage, prompts: Tensor, got: Rows, want: Rows, *, turn: int, **o
     how = "".join(f", {name}={value}" for name, value in options.items())
     fail(
         f"{again}greedy decoding from {B} prompts of {T} tokens{how}: row {row} gives {got[row]}, expected {want[row]} "
-        f"(from reading the whole text at each step); token {step + 1} is {token}, should be {right}. {cause}",
+        f"(from reading the whole text at each step); new token {step + 1} of {len(want[row])} is {token}, should be "
+        f"{right}. {cause}",
         likely=likely,
         advice="Compare with: logits = model(text)[:, -1]; text = torch.cat((text, logits.argmax(-1, True)), 1).",
         row=row,
@@ -134,7 +135,7 @@ def by_tokens(on: Stage, tokens: Tensor, text: Tensor, row: int, step: int) -> I
     else:
         yield (
             f"At step {step + 1}, given {length} of {T} tokens{' and its cache' if length < T else ''}, the model "
-            "gives other logits than for the same text from scratch",
+            "gives different logits than when it reads the whole text",
             (
                 "cache-leaks-between-calls",
                 "cache-refeeds-full-context",
@@ -166,7 +167,8 @@ def explain_padding(on: Stage, alone: list[Tensor], side: str, got: Rows, want: 
     lengths = [prompt.shape[1] for prompt in alone]
     fail(
         f"prompts of {lengths} tokens, padded on the {side} to {max(lengths)}: row {row} continues with {got[row]}, "
-        f"expected {want[row]} (as the prompt gives alone); the first wrong token is number {step + 1}{cause}",
+        f"expected {want[row]} (as the prompt gives alone); the first wrong one is new token {step + 1} of "
+        f"{len(want[row])}{cause}",
         likely=likely,
         advice="Pass the mask, one position longer each time, to every call of the model; count positions from the "
         "mask; take the next token from each row's last real position.",
@@ -199,7 +201,7 @@ def expect_latest_read(on: Stage, text: Tensor, new: Tensor) -> None:
             f"after {T} tokens, {T - block if T > block else 'not'} past the block size of {block}, the new tokens "
             + (f"are computed from the first {block} tokens" if first else "are not computed from the latest tokens"),
             likely=("generate-no-context-crop",) if first else ("generate-no-context-crop", "cache-overflow"),
-            advice=f"Read tokens[:, -{block}:]; refill the cache, whose keys belong to positions that have moved.",
+            advice=f"Read tokens[:, -{block}:], and refill the cache from these tokens: their positions have changed.",
             length=T,
             block_size=block,
         )
