@@ -155,7 +155,7 @@ class Hooks:
     def pytest_report_header(self) -> list[str]:
         if not self.options.asked:
             return []
-        return [f"subject: {subject.header}" for subject in self.subjects] + [f"seed: {self.options.seed}"]
+        return [f"model: {subject.header}" for subject in self.subjects] + [f"seed: {self.options.seed}"]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:

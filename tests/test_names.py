@@ -230,7 +230,7 @@ def test_a_repository_with_a_package_called_checks_runs_its_own_tests(environmen
     (tmp_path / "checks/test_rules.py").write_text(RULES)
     (tmp_path / "tests/test_theirs.py").write_text(RULES)
     said = environment.run(environment.python, "-m", "pytest", "-p", "no:cacheprovider", cwd=tmp_path)
-    assert "2 passed" in said and "subject:" not in said
+    assert "2 passed" in said and "model: " not in said
     assert environment.loaded(PLUGIN) and not environment.loaded("torch")
 
 
@@ -241,7 +241,7 @@ def test_a_repository_with_options_of_these_names_runs_its_own_tests(environment
     (tmp_path / folder / "test_theirs.py").write_text(OPTIONS)
     command = (environment.python, "-m", "pytest", folder, "--model", "mine", "-p", "no:cacheprovider")
     said = environment.run(*command, cwd=tmp_path)
-    assert "4 passed" in said and "subject:" not in said
+    assert "4 passed" in said and "model: " not in said
 
 
 # -- their models
