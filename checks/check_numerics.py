@@ -298,7 +298,7 @@ def check_long_sequences_stay_close(subject: Subject) -> None:
             trial,
             where=partial(_place, subject, trial),
             likely=("rope-half-precision", "rope-angles-by-matmul"),
-            advice="Compute angles in float32 and outside autocast: bfloat16 cannot tell position 257 from 258.",
+            advice="Compute angles in float32 and outside autocast: bfloat16 cannot tell position 256 from 257.",
         )
     if len(refused) == len(trials):
         raise refused[0]
