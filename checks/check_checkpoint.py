@@ -92,7 +92,7 @@ def check_a_new_process_resumes_bit_for_bit(subject: Subject) -> None:
         f"{HALF} steps after resuming in a new process, the weights differ by {apart:.3g} from those of the "
         "uninterrupted training",
         likely=("checkpoint-without-rng", "checkpoint-without-step", "checkpoint-without-optimizer"),
-        advice="Save everything that a new process would otherwise draw or count from the start.",
+        advice="Save the step count, optimizer, data order and random states: a new process starts each of them anew.",
     )
 
 

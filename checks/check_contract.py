@@ -252,7 +252,7 @@ def check_too_long_a_sequence_is_no_silent_error(subject: Subject) -> None:
         got[:, :block],
         fits,
         bound=bound,
-        says=f"{block + 2} tokens, two more than the block size, raise no error, but the first {block} have other "
+        says=f"{block + 2} tokens, two more than the block size, raise no error, but the first {block} get different "
         "logits than without the last two",
         likely=("too-long-read-wrong", "causal-hardcoded-length"),
         advice="Raise a ValueError that names the length and the block size.",

@@ -125,7 +125,7 @@ def check_an_end_token_counts_though_it_pads(subject: Subject) -> None:
 
 @needs("check_training.check_a_step_follows_the_gradient")
 def check_an_epoch_has_every_example_once(subject: Subject) -> None:
-    """Every epoch must contain each training example exactly once, including those left over, and nothing else."""
+    """Every epoch must contain each training example exactly once, including those that do not fill a batch."""
     needs_trainer(subject)
     train, held_out, size = numbered(subject, range(7)), numbered(subject, range(7, 10)), 3
     run = TrainerRun(subject, model_of(subject), train, validation=held_out, batch_size=size)

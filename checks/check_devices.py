@@ -80,7 +80,7 @@ class Computed:
 
 @needs(*READABLE, GRADIENTS)
 def check_every_attention_kernel_agrees(subject: Subject) -> None:
-    """Every PyTorch attention kernel, in every precision it supports, must be about as exact as the explicit path."""
+    """Every PyTorch attention kernel, in every precision it supports, must be about as exact as the math kernel."""
     needs_numbers(subject)
     with torch.no_grad(), Attention() as attention:
         subject.logits(without_chance(subject), tokens_of(subject))
@@ -107,7 +107,7 @@ def check_every_attention_kernel_agrees(subject: Subject) -> None:
                 refuse_more_error(name, what, *(getattr(x, what) for x in (got, explicit, exact)), dtype=dtype)
     note(kernels=tried, refused=refused)
     if not tried:
-        raise NotApplicable("no attention kernel except the explicit path runs this model here", **refused)
+        raise NotApplicable("no attention kernel except the math kernel runs this model here", **refused)
 
 
 def rounded(subject: Subject, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
@@ -139,7 +139,7 @@ def refuse_more_error(
     if not error <= bound:
         fail(
             f"with PyTorch's attention kernel {name} the {what} {'has' if what == 'gradient' else 'have'} a relative "
-            f"error of {error:.3g}, allowed {bound:.3g}; the explicit path in the same type has {unavoidable:.3g}",
+            f"error of {error:.3g}, allowed {bound:.3g}; the math kernel in the same precision has {unavoidable:.3g}",
             likely=("path-chosen-by-kernel-switches",),
             advice="look for code that asks which kernels are enabled, and for a mask that kernels read differently",
             error=error,
@@ -274,7 +274,7 @@ def float32_products(setting: str) -> Iterator[None]:
 
 @needs(*READABLE)
 def check_step_does_not_wait_at_each_token(subject: Subject) -> None:
-    """How often a training step waits for the device, to read a number, must not grow with the sequence length."""
+    """How many numbers a training step reads back from the device must not grow with the sequence length."""
     needs_numbers(subject)
     longest = subject.sizes.block_size
     lengths = sorted({max(3, longest // 3), max(4, longest // 2), max(5, longest - 1)})
@@ -298,7 +298,8 @@ def check_step_does_not_wait_at_each_token(subject: Subject) -> None:
                    zip(pairwise(grown), pairwise(lengths), strict=True)]  # fmt: skip
         if min(rates) >= 1 and len(set(rates)) == 1:
             fail(
-                f"a training step on {ROWS} rows of {lengths[-1]} tokens reads a number {most} times, {rates[0]:g} per "
+                f"a training step on {ROWS} rows of {lengths[-1]} tokens reads a number "
+                f"from the device {most} times, {rates[0]:g} per "
                 f"position ({', '.join(map(str, grown))} times at {', '.join(map(str, lengths))} tokens): on a GPU it "
                 "waits each time until all earlier work is done",
                 where=line,
@@ -314,7 +315,7 @@ def check_step_does_not_wait_at_each_token(subject: Subject) -> None:
 
 @needs(*READABLE)
 def check_memory_does_not_grow(subject: Subject) -> None:
-    """Training must not hold more memory with every step: fifty steps must end with no more than ten."""
+    """Training must not hold more memory with every step: after 50 steps it must hold no more than after 10."""
     needs_numbers(subject)
     model, tokens = (
         without_chance(subject),

@@ -103,7 +103,7 @@ def check_evaluation_leaves_no_trace(subject: Subject) -> None:
 
 @needs(WEIGHS)
 def check_looking_does_not_change_the_training(subject: Subject) -> None:
-    """Training must be bit for bit the same with evaluations and sampling in between as without them."""
+    """Evaluating and sampling during training must not change the trained weights by a single bit."""
     held_out, ends = examples(subject, 4, seed=5), []
     for looks in (False, True):
         with seeded(7):
@@ -116,7 +116,7 @@ def check_looking_does_not_change_the_training(subject: Subject) -> None:
             ends.append(flat(run.model))
     if not torch.equal(*ends):
         fail(
-            "four steps, each followed by an evaluation and a sample, give other weights than four steps alone "
+            "four steps, each followed by an evaluation and a sample, give different weights from four steps alone "
             f"(largest difference {float((ends[0] - ends[1]).abs().max()):.3g}): they change the random numbers or the "
             "mode of the training",
             likely=("sampling-reseeds-training", "eval-not-restored"),

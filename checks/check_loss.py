@@ -337,7 +337,7 @@ def check_a_batch_given_twice_counts_as_declared(subject: Subject) -> None:
 
 @needs(VALUE)
 def check_known_logits_give_known_losses(subject: Subject) -> None:
-    """Certainty of the target must give a loss of 0, certainty of the target before it about 60, no preference ln V."""
+    """Logits certain of the target must give a loss of 0, of the previous target about 60, and equal logits ln V."""
     loss = met_loss(subject)
     cases.closed_form(subject)
     if subject.declared("called") is None and (loss.reading is None or loss.smoothing or loss.inside_model):

@@ -206,7 +206,7 @@ def check_training_computes_what_evaluation_does(subject: Subject) -> None:
         one,
         want,
         bound=precision(subject).bound(want),
-        says="without dropout, training mode gives other logits than evaluation mode",
+        says="without dropout, training mode gives different logits than evaluation mode",
         where=lambda: first_breaking(model, lambda: run(False), lambda: run(True), clearly_differ),
         likely=("training-scales-embeddings",),
         advice="Look for code other than dropout that depends on self.training.",
@@ -215,7 +215,7 @@ def check_training_computes_what_evaluation_does(subject: Subject) -> None:
 
 @needs(*READABLE)
 def check_dropout_draws_anew(subject: Subject) -> None:
-    """With dropout, training forwards must differ, repeat under one global seed, and advance the global generator."""
+    """With dropout, training forwards must differ, be repeatable by a global seed, and advance the global generator."""
     model, tokens = _dropping(subject), block_of_tokens(subject, ROWS)
     model.train()
     one, two, one_again = (_run(subject, model, tokens, seed) for seed in (1, 2, 1))
@@ -313,7 +313,7 @@ def _expect_no_rate_in_evaluation(subject: Subject, tokens: Tensor) -> None:
     expect_same(
         rated,
         free,
-        says=f"in evaluation mode a dropout of {RATE} gives other logits than one of 0, although training already "
+        says=f"in evaluation mode a dropout of {RATE} gives different logits than one of 0, although training "
         "rescales what it keeps",
         where=lambda: first_breaking(model, lambda: run(RATE), lambda: run(0.0), _differ),
         likely=("dropout-scaled-in-evaluation-too",),
@@ -334,9 +334,9 @@ def _expect_the_mean_kept(subject: Subject) -> None:
         means = means_through(subject, model, site) if is_dropout(site.module) else None
         if means is not None and abs(means.trained - means.evaluated) > 6 * means.error + 1e-3:
             fail(
-                f"{site.name} changes the mean: ones come out as {means.trained:.4g} on average in training "
-                f"(6 standard errors are {6 * means.error:.2g}) and as {means.evaluated:.4g} in evaluation, at a rate "
-                f"of {site.rate:g}",
+                f"{site.name} changes the mean: an input of ones comes out as {means.trained:.4g} on average in "
+                f"training (6 standard errors are {6 * means.error:.2g}) and as {means.evaluated:.4g} in evaluation, "
+                f"at a rate of {site.rate:g}",
                 where=locate(model, site.name),
                 likely=("dropout-without-rescaling",),
                 advice="Multiply what is kept by 1 / (1 - p).",
@@ -463,8 +463,8 @@ def check_dropout_keeps_the_average(subject: Subject) -> None:
             one,
             want,
             bound=precision(subject).bound(want),
-            says=f"with each dropout of {HALF:g} replaced by its average, its own input, training gives other logits "
-            "than evaluation: what is kept is rescaled twice, or by another rate",
+            says=f"with each dropout of {HALF:g} replaced by the identity (its average), training gives different "
+            "logits than evaluation: the kept entries are rescaled twice, or by another rate",
             where=lambda: first_breaking(model, lambda: averaged(False), lambda: averaged(True), clearly_differ),
             likely=("dropout-rescaled-twice",),
             advice="Remove the extra scaling: PyTorch's dropout already divides by 1 - p.",

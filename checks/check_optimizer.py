@@ -225,7 +225,8 @@ def check_small_updates_survive_low_precision(subject: Subject) -> None:
         fail(
             f"{100 * lost[worst]:.0f} % of the entries of {worst} that have a gradient do not change in a step with "
             f"learning rate 1e-3 (the same in {len(names)} of {len(lost)} parameters): the update is rounded away, as "
-            f"in bfloat16 weights (their dtype is {str(model.get_parameter(worst).dtype).removeprefix('torch.')})",
+            f"in bfloat16 weights (this parameter's dtype after the step: "
+            f"{str(model.get_parameter(worst).dtype).removeprefix('torch.')})",
             likely=("bf16-master-weights", "norm-weights-frozen-by-dtype"),
             advice="Keep the weights and the optimizer state in float32, and let autocast compute in bfloat16.",
             parameters=names,

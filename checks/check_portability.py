@@ -118,7 +118,7 @@ def _paths(model: nn.Module) -> Iterator[tuple[str, AttentionPath]]:
         {key for m in model.modules() for key, v in vars(m).items() if isinstance(v, bool) and FLAG.match(key)}
     )
     for flag in flags:
-        yield f"{flag} switched", partial(_switched, model, flag)
+        yield f"the attribute {flag} inverted", partial(_switched, model, flag)
     if hasattr(model, "set_attn_implementation") and hasattr(model, "config"):
         now = getattr(model.config, "_attn_implementation", None)
         for other in {"eager", "sdpa"} - {now}:

@@ -129,7 +129,7 @@ def judge_counts(made: Sampler, options: dict[str, Any], kept: int, temperature:
             return
     if int((counts > 0).sum()) == 1 and float(right.max()) < 0.9:
         fail(
-            f"asked to sample, {made.on.decoder.name} gives the same token in {int(counts.sum())} draws"
+            f"asked to sample, {made.on.decoder.name} gives the same token in all {int(counts.sum())} draws"
             + (", the likeliest: it is greedy" if int(counts.argmax()) == int(right.argmax()) else ""),
             likely=("sampling-is-greedy",),
             advice="Draw where sampling is asked for: torch.multinomial(probabilities, 1).",

@@ -326,8 +326,8 @@ def check_a_uniform_stream_is_never_learned(subject: Subject) -> None:
     if last < least - 0.1:
         fail(
             f"on uniform random tokens the loss falls to {last:.4g} in {STREAM_STEPS} steps, below ln "
-            f"{subject.sizes.vocab_size} = {least:.4g}: the model sees its targets "
-            + ("(at once: each is the token just read)" if last < 0.3 * least else "(slowly: through attention)"),
+            f"{subject.sizes.vocab_size} = {least:.4g}: the model sees its targets, "
+            + ("each of which is the token just read" if last < 0.3 * least else "through attention to later tokens"),
             likely=(
                 ("dataset-target-off-by-one", "label-shift-missing")
                 if last < 0.3 * least

@@ -84,7 +84,7 @@ FOUND: dict[str, Told] = {
     "dropout-without-rescaling": (
         "dropout_obeys_its_rate",
         "blocks.0.dropout",
-        ("ones come out as 0.6", "as 1 in evaluation"),
+        ("ones comes out as 0.6", "as 1 in evaluation"),
         "dropout-without-rescaling",
     ),
     "dropout-scaled-in-evaluation-too": (

@@ -11,7 +11,7 @@ FOUND: dict[str, Told] = {
     "backends-disagree": (
         "attention_backends_agree",
         "blocks.0.attention",
-        ("flash switched (without a mask)",),
+        ("the attribute flash inverted (without a mask)",),
         "backends-disagree",
     ),
     "other-path-when-compiled": (

@@ -79,7 +79,7 @@ SAID = [
     ("data-validation-leak", EPOCH, ["validation split"]),
     ("data-same-shuffle-every-epoch", "check_the_order_changes_with_the_epoch", ["same order"]),
     ("step-means-of-micro-batches", FOLLOWS, ["the average of the means of micro-batches of [2, 2, 1] rows"]),
-    ("step-means-by-rows-of-targets", MICRO, ["a target has weight", "with few targets weighs as much"]),
+    ("step-means-by-rows-of-targets", MICRO, ["a target weighs", "with few targets weighs as much"]),
     ("step-clips-too-late", CLIP, ["max_norm=", "only after the step"]),
     ("step-clips-scaled", SCALE, ["loss scale of 1024", "clipped while it is scaled"]),
     ("optimizer-steps-twice", FOLLOWS, ["called 2 times", "on the same gradient", "optimizer.step → optimizer.step"]),

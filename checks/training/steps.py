@@ -283,11 +283,11 @@ def padded_rows_count_by_their_targets(subject: Subject) -> None:
     if not knows_padding(met):
         advise(
             "the step averages the means of its micro-batches: correct only without padding (for rows of "
-            f"{counts} targets, a target has weight {each}, by row)"
+            f"{counts} targets, a target weighs {each}, row by row)"
         )
         return
     fail(
-        f"in a padded batch whose rows have {counts} targets, a target has weight {each}, by row: each micro-batch is "
+        f"in a padded batch whose rows have {counts} targets, a target weighs {each}, row by row: each micro-batch is "
         "divided by its own number of targets, so one with few targets weighs as much as one with many",
         likely=("accum-mean-of-means",),
         advice="Add up loss sums over the micro-batches, and divide once by the number of all targets of the batch.",
