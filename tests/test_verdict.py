@@ -75,7 +75,7 @@ def test_what_is_about_gradients_does_not_apply_to_a_model_without_parameters():
         raise RuntimeError("of its own")
 
     verdict = judge(check_it, subject, {})
-    assert (verdict.outcome, "no parameters to train" in verdict.says) == ("not_applicable", True)
+    assert (verdict.outcome, "no trainable parameters" in verdict.says) == ("not_applicable", True)
     assert run(check_it).outcome == "error"
     assert judge(check_something_else, subject, {}).outcome == "error"
 
@@ -148,7 +148,7 @@ def test_a_failure_as_text_answers_the_five_questions():
     for fact in (
         "check_causality.check_x", "position 2 changed", "t = 2",
         "blocks.0.attention (Attention, /elsewhere/model.py:29)",
-        "sees the future", "apply the mask", "pytest --model model.py --seed 1 -k check_x",
+        "sees the future", "Apply the mask.", "pytest --model model.py --seed 1 -k check_x",
     ):  # fmt: skip
         assert fact in text
 
@@ -170,3 +170,12 @@ def test_on_the_meta_device_no_failure_is_stated():
 
     verdict = judge(check_it, reference(device="meta"), {})
     assert verdict.outcome == "not_applicable" and "meta" in verdict.says and "the logits differ" in verdict.says
+
+
+def test_what_was_drawn_together_is_shown_by_its_own_names():
+    verdict = Verdict(
+        "check_x", "", "failed", "", advice="`mask` is missing", example={"case": {"length": 1, "seed": 0}}
+    )
+    text = terminal.failure({**verdict.as_dict(), "reproduce": "pytest"})
+    assert "length = 1, seed = 0" in text and "{" not in text
+    assert "`mask` is missing." in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .paths import shown
@@ -17,15 +17,28 @@ def failure(verdict: Mapping[str, Any], explain: Callable[[str], str] = str) -> 
     lines = [f"✗ {verdict['check']}", *_field("rule", verdict["rule"])]
     lines += _field("what" if verdict["outcome"] == "failed" else "crash", verdict["says"])
     if verdict.get("example"):
-        lines += _field("case", ", ".join(f"{name} = {value}" for name, value in verdict["example"].items()))
+        lines += _field("case", ", ".join(f"{name} = {value}" for name, value in _case(verdict["example"])))
     if verdict.get("where"):
         lines += _field("where", place(verdict["where"]))
     for index, bug in enumerate(verdict.get("likely", ())):
         lines += _field("likely" if index == 0 else "or", explain(bug))
     if verdict.get("advice"):
-        lines += _field("try", verdict["advice"])
+        lines += _field("try", _sentence(verdict["advice"]))
     lines += _field("again", verdict["reproduce"], wrap=False)
     return "\n".join(lines)
+
+
+def _case(example: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What was drawn, by name; several values drawn together each by their own."""
+    for name, value in example.items():
+        yield from value.items() if isinstance(value, Mapping) else [(name, value)]
+
+
+def _sentence(text: str) -> str:
+    """With a capital, unless it begins with a name from code, and a full stop."""
+    first = text.partition(" ")[0]
+    text = first.capitalize() + text[len(first) :] if first.isalpha() and first.islower() else text
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _field(name: str, text: str, *, wrap: bool = True) -> list[str]:
