@@ -325,7 +325,7 @@ def package(environment, tmp_path) -> Iterator[Path]:
     (project / "pyproject.toml").write_text(
         '[project]\nname = "my-transformer"\nversion = "1"\n'
         '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
-        '[tool.hatch.build.targets.wheel]\npackages = ["transformer"]\n'
+        '[tool.hatch.build.targets.wheel]\npackages = ["transformer"]\ndev-mode-dirs = ["."]\n'
     )
     environment.install("--no-build-isolation", "--editable", str(project))
     yield project / "transformer"
