@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("transformer", "checks", "power", "benchmarks", "tests")
-PARTS = ("data", "loss", "generation", "trainer", "checkpoint")  # of the reference, for a subject that brings none
+PARTS = ("data", "loss", "generation", "trainer", "checkpoint")  # of the reference, for a subject without its own
 LAWS = ("checks.expect", "checks.subject", "checks.probes", "checks.watch", "checks.ways", "checks.loss",
         "checks.generation", "checks.training", *(f"transformer.{part}" for part in PARTS))  # fmt: skip
 # What a file of ours may import of ours, by the longest prefix that fits.

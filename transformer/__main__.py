@@ -1,4 +1,4 @@
-"""python -m transformer_checks.transformer train | generate | data: runs a command; a failure is told in one line."""
+"""python -m transformer_checks.transformer train | generate | data: runs a command; a failure is reported in one line."""
 
 from __future__ import annotations
 

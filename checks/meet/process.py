@@ -123,7 +123,7 @@ def exits_refused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raises TimeIsUp after so many seconds, where that is possible: on the main thread of a Unix system."""
+    """Raises TimeIsUp after this many seconds, if possible: on the main thread of a Unix system."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

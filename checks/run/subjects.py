@@ -71,7 +71,7 @@ def _bug(id: str, declared: Mapping[str, Any]) -> Subject:
 
 
 def _fit(subject: Subject) -> None:
-    """Whether the table of weights fits the model is said before anything runs. Raises UsageError where it does not."""
+    """Tries the table of weights on the model before anything runs. Raises UsageError if it does not fit."""
     from ..family.fit import fit_to
 
     with contextlib.suppress(NotApplicable):
