@@ -1,4 +1,4 @@
-"""python -m transformer_checks.transformer train | generate | data: runs a command; a failure is reported in one line."""
+"""python -m transformer_checks.transformer train | generate | data: runs a command; reports a failure in one line."""
 
 from __future__ import annotations
 
