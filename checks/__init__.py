@@ -23,11 +23,11 @@ def check_model(model: Any, **how: Any) -> Report:
 
     `model` is an nn.Module (tested at its own sizes and put back as it was), a class or a factory such as
     `build_model(vocab_size, block_size)`, or what `--model` takes: "FILE.py[:NAME]", "package.module:NAME".
-    What comes with it: `loss=`, `generate=`, `train_step=`, `trainer=`, `tokenizer=`, as functions or "FILE:NAME".
+    Its other parts: `loss=`, `generate=`, `train_step=`, `trainer=`, `tokenizer=`, as functions or "FILE:NAME".
     Also `checks=` (themes or names; all by default), `seed=`, `device=`, `causal=`, `checkpoint=`, `slow=`,
     `spec=` ("gpt2", "llama", "gpt2:FILE.json") and `expected_failures=FILE`. The report is iterable, readable as text,
     and has `report.passed`.
-    Raises UsageError, a ValueError, for what cannot be met.
+    Raises UsageError, a ValueError, for a model that cannot be loaded.
     """
     from .run.notebook import check_model
 

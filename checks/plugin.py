@@ -199,8 +199,9 @@ class Hooks:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         write = terminalreporter.line
+        collected = self.config.option.collectonly
         for name, session in self.sessions.items():
-            if session.records:
+            if session.records or (session.waiting and not collected):
                 terminalreporter.section(name, sep="-")
                 self._end_of(session, terminalreporter)
         if self.measured or self.unmeasured:

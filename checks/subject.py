@@ -152,11 +152,17 @@ class Subject:
         *arguments: Arguments.args,
         **named: Arguments.kwargs,
     ) -> Made:
-        """What `make(subject, …)` gives, made when first asked for and then kept as long as the subject."""
+        """What `make(subject, …)` gives or why it is not applicable, found when first asked for and then kept."""
         key = (make, arguments, tuple(named.items()))
         if key not in self._made:
-            self._made[key] = make(self, *arguments, **named)
-        return as_type(Made, self._made[key])
+            try:
+                self._made[key] = make(self, *arguments, **named)
+            except NotApplicable as reason:
+                self._made[key] = reason
+        made = self._made[key]
+        if isinstance(made, NotApplicable):
+            raise NotApplicable(made.reason, **made.evidence)
+        return as_type(Made, made)
 
     @property
     def header(self) -> str:

@@ -70,18 +70,12 @@ class MetLoss:
 
 def met_loss(subject: Subject) -> MetLoss:
     """The subject's own loss, else the one that its model returns. Raises NotApplicable where there is none."""
-    found = subject.once(_recognised_loss)
-    if isinstance(found, NotApplicable):
-        raise NotApplicable(found.reason, **found.evidence)
-    return found
+    return subject.once(_recognised_loss)
 
 
-def _recognised_loss(subject: Subject) -> MetLoss | NotApplicable:
+def _recognised_loss(subject: Subject) -> MetLoss:
     own = subject.part("loss")
-    try:
-        return recognised(forms(own, subject) if own is not None else [model_form(subject)])
-    except NotApplicable as reason:
-        return reason
+    return recognised(forms(own, subject) if own is not None else [model_form(subject)])
 
 
 def recognised(candidates: Iterable[Form]) -> MetLoss:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..report.terminal import place
-
-BROKEN = ("failed", "error")
+from . import BROKEN
 
 
 def where_to_start(verdicts: Sequence[Mapping[str, Any]]) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..meet.errors import UsageError
+from . import BROKEN
 
 FORM = "expected `check: reason`, as in check_portability.check_copies_share_nothing: the cache is shared on purpose"
-BROKEN = ("failed", "error")
 
 
 @dataclass(frozen=True)

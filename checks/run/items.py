@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ..report import terminal
-from .diagnosis import BROKEN, explain
+from . import BROKEN
+from .diagnosis import explain
 from .order import CHECKS, PACKAGE, Check, checks_in
 
 if TYPE_CHECKING:

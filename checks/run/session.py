@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..report import lines, terminal
-from .diagnosis import BROKEN, where_to_start
+from . import BROKEN
+from .diagnosis import where_to_start
 from .expected_failures import Expected
 from .order import Check, check_id, rule, theme
 
@@ -63,7 +64,8 @@ class Session:
 
         reason = getattr(check, "slow", None)
         if reason and not self.slow:
-            return Verdict(check_id(check), theme(check), "skipped", rule(check), f"slow: {reason}; --slow runs it")
+            says = f"slow: {reason}; it runs with --slow, in a notebook with slow=True"
+            return Verdict(check_id(check), theme(check), "skipped", rule(check), says)
         return judge(check, subject, self.verdicts)
 
     def add(self, record: Record, name: str = "") -> None:
@@ -99,7 +101,7 @@ class Session:
             found.append(NOTHING_RAN)
         if left := sorted(self.waiting):
             some = ", ".join(name.rpartition("::")[2] for name in left[:3]) + ", …" * (len(left) > 3)
-            found.append(f"not green: {len(left)} checks of {self.name} were to run and did not: {some}")
+            found.append(f"not green: no verdict from {len(left)} of the checks of {self.name}: {some}")
         blocked = [record for record in self.records if record["outcome"] == "blocked"]
         if blocked and not self.broken and not self.expected_failures:
             found.append(f"not green: {blocked[0]['check']} {blocked[0]['says']}")
@@ -121,7 +123,8 @@ class Session:
         return [*notes, terminal.totals(self.summary()["summary"])]
 
     def start(self) -> str:
-        return where_to_start(self.records)
+        """Which unexpected failure to look at first."""
+        return where_to_start(self.broken)
 
     # -- artifacts of the sanity checks
 

@@ -99,23 +99,20 @@ class MetStep:
 
 def met_step(subject: Subject) -> MetStep:
     """The subject's train_step. Raises NotApplicable if it has none, or none that can be called."""
-    met = subject.once(_recognised_step)
-    if isinstance(met, NotApplicable):
-        raise NotApplicable(met.reason, **met.evidence)
-    return met
+    return subject.once(_recognised_step)
 
 
-def _recognised_step(subject: Subject) -> MetStep | NotApplicable:
+def _recognised_step(subject: Subject) -> MetStep:
     function = subject.part("train_step")
     if function is None:
-        return NotApplicable("no train_step was found in your file")
+        raise NotApplicable("no train_step was found in your file")
     roles = parameter_roles(function)
     if isinstance(roles, str):
-        return NotApplicable(roles)
+        raise NotApplicable(roles)
     errors: list[str] = []
     found = list(trials(subject, function, roles, errors))
     if not found:
-        return NotApplicable("no way to call train_step was found", tried=list(dict.fromkeys(errors)))
+        raise NotApplicable("no way to call train_step was found", tried=list(dict.fromkeys(errors)))
     return next((met for met in found if met.right), found[0])
 
 
