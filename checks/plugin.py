@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +19,11 @@ import pytest
 from .meet.errors import UsageError
 from .report import lines, terminal
 from .run import REFERENCE
-from .run.items import BENCHMARKS, BenchmarkFile, CheckFile, CheckItem, NotTests, Run, is_theme
+from .run.items import BENCHMARKS, BenchmarkFile, CheckFile, CheckItem, NotTests, Run, argument, theme_of
 from .run.options import OPTIONS, Options
-from .run.order import CHECKS, THEMES
+from .run.order import CHECKS, position
 from .run.session import NOTHING_RAN, Record, Session
+from .run.strength import rank
 
 if TYPE_CHECKING:
     from .subject import Subject
@@ -53,13 +56,14 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.path[:] = [*before, *(folder for folder in sys.path if folder not in before)]
         if config.args_source != config.ArgsSource.ARGS:
             config.args = [str(CHECKS)]
+    config.args = [argument(text, config.invocation_params.dir) for text in config.args]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     if call.when == "call" and isinstance(item, CheckItem) and item.verdict is not None:
-        report.verdict = {"subject": item.subject.name, **item.verdict.as_dict()}
+        report.verdict = lines.plain({"subject": item.subject.name, **item.verdict.as_dict()})
     return report
 
 
@@ -68,10 +72,13 @@ class Hooks:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        worker = getattr(config, "workerinput", None)
-        self.options = Options(self._option, seed=None if worker is None else int(worker["checks_seed"]))
+        self.worker: dict[str, Any] | None = getattr(config, "workerinput", None)  # what one of several processes gets
+        self.options = Options(self._option, seed=None if self.worker is None else int(self.worker["checks_seed"]))
         self.sessions: dict[str, Session] = {}
-        self.written: list[Path] = []  # pictures and reports
+        self.shared: str | None = None if self.worker is None else self.worker["checks_shared"]  # a folder
+        self.first: pytest.TestReport | None = None  # the first finding, shown when it is found
+        self.written: list[str] = []  # pictures and reports
+        self.problems: list[str] = []  # beside the checks
         self.measured: list[str] = []  # by benchmarks, a line each
         self.unmeasured: list[str] = []  # why not
         self._runs: list[Run] | None = None
@@ -105,9 +112,20 @@ class Hooks:
         if name not in self.sessions:
             out = Path(self.options.get("out", "out"))
             out = out if name == REFERENCE else out / "".join(c if c.isalnum() else "-" for c in name)
-            slow = bool(self.options.get("slow"))
-            self.sessions[name] = Session(name, slow=slow, write=self._write, out=out)
+            self.sessions[name] = Session(
+                name,
+                slow=bool(self.options.get("slow")),
+                budget=self.options.get("budget"),
+                write=self._write,
+                out=out,
+                shared=None if self.shared is None else self._shared(len(self.sessions)),
+            )
         return self.sessions[name]
+
+    def _shared(self, number: int) -> Any:
+        from .run.processes import Shared
+
+        return Shared(Path(str(self.shared), str(number)))
 
     # -- collection
 
@@ -127,28 +145,67 @@ class Hooks:
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         if file_path == BENCHMARKS and (self.options.get("gpu") or parent.session.isinitpath(file_path)):
             return BenchmarkFile.from_parent(parent, path=file_path)
-        return CheckFile.from_parent(parent, path=file_path, runs=self.runs) if is_theme(file_path) else None
+        return CheckFile.of(file_path, parent.session, self.runs) if theme_of(file_path) else None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pycollect_makemodule(self, module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         """pytest itself looks for tests in a file that is named on the command line, beside what is collected above."""
-        ours = is_theme(module_path) or module_path == BENCHMARKS
+        ours = theme_of(module_path) or module_path == BENCHMARKS
         return NotTests.from_parent(parent, path=module_path) if ours else None
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Subject by subject, theme by theme: what others need comes first."""
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> Generator[None, Any, Any]:
+        """Subject by subject, what catches much in little time first; what selects among them comes after that."""
         mine = [item for item in items if isinstance(item, CheckItem)]
-        if not mine:
-            return
         others = [item for item in items if not isinstance(item, CheckItem)]
-        subjects = self.subjects
-        items[:] = [*others, *sorted(mine, key=lambda i: (subjects.index(i.subject), THEMES.index(i.theme)))]
+        subjects = self.subjects if mine else []
+        items[:] = [*others, *sorted(mine, key=lambda i: (subjects.index(i.subject), rank(i.check.id)))]
+        names = [item.name for item in mine]
+        for item in mine:
+            item.name = item.check.name  # for -k: the model's file may be called cache.py
+        try:
+            return (yield)
+        finally:
+            for item, name in zip(mine, names, strict=True):
+                item.name = name
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
             if isinstance(item, CheckItem):
+                item.checks_session.choose([item.check])
                 item.checks_session.waiting.add(item.nodeid)
+
+    # -- several processes
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        if not self.options.asked or config.getvalue("dist") != "load":
+            return None
+        from .run.processes import scheduler
+
+        return scheduler(config, log)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        self.shared = self.shared or tempfile.mkdtemp(prefix="transformer-checks-")
+        node.workerinput |= {"checks_seed": self.options.seed, "checks_shared": self.shared}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        for id in ids:
+            file, _, name = id.partition("::")
+            if theme_of(self.config.rootpath / file):
+                self._session(name.partition("[")[2].removesuffix("]")).waiting.add(id)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        left: dict[str, list[str]] = getattr(node, "workeroutput", {})
+        self.written += left.get("checks_written", [])
+        self.problems += left.get("checks_problems", [])
+
+    def pytest_unconfigure(self) -> None:
+        if self.worker is None and self.shared is not None:
+            shutil.rmtree(self.shared, ignore_errors=True)
 
     # -- header and summary
 
@@ -157,14 +214,26 @@ class Hooks:
             return []
         return [f"model: {subject.header}" for subject in self.subjects] + [f"seed: {self.options.seed}"]
 
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_configure_node(self, node: Any) -> None:
-        node.workerinput["checks_seed"] = self.options.seed
+    @property
+    def _reporter(self) -> pytest.TerminalReporter | None:
+        reporter: pytest.TerminalReporter | None = self.config.pluginmanager.get_plugin("terminalreporter")
+        return reporter
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Checks change from file to file: their names before each dot would be all that is seen."""
+        ours = bool(theme_of(self.config.rootpath / nodeid.partition("::")[0]))
+        if (reporter := self._reporter) is not None and reporter.showfspath and ours:
+            reporter.ensure_newline()
+            reporter.showfspath = False
+
+    @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         record: Record | None = getattr(report, "verdict", None)
         if record is not None:
             self._session(record["subject"]).add(record, report.nodeid)
+            if report.failed and self.worker is None:
+                self._show(report)
         elif report.skipped:  # by a mark
             for session in self.sessions.values():
                 session.waiting.discard(report.nodeid)
@@ -172,6 +241,16 @@ class Hooks:
             kept = {"benchmark": self.measured, "no benchmark": self.unmeasured}.get(name, [])
             if line not in kept:
                 kept.append(str(line))
+
+    def _show(self, report: pytest.TestReport) -> None:
+        """Prints the first finding at once; among the failures at the end, a line stands for it."""
+        reporter = self._reporter
+        if self.first is None and reporter is not None and self.config.option.tbstyle != "no":
+            self.first = report
+            reporter.ensure_newline()
+            reporter.write_line("")
+            reporter.write_line(report.longreprtext, red=True)
+            reporter.write_line("")
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         record: Record | None = getattr(report, "verdict", None)
@@ -182,13 +261,18 @@ class Hooks:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if hasattr(self.config, "workerinput"):
-            return
         judged = [mine for mine in self.sessions.values() if mine.records or mine.waiting]
+        for mine in judged:
+            self.written += map(str, mine.draw())
+            self.problems += mine.problems
+        if self.worker is not None:
+            output: dict[str, Any] = getattr(self.config, "workeroutput")  # noqa: B009  # which pytest-xdist gives it
+            output |= {"checks_written": self.written, "checks_problems": self.problems}
+            return
         for mine in judged:
             if mine.records:
                 self._write(mine.summary())
-            self.written += mine.draw()
+        self._order_failures()
         if not self.options.asked or session.exitstatus != pytest.ExitCode.OK or self.config.option.collectonly:
             return
         nothing = not judged or any(not mine.executed and not mine.waiting for mine in judged)
@@ -196,6 +280,21 @@ class Hooks:
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
         elif not all(mine.green for mine in judged):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _order_failures(self) -> None:
+        """The failures that pytest shows at the end, in the order of the themes."""
+        reporter = self._reporter
+        if reporter is None:
+            return
+        names = list(self.sessions)
+
+        def place(report: pytest.TestReport) -> tuple[int, int]:
+            record: Record | None = getattr(report, "verdict", None)
+            return (-1, 0) if record is None else (names.index(record["subject"]), position(record["check"]))
+
+        reporter.stats.get("failed", []).sort(key=place)
+        if self.first is not None:
+            self.first.longrepr = "shown above, as it was found"
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         write = terminalreporter.line
@@ -208,11 +307,10 @@ class Hooks:
             terminalreporter.section("benchmarks: in turn in one process; only ratios mean much", sep="-")
         for line in (*self.measured, *self.unmeasured):
             write(line)
-        for report in (path for path in self.written if path.suffix == ".md"):
+        for report in (path for path in self.written if path.endswith(".md")):
             write(f"report: {report}")
-        for session in self.sessions.values():
-            for problem in session.problems:
-                write(problem, red=True)
+        for problem in self.problems:
+            write(problem, red=True)
 
     def _end_of(self, session: Session, terminalreporter: pytest.TerminalReporter) -> None:
         for line in terminal.weights(session.records) if self.config.get_verbosity() > 0 else ():

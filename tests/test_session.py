@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from transformer_checks.checks.expect import fail, slow
+from transformer_checks.checks.expect import fail, needs
 from transformer_checks.checks.reference import reference
 from transformer_checks.checks.run.expected_failures import Expected
+from transformer_checks.checks.run.order import Check, Listed
+from transformer_checks.checks.run.processes import Shared
 from transformer_checks.checks.run.session import NOTHING_RAN, Session
 
 
@@ -48,26 +51,141 @@ def test_where_to_start_is_no_expected_failure():
     assert "expected: a: shared on purpose" in run.ending()
 
 
+@dataclass(frozen=True)
+class Here(Listed):
+    """A check that this file defines."""
+
+    function: Check | None = None
+
+    def load(self) -> Check:
+        assert self.function is not None
+        return self.function
+
+
+def here(function: Any, **how: Any) -> Here:
+    function.__module__ = "check_here"
+    return Here("here", function.__name__, 1, "A rule.", function=function, **how)
+
+
+@here
+def check_first(subject):
+    """A rule."""
+    fail("broken", advice="mend it")
+
+
+@here
+@needs("check_here.check_first")
+def check_second(subject):
+    """A rule."""
+
+
+@here
+def check_apart(subject):
+    """A rule."""
+
+
 def test_what_is_judged_is_written_with_its_start_before_it():
     written: list[Any] = []
-    run = Session("model.py", write=written.append)
-
-    def check_it(subject):
-        """A rule."""
-        fail("broken", advice="mend it")
-
-    verdict = run.judge(check_it, reference())
+    verdict = Session("model.py", write=written.append).judge(check_first, reference())
     assert verdict.outcome == "failed"
     assert [next(iter(line)) for line in written] == ["started", "subject"]
     assert written[1]["says"] == "broken" and written[1]["rule"] == "A rule."
 
 
 def test_a_slow_check_is_skipped_and_says_how_to_run_it():
-    @slow("two new processes")
-    def check_it(subject):
-        """A rule."""
-
-    verdict = Session("model.py").judge(check_it, reference())
+    check = here(lambda subject: None, slow="two new processes")
+    verdict = Session("model.py").judge(check, reference())
     assert verdict.outcome == "skipped"
     assert all(words in verdict.says for words in ("two new processes", "--slow", "slow=True"))
-    assert Session("model.py", slow=True).judge(check_it, reference()).outcome == "passed"
+    assert Session("model.py", slow=True).judge(check, reference()).outcome == "passed"
+
+
+# -- what a check needs
+
+
+def test_what_a_check_needs_is_judged_before_it_in_whatever_order_they_run():
+    """As with --ff, or where another process has the first."""
+    written: list[Any] = []
+    run = Session("model.py", write=written.append)
+    run.choose([check_first, check_second])
+    verdicts = [run.judge(check, reference()) for check in (check_second, check_first)]
+    assert [verdict.outcome for verdict in verdicts] == ["blocked", "failed"]
+    assert [line["started"] for line in written if "started" in line] == [
+        "check_here.check_first",
+        "check_here.check_second",
+    ]
+    assert [line["check"] for line in written if "check" in line] == [
+        "check_here.check_second",
+        "check_here.check_first",
+    ]
+
+
+def test_what_a_check_needs_blocks_nothing_where_it_is_not_chosen():
+    run = Session("model.py")
+    run.choose([check_second])
+    assert run.judge(check_second, reference()).outcome == "passed"
+
+
+def test_processes_read_the_verdicts_of_each_other(tmp_path):
+    one, two = (Session("model.py", shared=Shared(tmp_path / "0")) for _ in range(2))
+    ran: list[str] = []
+
+    @here
+    def check_first(subject):
+        """A rule."""
+        ran.append("first")
+        fail("broken", advice="mend it", numbers=(1, 2))
+
+    for run in (one, two):
+        run.choose([check_first, check_second])
+    first = one.judge(check_first, reference())
+    assert two.judge(check_second, reference()).outcome == "blocked"
+    assert two.judge(check_first, reference()) == first and ran == ["first"]
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path):
+    (tmp_path / "0").write_text("in the way")
+    run = Session("model.py", shared=Shared(tmp_path / "0"))
+    run.choose([check_first, check_second])
+    assert run.judge(check_second, reference()).outcome == "blocked"
+
+
+# -- a budget
+
+
+def test_a_budget_stops_before_the_first_check_that_does_not_fit():
+    run = Session("model.py", budget=0.0)
+    run.add(run.judge(check_apart, reference()).as_dict())
+    (verdict,) = run.verdicts.values()
+    assert verdict.outcome == "skipped" and "budget of 0 s" in verdict.says
+    assert any("left out 1 check" in line and "100 % of the known bugs" in line for line in run.ending())
+
+
+def test_a_budget_that_is_not_spent_leaves_out_nothing():
+    run = Session("model.py", budget=60.0)
+    run.add(run.judge(check_apart, reference()).as_dict())
+    assert run.verdicts["check_here.check_apart"].outcome == "passed"
+    assert not any("budget" in line for line in run.ending())
+
+
+def test_a_check_does_not_run_where_the_budget_left_out_what_it_needs(monkeypatch):
+    run = Session("model.py", budget=60.0)
+    run.choose([check_first, check_second])
+    asked: list[str] = []
+
+    def allows(check):
+        asked.append(check.name)
+        return asked == ["check_second"]
+
+    monkeypatch.setattr(run.budget, "allows", allows)
+    assert run.judge(check_second, reference()).outcome == "skipped"
+
+
+# -- the order of a report
+
+
+def test_the_records_are_in_the_order_of_the_themes():
+    last, first = "check_sanity.check_memorizes_the_sentence", "check_contract.check_logits_have_shape"
+    run = session(record(last, "failed"), record(first, "failed"), record("check_of.nobody", "failed"))
+    assert [r["check"] for r in run.records] == [first, last, "check_of.nobody"]
+    assert run.start() == f"start with {first}"

@@ -12,14 +12,15 @@ COUNTED = ("passed", "failed", "error", "not_applicable", "skipped", "blocked")
 
 def line(record: Mapping[str, Any]) -> str:
     """A record as one line of strict JSON: values that JSON lacks (NaN, infinities, other types) become text."""
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The same of nothing but what JSON has."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

@@ -69,3 +69,9 @@ def totals(summary: Mapping[str, Any]) -> str:
     names |= {"skipped": "skipped", "blocked": "blocked"}
     counts = [f"{summary[key]} {name}" for key, name in names.items() if summary[key]]
     return f"{', '.join(counts) or 'nothing ran'}; {summary['executed']} of {summary['total']} checks ran"
+
+
+def left_out(checks: int, budget: float, missed: int, known: int) -> str:
+    """What a budget left out: how many checks, and how much of what is known to go wrong only they would find."""
+    share = f"{100 * missed / known:.0f} % of the known bugs ({missed} of {known})" if known else "unknown bugs"
+    return f"the budget of {budget:g} s left out {checks} checks; only they catch {share}"

@@ -14,7 +14,7 @@ import pytest
 from ..report import terminal
 from . import BROKEN
 from .diagnosis import explain
-from .order import CHECKS, PACKAGE, Check, checks_in
+from .order import CHECKS, PACKAGE, Listed, listed
 
 if TYPE_CHECKING:
     from ..subject import Subject
@@ -25,40 +25,56 @@ BENCHMARKS = CHECKS / "bench_training.py"
 Run = tuple["Subject", "Session"]
 
 
-def is_theme(path: Path) -> bool:
-    """Whether a file is one of ours that holds checks."""
-    return path.parent == CHECKS and path.suffix == ".py" and path.stem.startswith("check_")
+def theme_of(path: Path) -> str:
+    """The theme of a file of ours that holds checks; "" for any other file."""
+    theme = path.stem.removeprefix("check_")
+    return theme if path == CHECKS / f"check_{theme}.py" else ""
+
+
+def argument(text: str, folder: Path) -> str:
+    """A node id that was printed elsewhere, `…/check_cache.py::check_x[model.py]`, as an argument that pytest finds."""
+    file, colons, names = text.partition("::")
+    ours = CHECKS / Path(file).name
+    return f"{ours}{colons}{names}" if colons and theme_of(ours) and not (folder / file).exists() else text
 
 
 class CheckFile(pytest.File):
-    """A `check_*.py`: every check in it, for every subject; `runs` gives the subjects when they are needed."""
+    """A `check_*.py`: every check in it, for every subject; `runs` gives the subjects when they are needed.
+
+    It hangs from the session, so that `-k` does not find the words in the names of the folders that it lies in.
+    """
 
     def __init__(self, *, runs: Callable[[], list[Run]], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.runs = runs
 
+    @classmethod
+    def of(cls, path: Path, session: pytest.Session, runs: Callable[[], list[Run]]) -> CheckFile:
+        inside = path.is_relative_to(session.config.rootpath)
+        # A way out of the root (../../lib/…) would not be found by those who look a node id up: --lf, the command line.
+        id = (path.relative_to(session.config.rootpath) if inside else path).as_posix()
+        file: CheckFile = cls.from_parent(session, path=path, name=path.stem, nodeid=id, runs=runs)
+        return file
+
     def collect(self) -> Iterator[pytest.Item]:
-        theme = self.path.stem.removeprefix("check_")
-        checks = checks_in(theme)
         for subject, session in self.runs():
-            session.total += len(checks)
-            for check in checks:
-                name = f"{check.__name__}[{subject.name}]"
+            for check in listed(theme_of(self.path)):
+                name = f"{check.name}[{subject.name}]"
+                # Given as text, so that pytest divides it as it will when it reads it again.
+                id = f"{self.nodeid}::{name}"
                 yield CheckItem.from_parent(
-                    self, name=name, check=check, theme=theme, subject=subject, session_of_subject=session
+                    self, name=name, nodeid=id, check=check, subject=subject, session_of_subject=session
                 )
 
 
 class CheckItem(pytest.Item):
     """One check of one subject."""
 
-    def __init__(
-        self, *, check: Check, theme: str, subject: Subject, session_of_subject: Session, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, check: Listed, subject: Subject, session_of_subject: Session, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.check, self.theme, self.subject, self.checks_session = check, theme, subject, session_of_subject
+        self.check, self.subject, self.checks_session = check, subject, session_of_subject
         self.verdict: Verdict | None = None
-        if getattr(check, "sanity", False):
+        if check.theme == "sanity":
             self.add_marker("sanity")
 
     def runtest(self) -> None:
@@ -80,7 +96,7 @@ class CheckItem(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[os.PathLike[str], int | None, str]:
-        return self.path, self.check.__code__.co_firstlineno, self.name
+        return self.path, self.check.line - 1, self.name
 
 
 class CheckBroken(Exception):

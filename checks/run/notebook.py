@@ -11,8 +11,9 @@ from ..report import terminal
 from ..subject import Subject
 from .diagnosis import explain
 from .expected_failures import read
-from .order import THEMES, Check, all_checks, check_id, checks_in
+from .order import THEMES, Listed, all_listed, listed, position
 from .session import Session
+from .strength import in_order
 from .subjects import subject_of
 from .verdict import Verdict
 
@@ -25,7 +26,7 @@ class Report:
 
     @property
     def verdicts(self) -> list[Verdict]:
-        return list(self.session.verdicts.values())
+        return sorted(self.session.verdicts.values(), key=lambda verdict: position(verdict.check))
 
     def __iter__(self) -> Iterator[Verdict]:
         return iter(self.verdicts)
@@ -69,6 +70,7 @@ def check_model(
     checkpoint: str | None = None,
     slow: bool = False,
     spec: str = "auto",
+    budget: float | None = None,
     **parts: Any,
 ) -> Report:
     """See `transformer_checks.check_model`."""
@@ -76,23 +78,25 @@ def check_model(
     chosen = _chosen(checks)
     seed = secrets.randbelow(2**31) if seed is None else seed
     subject = subject_of(model, parts=parts, seed=seed, device=device, causal=causal, checkpoint=checkpoint, spec=spec)
-    expected = None if expected_failures is None else read(expected_failures, map(check_id, all_checks()))
-    session = Session(subject.name, expected=expected, slow=slow)
+    expected = None if expected_failures is None else read(expected_failures, all_listed())
+    session = Session(subject.name, expected=expected, slow=slow, budget=budget)
+    session.choose(chosen)
     try:
-        for check in chosen:
+        for check in in_order(chosen):
             session.add(session.judge(check, subject).as_dict())
     finally:
         subject.leave()
     return Report(subject, session)
 
 
-def _chosen(wanted: Iterable[str] | None) -> list[Check]:
+def _chosen(wanted: Iterable[str] | None) -> list[Listed]:
     """Checks by theme ("causality") or by name; all of them by default."""
+    known = list(all_listed().values())
     if wanted is None:
-        return all_checks()
-    found: list[Check] = []
+        return known
+    found: list[Listed] = []
     for name in [wanted] if isinstance(wanted, str) else wanted:
-        mine = checks_in(name) if name in THEMES else [c for c in all_checks() if name in (check_id(c), c.__name__)]
+        mine = listed(name) if name in THEMES else [check for check in known if name in (check.id, check.name)]
         if not mine:
             raise UsageError(f"no check or theme is called {name!r}; the themes are {', '.join(THEMES)}")
         found += [check for check in mine if check not in found]

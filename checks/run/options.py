@@ -36,6 +36,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--device": dict(metavar="DEVICE", help="where the checks run: cpu (the default), cuda, mps, xpu"),
     "--gpu": dict(action="store_true", help="run the checks on CUDA, then benchmark training steps and decoding"),
     "--slow": dict(action="store_true", help="also run the checks that take minutes: compilers, new processes"),
+    "--budget": dict(
+        type=float,
+        metavar="SECONDS",
+        help="stop when the checks have taken this much processor time; those that catch most come first",
+    ),
     "--seed": dict(type=int, metavar="N", help="random seed of the run (default: a new one, printed)"),
     "--out": dict(metavar="FOLDER", help="where the sanity checks write their artifacts (default: out)"),
     "--verdicts": dict(metavar="FILE", help="write one JSON line per verdict, as it happens"),
@@ -81,10 +86,10 @@ class Options:
 
     def expected_failures(self) -> Expected:
         from .expected_failures import Expected, read
-        from .order import all_checks, check_id
+        from .order import all_listed
 
         path = self.get("expected-failures")
-        return read(path, map(check_id, all_checks())) if path else Expected()
+        return read(path, all_listed()) if path else Expected()
 
     def parts(self) -> dict[str, str]:
         given: list[str] = self.get("with", [])

@@ -6,7 +6,7 @@ keeps is plain data, so that it also adds up verdicts that other processes reach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,12 @@ from ..report import lines, terminal
 from . import BROKEN
 from .diagnosis import where_to_start
 from .expected_failures import Expected
-from .order import Check, check_id, rule, theme
+from .order import Listed, all_listed, position
+from .strength import Budget, caught_by_none_of, processor_seconds
 
 if TYPE_CHECKING:
     from ..subject import Subject
+    from .processes import Shared
     from .verdict import Verdict
 
 EXECUTED = ("passed", *BROKEN)
@@ -30,7 +32,11 @@ def nowhere(record: Record) -> None:
 
 
 class Session:
-    """The verdicts of one run over one subject. `write` gets each record of the verdict file as it comes about."""
+    """The verdicts of one run over one subject. `write` gets each record of the verdict file as it comes about.
+
+    A check is judged after those that it needs, in whatever order they are asked for. `shared` has the verdicts of
+    other processes; `budget` is in processor seconds, of each process its own.
+    """
 
     def __init__(
         self,
@@ -38,42 +44,80 @@ class Session:
         *,
         expected: Expected | None = None,
         slow: bool = False,
+        budget: float | None = None,
         write: Callable[[Record], None] = nowhere,
         out: Path | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        self.name, self.slow, self.write, self.out = name, slow, write, out
+        self.name, self.slow, self.write, self.out, self.shared = name, slow, write, out, shared
         self.expected = Expected() if expected is None else expected
-        self.total = 0  # checks that there are
+        self.budget = None if budget is None else Budget(budget)
+        self.chosen: dict[str, Listed] = {}  # the checks of this run, by id
         self.waiting: set[str] = set()  # those that are to run and have no verdict yet, by whatever names them
-        self.verdicts: dict[str, Verdict] = {}  # of this process, by check
-        self.records: list[Record] = []  # of every process
+        self.verdicts: dict[str, Verdict] = {}  # known to this process, by check
         self.problems: list[str] = []  # what went wrong beside the checks
+        self._records: list[Record] = []  # of every process, as they came
 
-    def judge(self, check: Check, subject: Subject) -> Verdict:
-        """Judges one check and writes its verdict down; a slow one only in a slow run."""
-        self.write(lines.started(check_id(check), self.name))
-        verdict = self._judged(check, subject)
-        self.verdicts[verdict.check] = verdict
+    def choose(self, checks: Iterable[Listed]) -> None:
+        """Adds checks to those of this run: a check waits for what it needs only if that runs too."""
+        self.chosen |= {check.id: check for check in checks}
+
+    def judge(self, check: Listed, subject: Subject) -> Verdict:
+        """The verdict of one check, written down; a slow one is judged only in a slow run."""
+        verdict = self._verdict(check, subject)
         self.write({"subject": self.name, **verdict.as_dict()})
-        if verdict.kept and self.out is not None:
-            self._keep(self.out, verdict)
         return verdict
 
-    def _judged(self, check: Check, subject: Subject) -> Verdict:
-        from .verdict import Verdict, judge
+    def _verdict(self, check: Listed, subject: Subject) -> Verdict:
+        verdict = self.verdicts.get(check.id) or (self.shared and self.shared.get(check.id))
+        if not verdict:
+            verdict = self._left_out(check) or self._judged(check, subject)
+            if verdict.kept and self.out is not None:
+                self._keep(self.out, verdict)
+        self.verdicts[check.id] = verdict
+        return verdict
 
-        reason = getattr(check, "slow", None)
-        if reason and not self.slow:
-            says = f"slow: {reason}; it runs with --slow, in a notebook with slow=True"
-            return Verdict(check_id(check), theme(check), "skipped", rule(check), says)
-        return judge(check, subject, self.verdicts)
+    def _left_out(self, check: Listed) -> Verdict | None:
+        """The verdict of a check that is not to run; once one does not fit the budget, no other runs."""
+        from .verdict import Verdict
+
+        if check.slow and not self.slow:
+            says = f"slow: {check.slow}; it runs with --slow, in a notebook with slow=True"
+            return Verdict(check.id, check.theme, "skipped", check.rule, says)
+        if self.budget is not None and not self.budget.allows(check):
+            says = f"not run: it does not fit what is left of the budget of {self.budget.seconds:g} s"
+            return Verdict(check.id, check.theme, "skipped", check.rule, says, {"budget": self.budget.seconds})
+        return None
+
+    def _judged(self, check: Listed, subject: Subject) -> Verdict:
+        from .verdict import judge
+
+        function = check.load()
+        for needed in getattr(function, "needs", ()):
+            if needed in self.chosen:
+                self._verdict(self.chosen[needed], subject)
+        if left_out := self._left_out(check):  # what it needs did not fit the budget
+            return left_out
+        self.write(lines.started(check.id, self.name))
+        begun = processor_seconds()
+        verdict = judge(function, subject, self.verdicts)
+        if self.budget is not None and verdict.outcome in EXECUTED:
+            self.budget.took(check, processor_seconds() - begun)
+        if self.shared is not None:
+            self.shared.put(verdict)
+        return verdict
 
     def add(self, record: Record, name: str = "") -> None:
         """Counts a verdict, reached here or elsewhere; `name` is what `waiting` calls its check."""
         self.waiting.discard(name)
-        self.records.append(record)
+        self._records.append(record)
 
     # -- what the whole comes to
+
+    @property
+    def records(self) -> list[Record]:
+        """The verdicts in the order of the themes, whatever order they came in."""
+        return sorted(self._records, key=lambda record: position(record["check"]))
 
     @property
     def broken(self) -> list[Record]:
@@ -114,13 +158,21 @@ class Session:
 
     def summary(self) -> dict[str, Any]:
         """The last record of the verdict file."""
-        return lines.summary(self.name, self.records, self.total or len(self.records))
+        return lines.summary(self.name, self._records, len(all_listed()))
 
     def ending(self) -> list[str]:
         """The last lines of a report: notes, how many checks ended how, where to start."""
         notes = [f"expected: {record['check']}: {reason}" for record, reason in self.expected_failures]
         notes += [f"note: {record['check']}: {text}" for record in self.records for text in record["remarks"]]
-        return [*notes, terminal.totals(self.summary()["summary"])]
+        return [*notes, terminal.totals(self.summary()["summary"]), *self._left()]
+
+    def _left(self) -> list[str]:
+        """What a budget left out, and what only that would have caught."""
+        left = [record for record in self._records if "budget" in record.get("evidence", ())]
+        if not left:
+            return []
+        missed, known = caught_by_none_of([record["check"] for record in self._records if record not in left])
+        return [terminal.left_out(len(left), left[0]["evidence"]["budget"], missed, known)]
 
     def start(self) -> str:
         """Which unexpected failure to look at first."""
