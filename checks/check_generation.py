@@ -19,7 +19,7 @@ from .generation.met_generate import Rows
 from .generation.prompts import continued, ends_early, first_accepted, with_an_end
 from .generation.scripted import Stage, stage
 from .probes.module_state import renormalized
-from .subject import Subject
+from .subject import Subject, torch_seeded
 from .watch.draws import states
 
 CACHED = "check_cache.check_cached_decoding_equals_full"
@@ -381,8 +381,7 @@ SEEDED = ("PyTorch", "Python")
 
 def state_after(on: Stage, prompts: Tensor, start: int, **options: Any) -> dict[str, bytes]:
     python = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(start)
+    with torch_seeded(start):
         random.seed(start)
         try:
             on.generate(prompts, 3, **options)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..expect import Bound, NotApplicable
 from ..subject import Subject
+from ..watch.dispatch import Dispatch
 from .precision import precision, spread
 
 LONGEST = 24  # tokens
@@ -21,11 +21,11 @@ FINENESS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 0.1}
 
 
-class Coarsest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Coarsest(Dispatch):
     """Sees the coarsest floating-point type of all tensors that are made or written to."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

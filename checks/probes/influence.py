@@ -17,7 +17,7 @@ from ..expect import NotApplicable
 from ..subject import Subject
 from ..watch.draws import seeded
 from ..ways import EVAL, Way
-from .module_state import buffers_kept
+from .module_state import buffers_kept, set_mode
 
 LONGEST = 16  # tokens; every pair of positions is tried in sequences up to this length
 STACKED = 8192  # tokens in one call, at most
@@ -28,12 +28,12 @@ def call(subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor | None
     """Logits [B, T, V] without a graph; dropout, if the way has any, is always drawn from the same seed."""
     kept = buffers_kept(model) if way.training else nullcontext()
     with seeded(subject.seed), torch.no_grad(), way.inside(), kept:
-        model.train(way.training)
+        set_mode(model, way.training)
         try:
             cache = subject.new_cache(model, len(tokens)) if way.cached else None
             return subject.logits(model, tokens, mask, cache, **way.more)
         finally:
-            model.eval()
+            set_mode(model, False)
 
 
 def block_of_tokens(subject: Subject, rows: int, *, seed: int = 0) -> Tensor:

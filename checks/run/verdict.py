@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -58,7 +60,7 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
         verdict.outcome, verdict.says = "not_applicable", NOTHING_TO_LEARN
         return verdict
     start = time.perf_counter()
-    with remarks() as mine, one_thread():
+    with remarks() as mine, one_thread(), old_objects_uncollected():
         try:
             check(subject)
         except CheckFailed as failure:
@@ -88,6 +90,19 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
     verdict.evidence = {**mine.evidence, **verdict.evidence}
     verdict.remarks, verdict.kept = mine.advice, mine.kept
     return verdict
+
+
+@contextmanager
+def old_objects_uncollected() -> Iterator[None]:
+    """Inside, garbage collection passes over the objects made before: libraries mostly, some hundred thousand."""
+    if gc.get_freeze_count():  # by whoever runs us: `unfreeze` would undo that
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _wants_gradients(error: Exception) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..expect import NotApplicable, advise, fail, note
 from ..loss.formula import cross_entropy
-from ..subject import Subject
+from ..subject import Subject, torch_seeded
 from .explained import (
     angle,
     cause,
@@ -399,8 +399,7 @@ def step_leaves_random_states(subject: Subject) -> None:
     after = []
     for seed in (3, 4):
         model, optimizer = fresh(subject, met)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with torch_seeded(seed):
             met.run(model, optimizer, met.first.examples)
             after.append(torch.get_rng_state())
     if torch.equal(*after):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from .dispatch import Dispatch
 
 # After these, equal shapes need not mean equal rounding: tokens are routed by value, or scaled by a maximum.
 ROUTING = {"topk", "sort", "argsort", "nonzero", "argmax", "max", "amax", "aminmax", "multinomial", "bincount"}
@@ -15,11 +16,11 @@ DRAWS = ("dropout", "bernoulli", "rand", "normal", "uniform", "exponential", "mu
 Operation = tuple[Any, ...]  # its name, then the shapes of the tensors among its arguments
 
 
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(Dispatch):
     """Records the operations that run and the shapes of the tensors they take."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.log: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -13,22 +13,37 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..expect import Where
+from ..subject import torch_seeded
 from .location import line_now
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators of PyTorch, Python and NumPy inside, and restores them afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    python = random.getstate()
+    with torch_seeded(seed), _another_numpy_generator():
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(numpy)
+
+
+_spare: list[np.random.MT19937] = []
+
+
+@contextmanager
+def _another_numpy_generator() -> Iterator[None]:
+    """Puts another in the place of NumPy's global generator: to copy its state takes as long as a small forward."""
+    numpy: Any = np.random
+    own, other = numpy.get_bit_generator(), _spare.pop() if _spare else np.random.MT19937(0)
+    numpy.set_bit_generator(other)
+    try:
+        yield
+    finally:
+        numpy.set_bit_generator(own)
+        _spare.append(other)
 
 
 @contextmanager

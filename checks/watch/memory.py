@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..expect import Where
+from .dispatch import Dispatch
 from .location import line_now
 
 
-class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Held(Dispatch):
     """Counts the bytes of tensors made inside that are still alive: `now`, and at the `peak`.
 
     It sees the results of operations, not the working memory of a kernel. A GPU's allocator counts both.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.sizes: dict[int, int] = {}  # of live storages, by address; 0 for those made before
         self.now = self.peak = 0
         self.largest: tuple[int, tuple[int, ...], Where | None] = (0, (), None)  # bytes, shape, line that made it

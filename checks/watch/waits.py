@@ -10,9 +10,9 @@ from collections import Counter
 from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..expect import Where
+from .dispatch import Dispatch
 from .location import line_now
 
 aten = torch.ops.aten
@@ -28,11 +28,11 @@ def _picks_by_a_mask(func: Any, args: Any) -> bool:
     return any(index is not None and index.dtype == torch.bool for index in indices)
 
 
-class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Waits(Dispatch):
     """Counts waits by line of the subject's code. On CUDA it also counts, and hides, PyTorch's own warnings of them."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.device = device
         self.by_line: Counter[Where] = Counter()
         self.said = 0  # PyTorch's own warnings on CUDA, whatever the operation
@@ -49,11 +49,11 @@ class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
             warnings.simplefilter("always")
             self.before = torch.cuda.get_sync_debug_mode()
             torch.cuda.set_sync_debug_mode("warn")
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)
         if self.device.type == "cuda":
             torch.cuda.set_sync_debug_mode(self.before)
             self.said = sum("synchroniz" in str(warning.message) for warning in self.warned or ())
