@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from library_models import amplified
 
 from transformer_checks.transformer import generation
-from transformer_checks.transformer.generation import generate, left_pad
+from transformer_checks.transformer.generation import for_decoding, generate, left_pad
 from transformer_checks.transformer.model import gpt2, llama
 
 FAMILIES = {"gpt2": gpt2, "llama": llama}
@@ -170,6 +170,61 @@ def test_mode_random_state_prompt_and_weights_are_left_as_found(family, how, see
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert not got.requires_grad and torch.is_grad_enabled()
     model(got[:, :9]).sum().backward()  # what came out can be trained on
+
+
+@family
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_comes_out_can_be_trained_on_also_where_every_row_ended_early(family, use_cache):
+    model, prompt = amplified(family(**SIZES), 0), torch.tensor([[1]])
+    end = int(generate(model, prompt, 1)[0, 1])
+    got = generate(model, prompt, 5, end=end, use_cache=use_cache)
+    assert got.shape == (1, 2) and not got.is_inference()
+    model(got).sum().backward()
+
+
+def test_a_tensor_that_a_model_keeps_from_decoding_without_a_cache_can_be_trained_with():
+    class Keeps(torch.nn.Module):
+        """Makes its table of angles when first called, as rotary embeddings often do."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.table = torch.nn.Parameter(torch.ones(7)), None
+
+        def forward(self, tokens):
+            if self.table is None:
+                self.table = torch.arange(7.0).cos()
+            return self.weight * self.table * tokens[..., None]
+
+    model = Keeps()
+    generate(model, torch.tensor([[1]]), 3, use_cache=False)
+    model(torch.tensor([[1]])).sum().backward()
+    assert torch.equal(model.weight.grad, model.table)
+
+
+# --- a copy for decoding
+
+
+@family
+def test_a_copy_for_decoding_says_the_same_and_leaves_the_model_as_it_was(family):
+    model = amplified(family(**SIZES, dropout=0.5), 0).train()
+    weights = {name: (value.clone(), value.stride()) for name, value in model.state_dict().items()}
+    ready = for_decoding(model)
+    for use_cache in (True, False):
+        prompt = torch.tensor(random_prompts([3, 3]))
+        assert torch.equal(generate(ready, prompt, 12, use_cache=use_cache), generate(model, prompt, 12))
+    assert not any(module.training for module in ready.modules())
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name][0]) and value.stride() == weights[name][1]
+
+
+@family
+def test_a_copy_for_decoding_stores_columns_one_after_another_and_cannot_be_trained(family):
+    ready = for_decoding(amplified(family(**SIZES), 0))
+    linear = [module for module in ready.modules() if isinstance(module, torch.nn.Linear)]
+    assert linear and all(layer.weight.stride(0) == 1 for layer in linear)
+    assert ready.embedding.weight.is_contiguous()  # also where the head shares its values
+    assert not any(p.requires_grad for p in ready.parameters())
 
 
 def test_dropout_is_off_while_decoding_and_no_graph_is_built():

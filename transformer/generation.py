@@ -5,19 +5,21 @@ Each step (read, last position, temperature, filters, sample, end, crop) is one 
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Model = Callable[..., Tensor]  # tokens [B, T], and mask= or cache= where they are used, to logits [B, T, V]
 
+Module = TypeVar("Module", bound=nn.Module)
 
-@torch.no_grad()
+
 def generate(
     model: Model,
     prompt: Tensor,
@@ -56,14 +58,15 @@ def generate(
         generator = entropic_generator(prompt.device)
     cache = new_cache(model, B, min(T + max_new_tokens, limit)) if use_cache else None
     finished = torch.zeros(B, dtype=torch.bool, device=prompt.device)
-    with evaluating(model):
+    with evaluating(model), without_gradients(use_cache):
         for t in range(T, T + max_new_tokens):
             logits = read(model, tokens[:, :t], None if mask is None else mask[:, :t], limit, cache)
             new = next_token(logits, temperature, top_k, top_p, generator)
             tokens[:, t], finished = finish(new, finished, end, pad)
             if end is not None and finished.all():
-                return tokens[:, : t + 1].clone()
-    return tokens
+                tokens = tokens[:, : t + 1]
+                break
+    return tokens.clone()
 
 
 def read(model: Model, tokens: Tensor, mask: Tensor | None, limit: int, cache: Any) -> Tensor:
@@ -158,6 +161,28 @@ def evaluating(model: Model) -> Iterator[None]:
     finally:
         for module, training in zip(modules, found, strict=True):
             module.training = training
+
+
+def without_gradients(use_cache: bool) -> AbstractContextManager[Any]:
+    """Inference mode costs less per operation, but autograd refuses the tensors made in it.
+
+    Without a cache any callable may be the model, also one that keeps tensors (rotary angles, say) for training.
+    """
+    return torch.inference_mode() if use_cache else torch.no_grad()
+
+
+def for_decoding(model: Module) -> Module:
+    """A copy of the model for decoding one row at a time on a CPU: in eval mode, with weights that are not trained.
+
+    Its linear layers store their weights column by column, so that a product with a single vector is a third faster.
+    A weight being trained must not be stored like that: PyTorch's fused optimizers mistake its order for that of its
+    gradient or of averages that were saved row by row.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(layer.weight.t().contiguous().t(), requires_grad=False)
+    return model
 
 
 def new_cache(model: Model, batch_size: int, capacity: int) -> Any:

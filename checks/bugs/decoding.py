@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..check_generation import (
 from ..check_sampling import check_filters_work_together
 from ..check_spec import check_generation_draws_from_the_logits
 from . import bug
-from .damage import GPT2, decode_with, decoding, generate_with
+from .damage import GPT2, decode_with, generate_with
 
 # -- what is read
 
@@ -221,7 +221,7 @@ def generate_mutates_prompt(parts: SimpleNamespace) -> None:
 
 @bug("decoding runs without no_grad: the cache keeps the autograd graph of every step", check_generate_keeps_no_graph)
 def generate_keeps_graph(parts: SimpleNamespace) -> None:
-    parts.generate = decoding().generate.__wrapped__  # without torch.no_grad
+    decode_with(parts, without_gradients=lambda use_cache: nullcontext())
 
 
 @bug(
