@@ -96,15 +96,21 @@ def training(others: dict[str, Callable[[Sizes], Peer]], rounds: int, clock: Clo
     ours = peers.ours(SIZES)
     runs = {"ours": step(ours), **{name: step(build(SIZES)) for name, build in others.items()}}
     runs["matrix products"] = training_products(SIZES, B, T)
-    runs["ours, bfloat16"] = step(ours, bfloat16=True)
+    runs["ours, bfloat16"] = step(peers.ours(SIZES, attention="explicit"), bfloat16=True)
+    runs["ours, bfloat16, fused"] = step(ours, bfloat16=True)
     if "nanoGPT" in others:
         runs["nanoGPT, bfloat16"] = step(others["nanoGPT"](SIZES), bfloat16=True)
     seconds = report("training step", runs, B * T, rounds, clock)
     figures.add("step, float32 / matrix products", ratio(seconds["ours"], seconds["matrix products"]), "≤ 1.05")
     if "nanoGPT" in seconds:
         figures.add("step, float32 / nanoGPT", ratio(seconds["ours"], seconds["nanoGPT"]), "≤ 1.00")
-        bfloat16 = ratio(seconds["ours, bfloat16"], seconds["nanoGPT"])
-        figures.add("step, bfloat16 / nanoGPT in float32", bfloat16, "≤ 0.55 where the CPU has bfloat16")
+        for name, theirs, budget in (
+            ("step, bfloat16 / nanoGPT in float32", "nanoGPT", "≤ 0.55 where the CPU has bfloat16"),
+            ("step, bfloat16 / nanoGPT in bfloat16", "nanoGPT, bfloat16", "≤ 1.00"),
+        ):
+            figures.add(name, ratio(seconds["ours, bfloat16"], seconds[theirs]), budget)
+        fused = ratio(seconds["ours, bfloat16, fused"], seconds["nanoGPT, bfloat16"])
+        figures.add("  the same with PyTorch's fused attention", fused, "none")
 
 
 def decoding(others: dict[str, Callable[[Sizes], Peer]], rounds: int, clock: Clock, figures: Figures) -> None:
@@ -119,9 +125,11 @@ def decoding(others: dict[str, Callable[[Sizes], Peer]], rounds: int, clock: Clo
     runs["matrix-vector products"] = lambda: [products() for _ in range(NEW_TOKENS)]
     seconds = report("decoding, cached", runs, NEW_TOKENS, rounds, clock)
     share = ratio(seconds["matrix-vector products"], seconds["ours"])
-    figures.add("decoding, share of the matrix-vector bound", share, "≥ 0.5")
+    figures.add("decoding, share of the matrix-vector bound", share, "≥ 0.85")
     if "HF GPT-2" in seconds:
-        figures.add("decoding, times as fast as HF with its cache", ratio(seconds["HF GPT-2"], seconds["ours"]), "≥ 3")
+        figures.add(
+            "decoding, times as fast as HF with its cache", ratio(seconds["HF GPT-2"], seconds["ours"]), "≥ 1.3"
+        )
         bound = ratio(seconds["HF GPT-2"], seconds["matrix-vector products"])
         figures.add("  and no float32 decoding could be faster than", bound, "none: the bound / HF")
     uncached = {"ours": runs["ours"], "ours, no cache": decode(peers.ours_without_cache(SIZES))}

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transformer_checks.checks.subject import Sizes
-from transformer_checks.transformer.generation import generate
+from transformer_checks.transformer.generation import for_decoding, generate
 from transformer_checks.transformer.loss import next_token_loss
 from transformer_checks.transformer.model import Transformer, gpt2
 from transformer_checks.transformer.optimizer import build_optimizer
@@ -39,14 +41,16 @@ class Peer:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def ours(sizes: Sizes) -> Peer:
-    model = Transformer(gpt2(**vars(sizes)))
+def ours(sizes: Sizes, **parts: Any) -> Peer:
+    """`parts` are further fields of the model's config."""
+    model = Transformer(gpt2(**vars(sizes), **parts))
+    ready = functools.cache(lambda: for_decoding(model))  # made at the first call, as when a model is loaded
     optimizer = build_optimizer(model, TrainConfig(optimizer="adamw", learning_rate=1e-4))
     return Peer(
         model.train(),
         lambda tokens, targets: next_token_loss(model(tokens), targets),
         optimizer,
-        lambda prompt, n: generate(model, prompt, n),
+        lambda prompt, n: generate(ready(), prompt, n),
     )
 
 

@@ -166,6 +166,29 @@ def test_a_load_that_does_not_fit_is_said_with_what_it_takes(monkeypatch):
     assert 4 * 2**30 < largest.bytes < 12 * 2**30  # two models of 124 million parameters with Adam are 4 GiB
 
 
+def test_the_bound_of_decoding_is_the_faster_layout_of_the_weights(monkeypatch):
+    """Whichever it is here: a layout that is made slow is never chosen."""
+    for slow in loads.LAYOUTS:
+        made = {}
+
+        def products(sizes, lay, device, dtype, made=made, slow=slow):
+            name = next(name for name, known in loads.LAYOUTS.items() if known is lay)
+            made[name] = lambda: time.sleep(0.003 if name == slow else 0)
+            return made[name]
+
+        monkeypatch.setattr(loads, "vector_products", products)
+        chosen = loads.decoding_products(loads.TINY.sizes)
+        assert chosen is next(run for name, run in made.items() if name != slow)
+    assert len(loads.LAYOUTS) == 2
+
+
+def test_every_layout_holds_the_same_matrix():
+    matrix = torch.arange(6.0).view(2, 3)
+    laid = {name: lay(matrix) for name, lay in loads.LAYOUTS.items()}
+    assert all(torch.equal(other, matrix) for other in laid.values())
+    assert laid["row by row"].stride() == (3, 1) and laid["column by column"].stride() == (1, 2)
+
+
 def test_a_model_of_fixed_sizes_is_measured_at_them():
     fixed = subject_of(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)))
     (load,) = loads.loads_of(fixed)

@@ -69,15 +69,23 @@ def bench(monkeypatch, capsys):
 def test_every_figure_of_the_readme_is_printed_with_its_budget(bench, tmp_path):
     (tmp_path / "model.py").write_text(NANOGPT)
     said = bench("--nanogpt", str(tmp_path))
-    for name in ("ours, bfloat16", "nanoGPT, bfloat16", "HF GPT-2", "x-transformers", "matrix-vector products"):
+    for name in (
+        "ours, bfloat16",
+        "ours, bfloat16, fused",
+        "nanoGPT, bfloat16",
+        "HF GPT-2",
+        "x-transformers",
+        "matrix-vector products",
+    ):
         assert name in said
     short = said.partition("summary: ")[2]
     for figure in (
-        "step, float32 / matrix products", "step, float32 / nanoGPT", "step, bfloat16 / nanoGPT",
+        "step, float32 / matrix products", "step, float32 / nanoGPT", "step, bfloat16 / nanoGPT in float32",
+        "step, bfloat16 / nanoGPT in bfloat16",
         "share of the matrix-vector bound", "as fast as HF with its cache", "as fast as nanoGPT",
     ):  # fmt: skip
         assert figure in short
-    assert short.count("budget") == 8 and "number of parameters" not in said
+    assert short.count("budget") == 10 and "number of parameters" not in said
 
 
 def test_what_is_not_here_is_said(bench, monkeypatch, tmp_path):
