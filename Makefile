@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 TYPING := $(VENV)/typing
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: mutants sanity test lint bench power clean
+.PHONY: mutants sanity test lint bench gpu power clean
 
 sanity: $(VENV)/installed
 	$(BIN)/python -m pytest -m sanity
@@ -28,6 +28,10 @@ lint: $(VENV)/installed-for-tests
 # Times our model, the GPT-2 of transformers, x-transformers and, with NANOGPT=folder, nanoGPT.
 bench: $(VENV)/installed-for-tests
 	$(BIN)/python -m benchmarks.compare $(if $(NANOGPT),--nanogpt $(NANOGPT))
+
+# Runs every check and benchmark that needs CUDA, in at most ten minutes; the table is out/gpu/table.md.
+gpu: $(VENV)/installed-for-tests
+	$(BIN)/python -m benchmarks.gpu
 
 # Runs every check on every known bug and every correct model; takes hours, and continues a run that was stopped.
 # JOBS=processes SEEDS=seeds per correct model (20) ONLY='words in names'
