@@ -17,7 +17,7 @@ from ..transformer.generation import generate
 from .expect import READ_ALONE, READABLE, NotApplicable, advise, fail, needs
 from .generation.met_generate import Decoder, decoder
 from .loss.returned import cross_entropy_line, gives
-from .subject import Subject
+from .subject import Subject, torch_seeded
 from .training.runs import refuse_chance
 from .training.sentence import LEARNED, Generate, Learned, learn, loss_of
 
@@ -192,8 +192,7 @@ def from_own_generate(
     own: Decoder, model: nn.Module, seed: int, start: Tensor, n: int, temperature: float
 ) -> list[list[int]]:
     """Few functions accept a temperature of 0; at a loss of 1e-5, a temperature of 0.1 is as good as greedy."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch_seeded(seed):
         return own(model, start, n, temperature=temperature or TEMPERATURE)
 
 

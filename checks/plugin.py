@@ -20,6 +20,7 @@ from .meet.errors import UsageError
 from .report import lines, terminal
 from .run import REFERENCE
 from .run.items import BENCHMARKS, BenchmarkFile, CheckFile, CheckItem, NotTests, Run, argument, theme_of
+from .run.libraries import import_for_good
 from .run.options import OPTIONS, Options
 from .run.order import CHECKS, position
 from .run.session import NOTHING_RAN, Record, Session
@@ -92,6 +93,7 @@ class Hooks:
     def runs(self) -> list[Run]:
         """The subjects, each with its session."""
         if self._runs is None:
+            import_for_good("torch")
             try:
                 expected = self.options.expected_failures()
                 subjects = self.options.subjects()
@@ -273,6 +275,8 @@ class Hooks:
             if mine.records:
                 self._write(mine.summary())
         self._order_failures()
+        if session.items and all(isinstance(item, CheckItem) for item in session.items):
+            self._drop_unused_hypothesis()
         if not self.options.asked or session.exitstatus != pytest.ExitCode.OK or self.config.option.collectonly:
             return
         nothing = not judged or any(not mine.executed and not mine.waiting for mine in judged)
@@ -280,6 +284,12 @@ class Hooks:
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
         elif not all(mine.green for mine in judged):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _drop_unused_hypothesis(self) -> None:
+        """Its plugin would import all of Hypothesis, to report at the end that it did nothing."""
+        plugins = self.config.pluginmanager
+        if "hypothesis" not in sys.modules and (unused := plugins.get_plugin("hypothesispytest")):
+            plugins.unregister(unused)
 
     def _order_failures(self) -> None:
         """The failures that pytest shows at the end, in the order of the themes."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from transformer_checks.checks.check_sanity import check_learns_only_unmasked_targets, check_memorizes_the_sentence
@@ -76,3 +80,24 @@ def test_the_report_has_the_measured_numbers(out, verdicts):
 def test_without_a_sanity_check_nothing_is_written(tmp_path):
     assert artifacts.finish(tmp_path, "x", []) == []
     assert not list(tmp_path.iterdir())
+
+
+def test_no_text_of_a_figure_overlaps_another_or_leaves_it(verdicts):
+    """Their places are fixed; nothing measures the texts when a figure is drawn."""
+    runs = dict(zip(artifacts.TITLES, verdicts, strict=True))
+    figures = [artifacts.loss_figure(artifacts.TITLES[name], v.kept["learned"]) for name, v in runs.items()]
+    for figure in (*figures, artifacts.comparison_figure(runs)):
+        figure.draw_without_rendering()
+        boxes = {text.get_text(): text.get_window_extent() for text in texts(figure)}
+        assert {"optimizer step", "1e−05", "goal: 1e-5"} < boxes.keys()
+        assert all(figure.bbox.contains(*corner) for box in boxes.values() for corner in box.corners())
+        assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
+
+
+def texts(figure: Figure) -> Iterator[Text]:
+    """Those that are drawn: beyond the ends of an axis there are ticks too. Of two panels, the first."""
+    ax = figure.axes[0]
+    yield from (*figure.texts, ax.title, ax.xaxis.label, *ax.get_legend().get_texts())
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = axis.get_view_interval()
+        yield from (tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high)

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .libraries import import_for_good
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -72,6 +74,7 @@ def finish(out: Path, subject: str, verdicts: Iterable[Verdict]) -> list[Path]:
     runs = {FOLDERS[v.check]: v for v in verdicts if v.check in FOLDERS and "learned" in v.kept}
     if not runs:
         return []
+    import_for_good("matplotlib.figure")
     written = []
     for name, verdict in runs.items():
         written.append(save_figure(loss_figure(TITLES[name], verdict.kept["learned"]), out / name / "loss.png"))
@@ -90,22 +93,23 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def new_figure(panels: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(says: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """Everything has a fixed place, and there are no minor ticks: matplotlib lays out longer than it draws."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import NullLocator
 
     width = 6.4 if panels == 1 else 10.5
     figure = Figure(figsize=(width, 4.2))
-    # Fixed margins and plain tick labels: measuring a layout and typesetting powers take longer than the drawing.
-    figure.subplots_adjust(left=0.8 / width, right=1 - 0.15 / width, bottom=0.13, top=0.91, wspace=0.05)
+    figure.subplots_adjust(left=0.85 / width, right=1 - 0.15 / width, bottom=0.13, top=0.91, wspace=0.05)
+    figure.text(0.07 / width, 0.52, says, rotation="vertical", verticalalignment="center")
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     for ax in axes:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.set_xlabel("optimizer step")
+        ax.xaxis.set_label_coords(0.5, -0.09)
         ax.grid(visible=True, which="major", alpha=0.3)
-    axes[0].set_ylabel("loss (nats per target)")
     return figure, list(axes)
 
 
@@ -117,7 +121,7 @@ def draw(ax: Axes, learned: Learned, key: str, label: str, **style: Any) -> None
 
 
 def loss_figure(title: str, learned: Learned) -> Figure:
-    figure, (ax,) = new_figure()
+    figure, (ax,) = new_figure("loss (nats per target)")
     draw(ax, learned, "loss", "training", color=COLOURS["training"])
     draw(ax, learned, "validation_loss", "validation", color=COLOURS["validation"], linestyle="--")
     finish_axes(ax, title)
@@ -126,19 +130,18 @@ def loss_figure(title: str, learned: Learned) -> Figure:
 
 def finish_axes(ax: Axes, title: str) -> None:
     ax.axhline(THRESHOLDS[-1], color="black", linewidth=0.8, linestyle=":", label="goal: 1e-5")
-    ax.set_title(title)
-    ax.legend(frameon=False)
+    ax.set_title(title, y=1.0)
+    ax.legend(frameon=False, loc="center right")
 
 
 def comparison_figure(runs: dict[str, Verdict]) -> Figure:
     """Both checks side by side: unmasked targets are learned, and masked ones keep the mean of all targets high."""
-    figure, axes = new_figure(len(runs))
+    figure, axes = new_figure("validation loss (nats per target)", len(runs))
     for ax, (name, verdict) in zip(axes, sorted(runs.items()), strict=True):
         learned = verdict.kept["learned"]
         draw(ax, learned, "validation_loss", "unmasked targets", color=COLOURS["training"])
         draw(ax, learned, "all_targets_loss", "all targets", color=COLOURS["all targets"], linestyle="--")
         finish_axes(ax, TITLES[name])
-    axes[0].set_ylabel("validation loss (nats per target)")
     return figure
 
 
