@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,7 +93,7 @@ def train(subject: Subject, task: SentenceTask, sizes: dict[str, Any], recipe: s
     config = replace(RECIPES[recipe], seed=subject.seed, device=str(subject.device))
     trainer = Trainer(model, task, config, objective=objective(subject))
     learned = Learned(task, sizes, recipe, trainer)
-    learned.before = losses(subject, learned)
+    learned.before = of_splits(evaluated(subject, learned))
     every = 1 if recipe == "quick" else 25
     low = 0  # steps with a low enough loss; a step reports its loss before the update, which may overshoot
     while trainer.steps_done < config.steps and low < OVERSHOOTING:
@@ -105,15 +105,19 @@ def train(subject: Subject, task: SentenceTask, sizes: dict[str, Any], recipe: s
                 step=trainer.steps_done,
             )
         record = {"step": trainer.steps_done, "loss": loss}
-        if trainer.steps_done % every == 1 or every == 1:
-            record |= validation(subject, learned)
         learned.curve.append(record)
+        recorded = every == 1 or trainer.steps_done % every == 1
+        if not recorded and loss > LEARNED:
+            continue
+        found = evaluated(subject, learned)
+        if recorded:
+            record |= of_validation(found)
         if loss <= LEARNED:
             low += 1
-            if losses(subject, learned)["train"] <= LEARNED:
+            if found["train"]["unmasked"] <= LEARNED:
                 break
-    learned.after = losses(subject, learned)
-    learned.masked = validation(subject, learned)["masked_loss"]
+    found = evaluated(subject, learned)
+    learned.after, learned.masked = of_splits(found), found["validation"]["masked"]
     return learned
 
 
@@ -156,27 +160,37 @@ def ours_where_masked(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return loss
 
 
-def losses(subject: Subject, learned: Learned) -> dict[str, float]:
-    """Mean cross entropy of the unmasked targets of each split, always computed with our loss."""
-    return {
-        split: split_losses(subject, learned, getattr(learned.task, split))["unmasked"]
-        for split in ("train", "validation", "test")
-    }
+SPLITS = ("train", "validation", "test")
+Evaluation = dict[str, dict[str, float]]  # split → kind of targets (unmasked, masked, all) → their mean cross entropy
 
 
-def validation(subject: Subject, learned: Learned) -> dict[str, float]:
-    found = split_losses(subject, learned, learned.task.validation)
-    return {"validation_loss": found["unmasked"], "all_targets_loss": found["all"], "masked_loss": found["masked"]}
+def of_splits(found: Evaluation) -> dict[str, float]:
+    return {split: found[split]["unmasked"] for split in SPLITS}
 
 
-def split_losses(subject: Subject, learned: Learned, texts: list[str]) -> dict[str, float]:
-    """Mean cross entropy of the unmasked, the masked and all targets; identical texts are computed once."""
-    batch = learned.task.batch(list(dict.fromkeys(texts))).to(subject.device)
+def of_validation(found: Evaluation) -> dict[str, float]:
+    kinds = {"validation_loss": "unmasked", "all_targets_loss": "all", "masked_loss": "masked"}
+    return {name: found["validation"][kind] for name, kind in kinds.items()}
+
+
+def evaluated(subject: Subject, learned: Learned) -> Evaluation:
+    """Every split, always with our loss; those of the same texts are computed once."""
+    texts = {split: tuple(dict.fromkeys(getattr(learned.task, split))) for split in SPLITS}
+    found = {distinct: mean_losses(subject, learned, distinct) for distinct in dict.fromkeys(texts.values())}
+    return {split: found[distinct] for split, distinct in texts.items()}
+
+
+def mean_losses(subject: Subject, learned: Learned, texts: Sequence[str]) -> dict[str, float]:
+    """Mean cross entropy of the unmasked, the masked and all targets; NaN where there is none."""
+    batch = learned.task.batch(texts).to(subject.device)
     model = learned.trainer.model
     with learned.trainer.eval_mode(), torch.no_grad():
         logits = logits_of(subject, model, batch.tokens).detach()
-    kinds = {"unmasked": batch.loss_mask, "masked": ~batch.loss_mask & batch.mask, "all": batch.mask}
-    return {
-        name: float(next_token_loss(logits, batch.targets, mask)) if mask.any() else math.nan
-        for name, mask in kinds.items()
-    }
+
+    def mean(mask: Tensor) -> float:
+        return float(next_token_loss(logits, batch.targets, mask))
+
+    everything = mean(batch.mask)
+    if not learned.task.skip:
+        return {"unmasked": everything, "masked": math.nan, "all": everything}
+    return {"unmasked": mean(batch.loss_mask), "masked": mean(~batch.loss_mask & batch.mask), "all": everything}
