@@ -164,7 +164,7 @@ def _quietly() -> Iterator[None]:
 @needs(*READABLE, REPEATS)
 def check_compiled_model_agrees(subject: Subject) -> None:
     """Captured by torch.compile (without generating code), the model must give the same logits and gradients."""
-    _expect_compiled(subject, "aot_eager")
+    _expect_compiled(subject, "eager")  # "aot_eager" captures PyTorch's own operations too, and takes twice as long
 
 
 @slow("Inductor generates and compiles code for 20 to 35 seconds")

@@ -17,7 +17,7 @@ FOUND: dict[str, Told] = {
     "other-path-when-compiled": (
         "compiled_model_agrees",
         None,
-        ("aot_eager", "position 1"),
+        ("torch.compile", "position 1"),
         "other-path-when-compiled",
     ),
     "constant-baked-in": ("exported_model_agrees", None, ("torch.export", "position 0"), "constant-baked-in"),
