@@ -1,6 +1,6 @@
 """What every transformer language model must satisfy, as checks of a subject.
 
-`check_model()` runs them without pytest; `all_checks()` are the checks in the order in which they run.
+`check_model()` runs them without pytest; `all_checks()` are the checks by theme.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def check_model(model: Any, **how: Any) -> Report:
     `build_model(vocab_size, block_size)`, or what `--model` takes: "FILE.py[:NAME]", "package.module:NAME".
     Its other parts: `loss=`, `generate=`, `train_step=`, `trainer=`, `tokenizer=`, as functions or "FILE:NAME".
     Also `checks=` (themes or names; all by default), `seed=`, `device=`, `causal=`, `checkpoint=`, `slow=`,
-    `spec=` ("gpt2", "llama", "gpt2:FILE.json") and `expected_failures=FILE`. The report is iterable, readable as text,
-    and has `report.passed`.
+    `spec=` ("gpt2", "llama", "gpt2:FILE.json"), `expected_failures=FILE` and `budget=` (processor seconds: the checks
+    that catch most come first, and the report says what was left out). The report is iterable, readable as text, and
+    has `report.passed`. In a notebook and on a terminal the first finding is printed as it is found.
     Raises UsageError, a ValueError, for a model that cannot be loaded.
     """
     from .run.notebook import check_model

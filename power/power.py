@@ -1,5 +1,7 @@
 """`make power`: judges every known bug and every correct model with every check, and writes the report POWER.md.
 
+Once every row is there it also writes checks/run/strength.json, by which checks are put in order.
+
 The results are in out/power/CODE.jsonl, one line per subject and seed, where CODE is a fingerprint of the sources. A
 run that was stopped continues where it was; after a change of the sources a new table is begun. Delete a table to start
 over.
@@ -21,6 +23,7 @@ from typing import Any, TextIO
 
 import torch
 
+from power import strength
 from power.process import BUGS, Task, run
 from power.report import problems, report
 from tests.controls import CONTROLS
@@ -46,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(text)
     else:
         options.markdown.write_text(text, encoding="utf-8")
+        if not left and not options.report:
+            strength.main([str(table)])
     return 0 if sound else 1
 
 

@@ -1,14 +1,15 @@
 """Writes checks/run/strength.json: what each check takes and catches, in the order in which checks are to run.
 
-`python -m power.strength TABLE.jsonl…` reads tables of `make power` or files written by `--verdicts` over bugs, and
-over the reference for the seconds; `make power` calls it at its end. `--order` measures nothing: it only puts the
-checks of the file in order again, after one was added or needs another.
+`python -m power.strength TABLE.jsonl…` reads what each check catches from tables of `make power`, or from files that
+`--verdicts` wrote over bugs, and measures what it takes on the reference; `make power` calls it at its end. Without a
+table, what each check catches stays as it is: for after a check was added or made faster, or needs another.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -20,28 +21,30 @@ from power.report import failed
 from power.same import records
 from transformer_checks.checks import all_checks
 from transformer_checks.checks.run import REFERENCE
-from transformer_checks.checks.run.order import check_id
-from transformer_checks.checks.run.strength import FILE, Strength, strengths
+from transformer_checks.checks.run import strength as known
+from transformer_checks.checks.run.order import all_listed, check_id
+from transformer_checks.checks.run.session import EXECUTED, Session
+from transformer_checks.checks.run.strength import FILE, LEAST, UNKNOWN, Strength, processor_seconds, strengths
 
 Row = dict[str, Any]
-RAN = ("passed", "failed", "error")
-LEAST = 0.001  # seconds that any check costs
 Needs = Mapping[str, Collection[str]]
+TIMES = 3  # processes in which the reference is timed
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m power.strength", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("tables", nargs="*", type=Path, metavar="TABLE.jsonl", help="tables of make power, or verdicts")
-    parser.add_argument("--order", action="store_true", help="measure nothing, only put the checks in order again")
     options = parser.parse_args(arguments)
-    if bool(options.tables) == options.order:
-        parser.error("give tables, or --order without any")
-    if options.order:
-        bugs, measured = json.loads(FILE.read_text(encoding="utf-8"))["bugs"], dict(strengths())
-    else:
-        bugs, measured = measure([row for table in options.tables for row in rows(table)])
-    write(bugs, measured)
-    print(f"{FILE}: {len(measured)} checks, {len(bugs)} known bugs")
+    bugs, catches, seconds = measured([row for table in options.tables for row in rows(table)])
+    if not options.tables:
+        bugs = json.loads(FILE.read_text(encoding="utf-8"))["bugs"]
+        catches = {check: strength.catches for check, strength in strengths().items()}
+        seconds = {check: strength.seconds for check, strength in strengths().items()}
+    seconds |= seconds_on_the_reference()
+    checks = {check.id: Strength(round(seconds.get(check.id, 0.0), 4), catches.get(check.id, frozenset()))
+              for check in all_listed().values() if not check.slow}  # fmt: skip
+    write(bugs, checks)
+    print(f"{FILE}: {len(checks)} checks, {len(bugs)} known bugs")
     return 0
 
 
@@ -59,29 +62,39 @@ def rows(table: Path) -> list[Row]:
     return found + list(loose.values())
 
 
-def measure(table: Iterable[Row]) -> tuple[list[str], dict[str, Strength]]:
-    """The known bugs, and by check which of them it catches and its seconds.
-
-    The seconds are the median over the reference; over the bugs for a check that the reference gives nothing to do.
-    """
-    table = [row for row in table if row["kind"] == "bug" or (row["kind"], row["subject"]) == ("", REFERENCE)]
-    bugs = sorted({row["subject"] for row in table if row["kind"] == "bug"})
+def measured(table: Iterable[Row]) -> tuple[list[str], dict[str, frozenset[int]], dict[str, float]]:
+    """The known bugs; by check, which of them it catches, by their numbers, and its median seconds over them."""
+    table = [row for row in table if row["kind"] == "bug"]
+    bugs = sorted({row["subject"] for row in table})
     catches: dict[str, set[int]] = defaultdict(set)
-    seconds: dict[str, dict[bool, list[float]]] = defaultdict(lambda: {True: [], False: []})
+    seconds: dict[str, list[float]] = defaultdict(list)
     for row in table:
-        is_bug = row["kind"] == "bug"
-        for check in failed(row) if is_bug else ():
+        for check in failed(row):
             catches[check].add(bugs.index(row["subject"]))
         for verdict in row["verdicts"]:
-            if verdict["outcome"] in RAN:
-                seconds[verdict["check"]][is_bug].append(verdict["seconds"])
-            else:
-                seconds[verdict["check"]]  # it is known, even if it never ran
-    return bugs, {
-        check: Strength(round(median(took[False] or took[True] or [0.0]), 4), frozenset(catches[check]))
-        for check, took in seconds.items()
-        if check in needs() and check not in slow()
-    }
+            if verdict["outcome"] in EXECUTED:
+                seconds[verdict["check"]].append(verdict["seconds"])
+    return bugs, {c: frozenset(n) for c, n in catches.items()}, {c: median(took) for c, took in seconds.items()}
+
+
+def seconds_on_the_reference() -> dict[str, float]:
+    """Of each check that runs there: the median over fresh processes, what torch imports on first use included."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        runs = [pool.apply(timed) for _ in range(TIMES)]
+    return {check: median(run[check] for run in runs) for check in runs[0]}
+
+
+def timed() -> dict[str, float]:
+    """Processor seconds of each check that the reference gives something to do, in the order in which they run."""
+    from transformer_checks.checks.run.subjects import subject_of
+
+    subject, session, took = subject_of(), Session(REFERENCE), {}
+    for check in known.in_order(all_listed().values()):
+        check.load()
+        begun = processor_seconds()
+        if session.judge(check, subject).outcome in EXECUTED:
+            took[check.id] = processor_seconds() - begun
+    return took
 
 
 def needs() -> Needs:
@@ -89,24 +102,20 @@ def needs() -> Needs:
     return {check_id(check): getattr(check, "needs", ()) for check in all_checks()}
 
 
-def slow() -> set[str]:
-    return {check_id(check) for check in all_checks() if hasattr(check, "slow")}
-
-
-def in_order(measured: Mapping[str, Strength], needs: Needs) -> list[str]:
+def in_order(checks: Mapping[str, Strength], needs: Needs) -> list[str]:
     """Greedy: next is always what catches the most bugs not caught yet per second, with what it needs and has not run.
 
-    A check of which nothing was measured only comes where another needs it.
+    A slow check is not among them, and comes only where another needs it.
     """
     order: list[str] = []
     caught: set[int] = set()
-    left = [check for check in needs if check in measured]
+    left = list(checks)
     while left:
         ways = {check: _with_needs(check, needs, order) for check in left}
-        best = max(left, key=lambda check: _worth(ways[check], measured, caught))
+        best = max(left, key=lambda check: _worth(ways[check], checks, caught))
         for check in ways[best]:
             order.append(check)
-            caught |= measured[check].catches if check in measured else set()
+            caught |= checks.get(check, UNKNOWN).catches
         left = [check for check in left if check not in order]
     return order
 
@@ -119,22 +128,20 @@ def _with_needs(check: str, needs: Needs, done: Collection[str]) -> list[str]:
     return [*found, check]
 
 
-def _worth(way: Collection[str], measured: Mapping[str, Strength], caught: Collection[int]) -> tuple[float, float]:
+def _worth(way: Collection[str], checks: Mapping[str, Strength], caught: Collection[int]) -> tuple[float, float]:
     """New bugs per second; among those that catch nothing new, bugs per second."""
-    known = [measured[check] for check in way if check in measured]
-    seconds = sum(max(strength.seconds, LEAST) for strength in known) or LEAST
-    bugs = frozenset[int]().union(*(strength.catches for strength in known))
+    seconds = sum(max(checks.get(check, UNKNOWN).seconds, LEAST) for check in way)
+    bugs = frozenset[int]().union(*(checks.get(check, UNKNOWN).catches for check in way))
     return len(bugs.difference(caught)) / seconds, len(bugs) / seconds
 
 
-def write(bugs: list[str], measured: Mapping[str, Strength], file: Path = FILE) -> None:
+def write(bugs: list[str], checks: Mapping[str, Strength], file: Path = FILE) -> None:
     """A line per check: its seconds and, by their numbers, the bugs that it catches."""
     lines = []
-    for check in in_order(measured, needs()):
-        strength = measured.get(check, Strength(0.0, frozenset()))
+    for check in in_order(checks, needs()):
+        strength = checks.get(check, UNKNOWN)
         lines.append(f"  {json.dumps(check)}: {json.dumps([strength.seconds, sorted(strength.catches)])}")
-    names = json.dumps(bugs)
-    file.write_text(f'{{"bugs": {names},\n"checks": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+    file.write_text(f'{{"bugs": {json.dumps(bugs)},\n"checks": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from transformer_checks.checks import all_checks, check_model
+from transformer_checks.checks import check_model
 from transformer_checks.checks.meet import UsageError
 from transformer_checks.checks.probes.precision import precision
 from transformer_checks.checks.run.expected_failures import read
-from transformer_checks.checks.run.order import check_id
+from transformer_checks.checks.run.order import all_listed, position
 from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.transformer.model import ModelConfig, Transformer
 
@@ -111,6 +113,58 @@ def test_checks_are_chosen_by_theme_or_name():
         check_model(Leaking, checks=["causalty"])
 
 
+# -- while it runs, and how long
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Cell(io.StringIO):
+    """What a notebook's kernel puts in place of standard output."""
+
+
+Cell.__module__ = "ipykernel.iostream"
+
+
+@pytest.mark.parametrize(("name", "stream"), [("stderr", Screen()), ("stdout", Cell())], ids=["terminal", "notebook"])
+def test_the_first_finding_is_shown_as_it_is_found(monkeypatch, name, stream):
+    monkeypatch.setattr(f"sys.{name}", stream)
+    report = check_model(Leaking, checks=CONTRACT, seed=1)
+    said = stream.getvalue()
+    assert said.count("✗") == 1 and "✗ check_causality.check_future_cannot_change_past" in said
+    assert f"0 of {len(report)} checks" in said and said.endswith("\r")
+    assert len(report.broken) >= 1
+
+
+def test_nothing_is_shown_where_nobody_watches(capsys):
+    assert not check_model(Leaking, checks=CONTRACT, seed=1).passed
+    said = capsys.readouterr()
+    assert said.out == said.err == ""
+
+
+def test_an_expected_failure_is_not_shown(monkeypatch, tmp_path):
+    fails = [v.check for v in check_model(Leaking, checks=CONTRACT, seed=1).broken]
+    file = listed(tmp_path, "".join(f"{name}: it is a bag of words\n" for name in fails))
+    monkeypatch.setattr("sys.stderr", screen := Screen())
+    check_model(Leaking, checks=CONTRACT, expected_failures=file, seed=1)
+    assert "✗" not in screen.getvalue()
+
+
+def test_a_budget_leaves_out_checks_and_says_so():
+    report = check_model(Leaking, budget=0.5, seed=1)
+    outcomes = {verdict.outcome for verdict in report}
+    assert len(report) == len(all_listed()) and {"passed", "skipped"} <= outcomes
+    assert re.search(r"the budget of 0.5 s left out \d+ checks; only they catch \d+ % of the known bugs", repr(report))
+
+
+def test_the_report_is_in_the_order_of_the_themes_whatever_ran_first():
+    report = check_model(Leaking, checks=["causality", "contract"], seed=1)
+    ids = [verdict.check for verdict in report]
+    assert ids == sorted(ids, key=position) and ids[0].startswith("check_contract.")
+
+
 # -- weights from a file
 
 
@@ -162,7 +216,7 @@ def test_a_checkpoint_that_does_not_fit_is_said(tmp_path, make, words):
 # -- expected failures
 
 LEAK = "check_causality.check_future_cannot_change_past"
-KNOWN = [check_id(check) for check in all_checks()]
+KNOWN = list(all_listed())
 
 
 def listed(tmp_path, text: str) -> str:

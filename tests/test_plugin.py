@@ -12,6 +12,7 @@ import torch
 import torch._dynamo  # cannot be imported twice, and each run here forgets what it imported
 
 import transformer_checks.checks.subject  # noqa: F401  # imported once for all runs here
+from transformer_checks.checks.run.order import CHECKS, all_listed, position
 
 pytest_plugins = ("pytester",)
 
@@ -101,6 +102,57 @@ def test_a_failure_is_a_finding_without_a_traceback(student):
     assert "--seed 3" in text
     assert "Traceback" not in text
     assert "checks/expect.py" not in text
+
+
+@pytest.mark.parametrize("options", [(), ("-q",), ("-v",), ("-s",)], ids=["plain", "quiet", "verbose", "uncaptured"])
+def test_the_first_finding_is_printed_once_and_when_it_is_found(student, options):
+    result = student(LEAKING, "-k", "check_contract or check_future_cannot_change_past", *options)
+    text = result.stdout.str()
+    assert text.count("✗ check_causality.check_future_cannot_change_past\n") == 1
+    before, after = text.split("✗ check_causality.check_future_cannot_change_past\n")
+    assert "FAILURES" not in before and "shown above, as it was found" in after.split("FAILURES")[1]
+    assert "again" in after.split("FAILURES")[0]
+    rest = after.split("FAILURES")[0].partition("again")[2]
+    assert re.search(r"^[.b-]{3,}|blocked", rest, re.MULTILINE), "others ran after it"
+
+
+def test_failures_are_listed_by_theme_whatever_ran_first(student, pytester):
+    source = LEAKING.replace(
+        "x = self.embedding(tokens)", "tokens += 0 * tokens; tokens[:, 0] = 1; x = self.embedding(tokens)"
+    )
+    result = student(source, *CAUSALITY, "--verdicts", "v.jsonl")
+    failed = [r["check"] for r in verdict_lines(pytester.path / "v.jsonl") if r.get("outcome") in ("failed", "error")]
+    listed = [line.split("::")[1].split("[")[0] for line in result.outlines if line.startswith("FAILED")]
+    assert len(failed) > 1 and [name.split(".")[1] for name in sorted(failed, key=position)] == listed
+    assert f"start with {min(failed, key=position)}" in result.stdout.str()
+
+
+def test_no_tracebacks_means_no_findings(student):
+    assert "✗ check_" not in student(LEAKING, *CAUSALITY, "--tb", "no").stdout.str()
+
+
+def test_the_names_of_files_stay_where_tests_of_ones_own_run(student, pytester):
+    pytester.makepyfile(test_theirs="def test_theirs(): pass")
+    result = student(CAUSAL, "test_theirs.py", str(CHECKS / "check_contract.py"), "--rootdir", str(pytester.path))
+    assert any(line.startswith("test_theirs.py .") for line in result.outlines)
+    assert not any("check_contract.py" in line for line in result.outlines)
+
+
+@pytest.mark.parametrize("budget", ["-1", "0", "soon"])
+def test_a_budget_is_a_positive_number(student, budget):
+    result = student(CAUSAL, f"--budget={budget}")
+    assert result.ret == 4 and budget in result.stderr.str()
+
+
+def test_a_budget_says_what_it_left_out(student, pytester):
+    result = student(CAUSAL, "--budget", "1.5", "--verdicts", "v.jsonl")
+    assert result.ret == 0
+    summary = verdict_lines(pytester.path / "v.jsonl")[-1]["summary"]
+    left = [r for r in verdict_lines(pytester.path / "v.jsonl") if "budget" in r.get("evidence", ())]
+    assert summary["total"] == len(all_listed()) and 0 < len(left) < summary["total"]
+    result.stdout.fnmatch_lines(
+        [f"the budget of 1.5 s left out {len(left)} checks; only they catch * of the known bugs (*)"]
+    )
 
 
 def test_a_passing_model_exits_with_zero_and_says_what_ran(student):

@@ -9,8 +9,10 @@ from typing import Any
 from ..meet.errors import UsageError
 from ..report import terminal
 from ..subject import Subject
+from . import BROKEN
 from .diagnosis import explain
 from .expected_failures import read
+from .live import Live
 from .order import THEMES, Listed, all_listed, listed, position
 from .session import Session
 from .strength import in_order
@@ -81,10 +83,16 @@ def check_model(
     expected = None if expected_failures is None else read(expected_failures, all_listed())
     session = Session(subject.name, expected=expected, slow=slow, budget=budget)
     session.choose(chosen)
+    live = Live(len(chosen))
     try:
         for check in in_order(chosen):
-            session.add(session.judge(check, subject).as_dict())
+            live.start(check.id)
+            record = session.judge(check, subject).as_dict()
+            session.add(record)
+            if record["outcome"] in BROKEN and session.reason(record) is None:
+                live.finding(terminal.failure(record, explain))
     finally:
+        live.end()
         subject.leave()
     return Report(subject, session)
 

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from ..subject import Subject
     from .expected_failures import Expected
 
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0:
+        raise ValueError(f"expected more than 0 seconds, got {text}")
+    return seconds
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "--model": dict(
         action="append",
@@ -37,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--gpu": dict(action="store_true", help="run the checks on CUDA, then benchmark training steps and decoding"),
     "--slow": dict(action="store_true", help="also run the checks that take minutes: compilers, new processes"),
     "--budget": dict(
-        type=float,
+        type=_seconds,
         metavar="SECONDS",
         help="stop when the checks have taken this much processor time; those that catch most come first",
     ),

@@ -27,7 +27,7 @@ PATIENCE = 300.0  # seconds without a new verdict
 USAGE = """usage: transformer-checks FILE[:NAME] [options], or python -m transformer_checks FILE[:NAME] [options]
 
 FILE.py[:NAME], NOTEBOOK.ipynb[:NAME] or package.module:NAME is the model to check; `transformer` is this project's own.
-Options are those of `pytest --model`: --seed N, --checkpoint FILE, --with PART=FILE:NAME, -k WORDS, -m sanity, …
+Options are those of `pytest --model`: --seed N, --budget SECONDS, --checkpoint FILE, --with PART=FILE:NAME, -k WORDS, …
   --patience SECONDS   longest time for one check; then the run is stopped (default: 300)"""
 # Runs in the child. Neither the working directory nor ours comes before the standard library.
 BOOT = """
