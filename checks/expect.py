@@ -66,6 +66,17 @@ class NotApplicable(unittest.SkipTest):
         self.reason, self.evidence = reason, evidence
 
 
+class TooSlow(BaseException):
+    """The model is too slow for this check; `evidence` is what it took. A verdict says that it is not applicable.
+
+    No Exception: checks take those as refusals of the model.
+    """
+
+    def __init__(self, took: str, **evidence: Any) -> None:
+        super().__init__(f"the model is too slow for this check: {took}")
+        self.evidence = evidence
+
+
 def fail(
     says: str,
     *,
@@ -326,6 +337,9 @@ def _search(check: Callable[..., None], subject: Any, strategies: dict[str, Draw
             failures[key] = CheckFailed(replace(failure.finding, example=values))
             raise failures[key] from None
 
+        except TooSlow:
+            if not failures:
+                raise
     chosen = {name: s(subject) if callable(s) else s for name, s in strategies.items()}
     search = hypothesis.seed(subject.seed)(hypothesis.given(**chosen)(body))
     hypothesis.settings(

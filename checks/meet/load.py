@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,13 +21,13 @@ from .errors import UsageError, place, what_happened
 from .forward import Forward, Uncallable, find_forward
 from .loaded import Loaded, some_tokens
 from .parts import given_parts, parts_of
-from .process import SubjectHang
+from .process import Stopwatch, SubjectHang
 from .refusals import Trial, explain, label_of, no_model, several_models
 from .sandbox import Sandbox
 from .sizes import Restored, head_place, longest_input, sizes_of
 from .which_model import COURSE, Found, candidates, fallbacks, find
 
-SEARCH_SECONDS = 20.0  # for all attempts to build and call
+SEARCH_SECONDS = 20.0  # of processor time, for all attempts to build and call
 # Tried in turn where a constructor refuses the first: widths with larger heads, fewer heads, round lengths.
 OTHER_SIZES: tuple[dict[str, int], ...] = (
     {}, {"n_embd": 64}, {"n_head": 2}, {"n_embd": 128, "n_head": 2}, {"n_embd": 256, "n_head": 2},
@@ -119,10 +118,10 @@ def _try_all(
     """The targets that can be built and give logits, and the failed attempts; a factory that works ends the search."""
     loaded: list[Loaded] = []
     trials: list[Trial] = []
-    deadline = time.monotonic() + SEARCH_SECONDS
+    watch = Stopwatch()
     for target in targets:
         tried = len(trials)
-        one = _try_target(target, sandbox, device, causal, trials, deadline)
+        one = _try_target(target, sandbox, device, causal, trials, watch)
         if one is None:
             if len(trials) > tried and isinstance(trials[-1].error, SubjectHang):
                 break
@@ -135,7 +134,7 @@ def _try_all(
 
 
 def _try_target(
-    target: Any, sandbox: Sandbox, device: Any, causal: bool, trials: list[Trial], deadline: float
+    target: Any, sandbox: Sandbox, device: Any, causal: bool, trials: list[Trial], watch: Stopwatch
 ) -> Loaded | None:
     if isinstance(target, nn.Module):
         return _try_instance(target, sandbox, device, causal, trials)
@@ -146,7 +145,7 @@ def _try_target(
         tried: list[Recipe] = []
         for recipe in everything:
             tried.append(recipe)
-            if time.monotonic() > deadline:
+            if watch.over(SEARCH_SECONDS):
                 return None
             loaded = _try_recipe(recipe, sizes, device, trials)
             if loaded is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -58,10 +59,14 @@ class Loaded:
             form = form or self.mask_form
             whole = held is None or held.protocol.whole_mask
             given[form.argument] = form.encode(seen if whole else seen[:, -tokens.shape[1] :])
+        start = time.thread_time()
         with self.sandbox:
             if held is None:
-                return self.forward.logits(model, tokens, **given)
-            return step(self.forward, model, tokens, held, given)
+                logits = self.forward.logits(model, tokens, **given)
+            else:
+                logits = step(self.forward, model, tokens, held, given)
+        self.sandbox.quickest = min(self.sandbox.quickest, time.thread_time() - start)
+        return logits
 
     @property
     def mask_form(self) -> MaskForm:

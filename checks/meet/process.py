@@ -1,6 +1,11 @@
 """Context managers that keep user code from changing or ending our process: settings, exits, output, time.
 
 Each is independent of the others and of a subject; `Sandbox` enters them all.
+
+Time is processor time of the thread that runs the code, so that no other load on the machine makes a model fail. A call
+may take `sandbox.RUNNING_SECONDS`. One that has to be stopped never ends, which is an error (SubjectHang), unless the
+model is slow: each of its calls for logits so far took at least SLOW_CALL. A check may take CHECK_SECONDS, after which
+the model is not called again. A model that is only slow is not applicable (TooSlow).
 """
 
 from __future__ import annotations
@@ -13,15 +18,24 @@ import random
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
 import numpy
 import torch
 
+from ..expect import TooSlow
+
 PRINTED_CHARACTERS = 10_000  # what user code may print before the rest is dropped
+CHECK_SECONDS = 30.0  # of processor time for one check
+LONG_CHECK_SECONDS = 300.0  # for one that trains until a text is learned, or that runs only where it is asked for
+SLOW_CALL = 0.1  # seconds of processor time; a small model takes a few milliseconds
+WAITING = 4  # times a limit, by the clock, are as long as code may wait that hardly uses the processor
+HARDLY = 0.05  # of the processor: under `pytest -n 8` on two busy cores, a process still has more
 
 
 class SubjectExit(RuntimeError):
@@ -121,15 +135,44 @@ def exits_refused() -> Iterator[None]:
             setattr(place, name, function)
 
 
+class Stopwatch:
+    """Processor time of this thread since it was made, and whether a limit for it is over.
+
+    For code that waits (sleeps, or wants a lock) the limit is over as well when WAITING times as much has gone by.
+    """
+
+    def __init__(self) -> None:
+        self._processor, self._clock = time.thread_time(), time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.thread_time() - self._processor
+
+    def over(self, limit: float) -> bool:
+        return self.seconds >= limit or self.waited(limit)
+
+    def waited(self, limit: float) -> bool:
+        gone = time.monotonic() - self._clock
+        return gone >= WAITING * limit and self.seconds < HARDLY * gone
+
+    def says(self, limit: float) -> str:
+        if self.waited(limit):
+            return f"{WAITING * limit:g} s, of which it used {self.seconds:.2g} s of processor time"
+        return f"{limit:g} s of processor time"
+
+
 @contextlib.contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raises TimeIsUp after this many seconds, if possible: on the main thread of a Unix system."""
+    """Raises TimeIsUp when this limit is over, if possible: on the main thread of a Unix system."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
+    watch = Stopwatch()
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeIsUp
+        if watch.over(seconds):
+            raise TimeIsUp(watch.says(seconds))  # and again every second, should the code catch it
+        signal.setitimer(signal.ITIMER_REAL, max(seconds - watch.seconds, 0.01), 1.0)
 
     handler = signal.signal(signal.SIGALRM, ring)
     remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
@@ -138,6 +181,34 @@ def alarm(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, remaining, interval)
         signal.signal(signal.SIGALRM, handler if handler is not None else signal.SIG_DFL)
+
+
+_check: ContextVar[tuple[Stopwatch, float] | None] = ContextVar("check", default=None)
+
+
+@contextlib.contextmanager
+def limited_check(*, long: bool) -> Iterator[None]:
+    """Surrounds a check, which may take CHECK_SECONDS, or more if it is a long one."""
+    token = _check.set((Stopwatch(), LONG_CHECK_SECONDS if long else CHECK_SECONDS))
+    try:
+        yield
+    finally:
+        _check.reset(token)
+
+
+def in_a_check() -> bool:
+    return _check.get() is not None
+
+
+def refuse_if_too_slow() -> None:
+    """Raises TooSlow where the time of the check that is running is over."""
+    running = _check.get()
+    if running is not None and running[0].over(running[1]):
+        watch, limit = running
+        raise TooSlow(
+            f"{watch.seconds:.3g} s of processor time so far, allowed {watch.says(limit)}",
+            processor_seconds=round(watch.seconds, 3), limit=limit,
+        )  # fmt: skip
 
 
 class Output:

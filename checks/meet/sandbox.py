@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.abc
 import importlib.machinery
+import math
 import os
 import site
 import sys
@@ -20,11 +21,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .process import Output, SubjectExit, SubjectHang, TimeIsUp, alarm, exits_refused, settings_restored
+from ..expect import TooSlow
+from .process import (
+    SLOW_CALL,
+    Output,
+    SubjectExit,
+    SubjectHang,
+    TimeIsUp,
+    alarm,
+    exits_refused,
+    in_a_check,
+    refuse_if_too_slow,
+    settings_restored,
+)
 from .settings import Project, folders_above
 from .source import Source
 
-RUNNING_SECONDS = 60.0  # the longest that one call into user code may take
+RUNNING_SECONDS = 60.0  # of processor time that one call into user code may take
 
 NEVER_THEIRS = sys.stdlib_module_names | {
     "torch", "numpy", "pytest", "_pytest", "hypothesis", "pluggy", __name__.partition(".")[0],
@@ -70,6 +83,7 @@ class Sandbox:
         self.remarks: list[str] = []  # what was skipped or replaced while its files were loaded
         self.project = Project(file, self.near, self.far)
         self.seconds = RUNNING_SECONDS
+        self.quickest = math.inf  # seconds of processor time of a call for logits
         self.argv = [str(file)] if file else list(sys.argv[:1])
         # One finder comes before everything installed, one after: the folders above only give what nobody else has.
         self._finders = (_Neighbours(self, self.near, loader), _Neighbours(self, self.far, loader))
@@ -102,6 +116,8 @@ class Sandbox:
     # -- entering and leaving
 
     def __enter__(self) -> Sandbox:
+        if self._depth == 0:
+            refuse_if_too_slow()
         self._depth += 1
         if self._depth == 1:
             with contextlib.ExitStack() as stack:
@@ -121,8 +137,10 @@ class Sandbox:
         if isinstance(error, SystemExit):
             raise SubjectExit(f"your code called sys.exit({error.code!r})").with_traceback(trace) from None
         if isinstance(error, TimeIsUp) and self._depth == 0:
-            says = f"your code was still running after {self.seconds:g} s"
-            raise SubjectHang(says).with_traceback(trace) from None
+            if in_a_check() and SLOW_CALL <= self.quickest < math.inf:
+                says = f"a call was stopped after {error}; none took less than {self.quickest:.2g} s"
+                raise TooSlow(says, limit=self.seconds, quickest=self.quickest).with_traceback(trace) from None
+            raise SubjectHang(f"your code was still running after {error}").with_traceback(trace) from None
 
     @contextlib.contextmanager
     def limited_to(self, seconds: float) -> Iterator[None]:

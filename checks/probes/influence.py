@@ -21,7 +21,10 @@ from .module_state import buffers_kept, set_mode
 
 LONGEST = 16  # tokens; every pair of positions is tried in sequences up to this length
 STACKED = 8192  # tokens in one call, at most
-SLOW_SHAPE = 0.1  # seconds; some implementations recompile for every new shape
+NUMBERS = 2**24  # logits that one call may give, whatever the vocabulary: 128 MB in float64
+LEAST = 4  # rows of a sample, whatever they cost
+ROWS = 8  # of every length, where all lengths are to be affordable
+SLOW_SHAPE = 0.1  # seconds of processor time; some implementations recompile for every new shape
 
 
 def call(subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, way: Way = EVAL) -> Tensor:
@@ -50,9 +53,9 @@ def lengths(subject: Subject, model: nn.Module) -> list[int]:
     """Every length from 1 on; only a few of them if each new shape is slow."""
     T = length(subject)
     call(subject, model, subject.tokens(1, T))
-    start = time.perf_counter()
+    start = time.thread_time()
     call(subject, model, subject.tokens(1, max(T - 1, 1)))
-    slow = time.perf_counter() - start > SLOW_SHAPE
+    slow = time.thread_time() - start > SLOW_SHAPE
     shortest = 1 if reads_one_token(subject, model) else 2
     few = sorted({t for t in (1, 2, 3, T // 2, T - 1, T) if shortest <= t <= T})
     return few if slow else list(range(shortest, T + 1))

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from ..expect import CheckFailed, NotApplicable, Where, remarks
+from ..expect import CheckFailed, NotApplicable, TooSlow, Where, remarks
+from ..meet.process import limited_check
 from ..subject import Subject, one_thread, unwarned
 from .order import Check, check_id, checks_in, rule, theme
 
@@ -60,7 +61,8 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
         verdict.outcome, verdict.says = "not_applicable", NOTHING_TO_LEARN
         return verdict
     start = time.perf_counter()
-    with remarks() as mine, one_thread(), old_objects_uncollected():
+    long = hasattr(check, "slow") or getattr(check, "sanity", False)
+    with remarks() as mine, one_thread(), old_objects_uncollected(), limited_check(long=long):
         try:
             check(subject)
         except CheckFailed as failure:
@@ -71,6 +73,8 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
             verdict.advice, verdict.example = found.advice, found.example
         except NotApplicable as reason:
             verdict.outcome, verdict.says, verdict.evidence = "not_applicable", reason.reason, dict(reason.evidence)
+        except TooSlow as reason:
+            verdict.outcome, verdict.says, verdict.evidence = "not_applicable", str(reason), dict(reason.evidence)
         except Exception as error:
             if _wants_gradients(error) and not subject.learns:
                 verdict.outcome, verdict.says = "not_applicable", NOTHING_TO_LEARN
