@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import shutil
 import sys
 import tempfile
@@ -83,6 +84,7 @@ class Hooks:
         self.measured: list[str] = []  # by benchmarks, a line each
         self.unmeasured: list[str] = []  # why not
         self._runs: list[Run] | None = None
+        self._first_use = False  # whether torch was imported for this run
 
     def _option(self, name: str) -> Any:
         """An option's value; an option of this name that a conftest defined is not ours to read."""
@@ -93,7 +95,7 @@ class Hooks:
     def runs(self) -> list[Run]:
         """The subjects, each with its session."""
         if self._runs is None:
-            import_for_good("torch")
+            self._first_use = import_for_good("torch")
             try:
                 expected = self.options.expected_failures()
                 subjects = self.options.subjects()
@@ -205,7 +207,10 @@ class Hooks:
         self.written += left.get("checks_written", [])
         self.problems += left.get("checks_problems", [])
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_unconfigure(self) -> None:
+        if self._first_use:  # the process ends with this run, and need not look for garbage in half a million objects
+            gc.freeze()
         if self.worker is None and self.shared is not None:
             shutil.rmtree(self.shared, ignore_errors=True)
 

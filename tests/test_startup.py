@@ -76,13 +76,15 @@ IMPORTS = """
 import gc, sys
 from transformer_checks.checks.run.libraries import import_for_good
 collections = []
-gc.callbacks.append(lambda phase, info: collections.append(phase))
-import_for_good("email.message", "xml.dom.minidom")
+gc.callbacks.append(lambda phase, info: collections.append(info["generation"]))
+gc.collect()
+collections.clear()
+assert import_for_good("email.message", "xml.dom.minidom")
 assert "xml.dom.minidom" in sys.modules and not collections, collections
-assert gc.isenabled() and gc.get_freeze_count() > 0
-gc.unfreeze()
-import_for_good("email.message")
-assert gc.get_freeze_count() == 0, "imported already: nothing to keep"
+assert gc.isenabled() and gc.get_freeze_count() == 0
+old = {id(thing) for thing in gc.get_objects(generation=2)}
+assert id(sys.modules["xml.dom.minidom"].__dict__) in old
+assert not import_for_good("email.message"), "imported already"
 try:
     import_for_good("there.is.none")
 except ImportError:
@@ -90,8 +92,10 @@ except ImportError:
 else:
     raise AssertionError("no error")
 gc.disable()
-import_for_good("sqlite3")
+gc.freeze()
+assert import_for_good("sqlite3")
 assert not gc.isenabled(), "whoever switched it off keeps it off"
+assert gc.get_freeze_count() > 0, "what others froze stays so"
 """
 
 
