@@ -43,6 +43,7 @@ from .probes.influence import (
 )
 from .probes.leak_search import LeakSearch
 from .probes.leaks import expect_no_leak
+from .probes.leaks_at_scale import expect_no_leak_farther_on, expect_no_leak_of_one_id
 from .probes.long import LONG, LONGER, telling_places
 from .probes.magnified import EXTREME, magnified, within_reach
 from .probes.padding import SIDES, ragged
@@ -81,7 +82,9 @@ def check_future_cannot_change_past(subject: Subject) -> None:
     moves = expect_no_leak(LeakSearch(subject, model, tried))
     pairs = influence(moves, tried.place)
     unit = spread(call(subject, model, tried.plain[:64]))
-    note(influence=in_deviations(pairs, unit), length=T, bound=0.0, leaking_pairs=0)
+    note(influence=in_deviations(pairs, unit), length=T, bound=0.0, leaking_pairs=0, **tried.sample)
+    if len(tried.place) < tried.of:
+        expect_no_leak_of_one_id(subject, model)
     for T in reversed(lengths(subject, model)):
         expect_no_leak(LeakSearch(subject, model, tried_at(subject, T, rows=4)))
         expect_no_leak(LeakSearch(subject, model, tried_at(subject, T, rows=1), alone=True))
@@ -143,6 +146,8 @@ def check_future_cannot_change_past_in_long_sequences(subject: Subject) -> None:
         tokens = subject.tokens(1, n, seed=subject.seed)
         tried = changes(subject, tokens, places=places[:: max(n // LONG, 1)], alternatives=1)
         expect_no_leak(LeakSearch(subject, model, tried), likely=likely)
+    if not varies and subject.longest is not None and subject.longest > T:
+        expect_no_leak_farther_on(subject, model, min(subject.longest, FARTHEST), T)
     if varies and T < LONGER:
         late = [place for place in telling_places(LONGER) if place > T]
         for n, places in ((LONGER, late), (FARTHEST, [LONGER, 1024])):
@@ -324,7 +329,7 @@ def check_past_reaches_every_later_position(subject: Subject) -> None:
     moves = torch.zeros(T, T, dtype=torch.float64)
     for scheme in EXISTENCE:
         model = precise(subject, scheme)
-        tried = changes(subject, subject.tokens(2, T, seed=subject.seed), alternatives=3)
+        tried = changes(subject, subject.tokens(2, T, seed=subject.seed), alternatives=3, alone=True)
         unit = spread(call(subject, model, tried.plain[:1]))
         moves = moves.maximum(influence(measure(subject, model, tried, EVAL), tried.place).cpu() / unit)
         silent = in_reach(subject, model, T) & ~(moves > SEEN)

@@ -34,7 +34,7 @@ from .probes.ablation import (
 )
 from .probes.between_calls import first_difference, interludes
 from .probes.extra_arguments import POSITIONS, beside_tokens
-from .probes.influence import call, every_id, length
+from .probes.influence import call, every_id, length, some_of
 from .probes.module_state import (
     expect_declared_tie,
     expect_no_twins,
@@ -117,7 +117,8 @@ def check_logits_are_finite(subject: Subject) -> None:
     """Every token id must give finite logits at every position, in mixed rows and in rows of that id only."""
     T, V = length(subject), subject.sizes.vocab_size
     everywhere = every_id(subject, T, seed=subject.seed)
-    alone = torch.arange(min(V, 64), device=subject.device)[:, None]
+    ids = some_of(list(range(min(V, 64))), subject.affordable(T, 64), seed=subject.seed)
+    alone = torch.tensor(ids, device=subject.device)[:, None]
     models = (subject.build(seed=subject.seed), "weights as initialized"), (precise(subject), "large weights")
     for model, which in models:
         for tokens in (everywhere, alone.expand(-1, T).contiguous()):
@@ -224,10 +225,8 @@ def check_too_long_a_sequence_is_no_silent_error(subject: Subject) -> None:
     """A sequence beyond the block size must raise an error, or leave the logits of the tokens that fit unchanged."""
     if subject.longest is None:
         raise NotApplicable("no limit on the sequence length is known")
-    model, block = precise(subject), subject.sizes.block_size
-    tokens = subject.tokens(2, block + 2, seed=subject.seed)
-    fits = call(subject, model, tokens[:, :block].contiguous())
-    last = call(subject, model, tokens[:, -block:].contiguous())
+    model, block = precise(subject), max(subject.longest, subject.sizes.block_size)
+    tokens = subject.tokens(subject.affordable(block, 2), block + 2, seed=subject.seed)
     try:
         got = call(subject, model, tokens)
     except Exception as error:
@@ -237,6 +236,8 @@ def check_too_long_a_sequence_is_no_silent_error(subject: Subject) -> None:
                 f"limit ({block}) would be clearer"
             )
         return
+    fits = call(subject, model, tokens[:, :block].contiguous())
+    last = call(subject, model, tokens[:, -block:].contiguous())
     bound = precision(subject).bound(fits)
     if got.shape == last.shape and farthest(got, last) <= bound.size:
         advise(f"only the last {block} tokens of a sequence beyond the block size are read")

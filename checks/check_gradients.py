@@ -24,6 +24,7 @@ from .watch.location import locate, owner_of
 
 ROWS = 4
 MOST = 24  # parameters whose gradient is compared
+FEW_TOKENS, SWEEPS = 8, 3.0  # for a large model, of which fewer are
 STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 RATE = 0.3
 
@@ -169,12 +170,15 @@ def _finest(subject: Subject, **sizes: Any) -> nn.Module:
 
 def _expect_slopes(subject: Subject, model: nn.Module, mode: str) -> None:
     tokens, exact = block_of_tokens(subject, ROWS)[:2], precision(subject).inside == torch.float64
+    if subject.large:
+        tokens = tokens[:, :FEW_TOKENS]
     value = partial(_value, subject, model, tokens)
     with seeded(subject.seed):
         gradients = _backward(model, value)
     parameters = _trainable(model)
     largest = max((float(g.norm()) for g in gradients.values() if g is not None), default=0.0)
-    names = _some([name for name in parameters if name not in renormalized(model)], subject.seed)
+    names = [name for name in parameters if name not in renormalized(model)]
+    names = _some(names, subject.affordable(4 * tokens.numel(), MOST, sweeps=SWEEPS), subject.seed)
     margins = {}
     for name in names:
         gradient, parameter = gradients[name], parameters[name]
@@ -189,9 +193,9 @@ def _expect_slopes(subject: Subject, model: nn.Module, mode: str) -> None:
     note(largest_margin=max(margins.values(), default=0.0), parameters=len(names))
 
 
-def _some(names: list[str], seed: int) -> list[str]:
+def _some(names: list[str], most: int, seed: int) -> list[str]:
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [names[i] for i in sorted(order[:MOST])]
+    return [names[i] for i in sorted(order[:most])]
 
 
 class _Rounding(TorchFunctionMode):

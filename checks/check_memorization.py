@@ -18,6 +18,7 @@ from ..transformer.generation import generate
 from ..transformer.trainer import Trainer
 from .expect import CAUSAL, REACHES, READ_ALONE, READABLE, NotApplicable, advise, fail, needs, note
 from .probes.influence import needs_one_token
+from .probes.preconditions import expect_trainable
 from .subject import Subject
 from .training.runs import refuse_chance
 from .training.sentence import LEARNED, RECIPES, objective
@@ -161,6 +162,7 @@ def refuse_completion(task: Task, string: list[int], got: list[int]) -> None:
 
 def train(subject: Subject, task: Task) -> nn.Module:
     """Trains with the quick recipe and, if that fails, with the published one."""
+    expect_trainable(subject)
     longest = max(map(len, task.strings))
     wanted = {"vocab_size": max(map(max, task.strings)) + 1, "block_size": longest, **SMALL}
     sizes = {name: value for name, value in wanted.items() if subject.can_vary(name)}

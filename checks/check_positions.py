@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .expect import REACHES, STEADY, NotApplicable, Where, advise, fail, needs, note
 from .probes.ablation import blocks_of, one_block
-from .probes.influence import call, length, moved
+from .probes.influence import call, length, moved, some_of
 from .probes.long import telling_places
 from .probes.module_state import held_outside
 from .probes.precision import precise, spread
@@ -41,6 +41,9 @@ def check_order_of_tokens_matters(subject: Subject) -> None:
     if T < 3:
         raise NotApplicable(f"{T} tokens are too few: two are exchanged and a third one is observed")
     pairs = pairs_to_exchange(T)
+    if (n := subject.affordable(2 * T, len(pairs), sweeps=2)) < len(pairs):
+        pairs = some_of(pairs, n, seed=subject.seed)
+        note(sample=f"{n} pairs of positions, drawn by the seed: the others were not looked at")
     best = torch.zeros(len(pairs), dtype=torch.float64)
     for scheme in EXISTENCE:
         model = one_block(subject, scheme, **sizes)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .expect import CAUSAL, FOLLOWS, NotApplicable, advise, fail, needs, note
 from .loss.met_loss import met_loss
+from .probes.preconditions import expect_trainable
 from .subject import Subject
 from .training.explained import (
     Micro,
@@ -320,7 +321,8 @@ def check_a_uniform_stream_is_never_learned(subject: Subject) -> None:
     """On fresh uniform random tokens the loss must not fall below ln V, because there is nothing to predict."""
     if not subject.causal:
         raise NotApplicable("the model is declared not to be causal")
-    losses = stream_losses(subject)
+    expect_trainable(subject)
+    losses = stream_losses(subject, subject.affordable(36 * STREAM_STEPS, 16, least=4, sweeps=4))
     least, last = math.log(subject.sizes.vocab_size), sum(losses[-10:]) / 10
     note(reached=last, least=least, steps=STREAM_STEPS)
     if last < least - 0.1:

@@ -288,6 +288,7 @@ def slow(reason: str) -> Callable[[Check], Check]:
 Drawn = Any  # a Hypothesis strategy, or a function from the subject to one
 
 EXAMPLES = 20
+CASE, FEWEST = 64, 5  # tokens that a case is taken to read, and cases of a model so large that not all are affordable
 SHRINKING_SECONDS = 2.0
 
 
@@ -305,7 +306,7 @@ def drawn(
         def run(subject: Any) -> None:
             if when is not None:
                 when(subject)
-            _search(check, subject, strategies, examples)
+            _search(check, subject, strategies, subject.affordable(CASE, examples, least=FEWEST, sweeps=2))
 
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter("subject", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
@@ -336,10 +337,10 @@ def _search(check: Callable[..., None], subject: Any, strategies: dict[str, Draw
             started.append(time.monotonic())
             failures[key] = CheckFailed(replace(failure.finding, example=values))
             raise failures[key] from None
-
         except TooSlow:
             if not failures:
                 raise
+
     chosen = {name: s(subject) if callable(s) else s for name, s in strategies.items()}
     search = hypothesis.seed(subject.seed)(hypothesis.given(**chosen)(body))
     hypothesis.settings(

@@ -39,6 +39,10 @@ class Sizes:
     dropout: float = 0.0
 
 
+SWEEP = 4e10  # floating-point operations of one sweep of a check: about a second of one core in float64
+LARGE = 2**23  # parameters: 8.4 million, 32 MB in float32
+DRAWN_IN_FLOAT64 = 2**20  # numbers of one tensor; larger ones are drawn in float32, in a sixth of the time
+
 # Gain of the projections and deviation of the embeddings (for `Subject.amplified`). Default initialization hides bugs.
 ABSENCE = (1.5, 1.0)  # laws that something must not show: leaks, batch, length
 EXISTENCE = (None, (1.0, 0.5), (1.5, 1.0))  # laws that something must show: the best of these; None: as initialized
@@ -116,10 +120,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Subject:
-    """A model under test and what comes with it.
-
-    `parts` is any object with `build_model(**sizes) -> nn.Module`, and optionally `loss(logits, targets, mask)`,
 @contextlib.contextmanager
 def torch_seeded(seed: int) -> Iterator[None]:
     """Seeds PyTorch's generators, those of the CPU and of accelerators in use, and restores them afterwards.
@@ -143,6 +143,10 @@ def torch_seeded(seed: int) -> Iterator[None]:
             generator.set_state(state)
 
 
+class Subject:
+    """A model under test and what comes with it.
+
+    `parts` is any object with `build_model(**sizes) -> nn.Module`, and optionally `loss(logits, targets, mask)`,
     `generate(model, prompt, max_new_tokens, …)`, `train_step(model, optimizer, batch)`, `trainer`, `tokenizer`.
     """
 
@@ -165,6 +169,8 @@ def torch_seeded(seed: int) -> Iterator[None]:
         """The same subject on another device or at other sizes."""
         other = copy.copy(self)
         other._made = {}  # which was made for this device and these sizes
+        for name in ("learns", "parameters"):
+            vars(other).pop(name, None)
         other.device = self.device if device is None else torch.device(device)
         other.sizes = self.sizes if sizes is None else sizes
         return other
@@ -220,8 +226,22 @@ def torch_seeded(seed: int) -> Iterator[None]:
     ) -> nn.Module:
         """A model whose weights are large enough to show what initialization hides."""
         model = cast(self.build(seed=seed, **sizes), dtype)
-        if scheme is not None:
+        if scheme is None:
+            return model
+        if self.builds_afresh or not self.large:
             amplify(model, *scheme, seed=seed)
+            return model
+        # The last weights drawn are kept: drawing them anew takes longer than most forwards.
+        key = (scheme, seed, dtype)
+        kept = self._made.get(Subject.amplified)
+        if kept is None or kept[0] != key:
+            self._made.pop(Subject.amplified, None)
+            amplify(model, *scheme, seed=seed)
+            self._made[Subject.amplified] = key, [parameter.detach().clone() for parameter in model.parameters()]
+        else:
+            with torch.no_grad():
+                for parameter, values in zip(model.parameters(), kept[1], strict=True):
+                    parameter.copy_(values)
         return model
 
     def logits(
@@ -295,6 +315,27 @@ def torch_seeded(seed: int) -> Iterator[None]:
         """Whether the model has parameters to train: one in NumPy has none."""
         return any(parameter.requires_grad for parameter in self.build().parameters())
 
+    @functools.cached_property
+    def parameters(self) -> int:
+        """How many numbers the model learns, at the sizes of `self.sizes`; a tied matrix counts once."""
+        return sum(parameter.numel() for parameter in self.build().parameters())
+
+    def affordable(self, tokens: int, wanted: int, *, least: int = 1, sweeps: float = 1.0) -> int:
+        """How many of `wanted` forwards over `tokens` tokens each a check may run in so many sweeps; at least `least`.
+
+        A forward takes about 2 operations per token and parameter, the vocabulary's tables included. What a law is
+        about (ids, pairs of positions, rows, lengths) is tried whole where that is affordable, as it is for every small
+        model; of a larger one a part is tried, drawn by the run's seed. Nothing is timed: the same model is tried in
+        the same cases on every machine.
+        """
+        each = max(2.0 * tokens * self.parameters, 1.0)
+        return min(wanted, max(least, int(sweeps * SWEEP / each)))
+
+    @property
+    def large(self) -> bool:
+        """Whether weights in float64, and copies of them, would take too much time and memory."""
+        return self.parameters >= LARGE
+
     @property
     def builds_afresh(self) -> bool:
         """Whether each `build` is a new model; else it is always the same one, put back to what it was."""
@@ -361,7 +402,8 @@ def amplify(model: nn.Module, gain: float, embedding: float, *, seed: int) -> No
             if id(parameter) in seen or not strong:
                 continue
             seen.add(id(parameter))
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+            drawn_in = torch.float64 if parameter.numel() <= DRAWN_IN_FLOAT64 else torch.float32
+            noise = torch.randn(parameter.shape, generator=generator, dtype=drawn_in).to(parameter)
             if parameter.dim() < 2:
                 constant = parameter.numel() > 0 and bool((parameter == parameter.flatten()[0]).all())
                 c = parameter.flatten()[0].clone() if constant else torch.zeros(())

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..expect import shown
+from ..subject import LARGE
 from . import vocabulary, weights
 from .axes import refine
 from .build import Recipe, Unfillable, recipes
@@ -34,6 +35,7 @@ OTHER_SIZES: tuple[dict[str, int], ...] = (
     {"block_size": 16, "n_embd": 64}, {"block_size": 32, "n_embd": 64}, {"n_layer": 4}, {"block_size": 128},
 )  # fmt: skip
 MOST_TOKENS = 64  # for a model whose length is fixed: longer texts would cost minutes and show no more
+FEWER_TOKENS = 24  # for a large one; what is long by its nature (causality, say) asks for the longest input itself
 
 
 def load(
@@ -297,7 +299,9 @@ def _try_instance(model: nn.Module, sandbox: Sandbox, device: Any, causal: bool,
         sizes = {**vocabulary.DEFAULTS, **{k: v for k, v in measured.items() if v is not None}}
         with sandbox:
             longest = measured["block_size"] or longest_input(model, MOST_TOKENS, device)
-        sizes["block_size"] = min(longest or vocabulary.DEFAULTS["block_size"], MOST_TOKENS)
+        large = sum(parameter.numel() for parameter in model.parameters()) >= LARGE
+        most = FEWER_TOKENS if large else MOST_TOKENS
+        sizes["block_size"] = min(longest or vocabulary.DEFAULTS["block_size"], most)
         again = Restored(model)
         with contextlib.ExitStack() as stack:
             stack.callback(again.leave)

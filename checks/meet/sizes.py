@@ -103,6 +103,7 @@ def head_place(model: nn.Module, width: int) -> str:
     return ""
 
 
+LARGE = 2**18  # numbers
 BY_ITSELF = {"_parameters", "_buffers", "_modules", "training"}  # restored in ways of their own
 
 
@@ -132,7 +133,8 @@ class Restored:
         for name, tensor in tensors:
             if name in self.kept:
                 before, gradient = self.kept[name]
-                tensor.data = before.clone()
+                if not _untouched(tensor, before):
+                    tensor.data = before.clone()
                 tensor.grad = None
                 if tensor.is_leaf:
                     tensor.requires_grad_(gradient)
@@ -145,11 +147,18 @@ class Restored:
             module.training = training
 
 
+def _untouched(tensor: Tensor, before: Tensor) -> bool:
+    """Whether a large tensor holds what it held, which is found sooner than a copy is made."""
+    if before.numel() < LARGE or (tensor.dtype, tensor.device) != (before.dtype, before.device):
+        return False
+    return tensor.shape == before.shape and tensor.stride() == before.stride() and torch.equal(tensor, before)
+
+
 def _plain(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in BY_ITSELF}
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
-    if list(now.items()) != list(before.items()):
+    if [(name, id(held)) for name, held in now.items()] != [(name, id(held)) for name, held in before.items()]:
         now.clear()
         now.update(before)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..expect import NotApplicable, farthest
+from ..expect import NotApplicable, farthest, note
 from ..subject import EXISTENCE, Subject
 from ..watch.calls import Call, each, recorded, tensors
-from .influence import call, length
+from .influence import call, length, some_of
 from .precision import precise, spread
 
+FEW_TOKENS, SWEEPS = 4, 3.0  # for a model so large that not every part can be tried
 SMALLEST = 1e-6  # standard deviations of the logits: a part that matters moves them by more (clean models: 0.1)
 
 Forward = Callable[..., Any]
@@ -183,14 +184,22 @@ def output_trials(subject: Subject, width: int) -> dict[str, tuple[str, Wrap]]:
 def best_moves(subject: Subject, trials: dict[str, tuple[str, Wrap]]) -> dict[str, float]:
     """How far each trial, a module's name and a wrapper of its forward, moves the logits, in standard deviations.
 
-    The largest move over the schemes of weights: one draw may hide what another shows.
+    The largest move over the schemes of weights: one draw may hide what another shows. Of a large model, some of the
+    trials, drawn by the seed, on a few tokens.
     """
-    best = dict.fromkeys(trials, 0.0)
-    tokens = subject.tokens(2, length(subject), seed=subject.seed)
+    rows, T = 2, length(subject)
+    if subject.affordable(rows * T, len(trials), sweeps=SWEEPS) < len(trials):
+        rows, T = 1, min(T, FEW_TOKENS)
+    chosen = some_of(list(trials), subject.affordable(rows * T, len(trials), sweeps=SWEEPS), seed=subject.seed)
+    if len(chosen) < len(trials):
+        note(sample=f"{len(chosen)} of {len(trials)} parts, drawn by the seed: the others were not looked at")
+    best = dict.fromkeys(chosen, 0.0)
+    tokens = subject.tokens(rows, T, seed=subject.seed)
     for scheme in EXISTENCE:
         model = precise(subject, scheme)
         want = call(subject, model, tokens)
-        for what, (name, wrap) in trials.items():
+        for what in chosen:
+            name, wrap = trials[what]
             if best[what] <= SMALLEST:
                 with replaced(model.get_submodule(name), wrap):
                     best[what] = max(best[what], farthest(call(subject, model, tokens), want) / spread(want))

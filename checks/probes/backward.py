@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..expect import NotApplicable
 from ..loss.formula import cross_entropy
-from ..subject import Subject
+from ..subject import LARGE, Subject
 from ..training.runs import refuse_chance
 from ..watch.draws import seeded
 from ..watch.dropout import set_rates
@@ -64,7 +64,8 @@ def gradient_of(model: nn.Module) -> Tensor:
     """All gradients in one vector."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in trained]
-    return torch.cat([gradient.flatten().double() for gradient in gradients])
+    kept = torch.float32 if sum(gradient.numel() for gradient in gradients) >= LARGE else torch.float64
+    return torch.cat([gradient.flatten().to(kept) for gradient in gradients])
 
 
 def apart(a: Tensor, b: Tensor) -> float:

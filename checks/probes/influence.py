@@ -8,7 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from ..watch.draws import seeded
 from ..ways import EVAL, Way
 from .module_state import buffers_kept, set_mode
 
+Item = TypeVar("Item")
 LONGEST = 16  # tokens; every pair of positions is tried in sequences up to this length
 STACKED = 8192  # tokens in one call, at most
 NUMBERS = 2**24  # logits that one call may give, whatever the vocabulary: 128 MB in float64
@@ -50,7 +53,7 @@ def length(subject: Subject) -> int:
 
 
 def lengths(subject: Subject, model: nn.Module) -> list[int]:
-    """Every length from 1 on; only a few of them if each new shape is slow."""
+    """Every length from 1 on; only a few of them if each new shape is slow, or all of them cost too much."""
     T = length(subject)
     call(subject, model, subject.tokens(1, T))
     start = time.thread_time()
@@ -58,7 +61,8 @@ def lengths(subject: Subject, model: nn.Module) -> list[int]:
     slow = time.thread_time() - start > SLOW_SHAPE
     shortest = 1 if reads_one_token(subject, model) else 2
     few = sorted({t for t in (1, 2, 3, T // 2, T - 1, T) if shortest <= t <= T})
-    return few if slow else list(range(shortest, T + 1))
+    every = list(range(shortest, T + 1))
+    return few if slow or subject.affordable(sum(every), ROWS) < ROWS else every
 
 
 def reads_one_token(subject: Subject, model: nn.Module) -> bool:
@@ -77,33 +81,60 @@ def needs_one_token(subject: Subject, model: nn.Module) -> None:
 
 
 def every_id(subject: Subject, T: int, *, rows: int | None = None, seed: int = 0) -> Tensor:
-    """[V, T] tokens in which every column contains every id once (a random choice of `rows` of them)."""
+    """[V, T] tokens in which every column contains every id once (a random choice of `rows` of them).
+
+    Of a large model's ids there are as many rows as are affordable, the first and the last id among them.
+    """
     V = subject.sizes.vocab_size
     generator = torch.Generator().manual_seed(seed)
-    columns = [torch.randperm(V, generator=generator)[: rows or V] for _ in range(T)]
-    return torch.stack(columns, dim=1).to(subject.device)
+    wanted = rows or V
+    n = subject.affordable(T, wanted, least=min(wanted, LEAST))
+    tokens = torch.stack([torch.randperm(V, generator=generator)[:n] for _ in range(T)], dim=1)
+    if n < wanted:
+        tokens[0, ::2], tokens[-1, 1::2] = 0, V - 1
+    return tokens.to(subject.device)
 
 
 @dataclass
 class Changes:
-    """Pairs of rows [N, T] that differ in one token each: pair n in the token at `place[n]`."""
+    """Pairs of rows [N, T] that differ from one token on: pair n in that at `place[n]`, of a sample in all later ones.
+
+    `stacked` is how many tokens one call may read; `of` how many pairs there would be, were all affordable.
+    """
 
     plain: Tensor
     changed: Tensor
     place: Tensor
     mask: Tensor | None = None
+    stacked: int = STACKED
+    of: int = 0
 
     def part(self, rows: slice | Tensor) -> Changes:
         mask = None if self.mask is None else self.mask[rows]
-        return Changes(self.plain[rows], self.changed[rows], self.place[rows], mask)
+        return replace(self, plain=self.plain[rows], changed=self.changed[rows], place=self.place[rows], mask=mask)
+
+    @property
+    def rows_at_once(self) -> int:
+        return max(self.stacked // self.plain.shape[1], 1)
 
     def parts(self) -> Iterator[Changes]:
-        """Pieces of at most STACKED tokens."""
-        size = max(STACKED // self.plain.shape[1], 1)
+        """Pieces that one call may read."""
+        size = self.rows_at_once
         return (self.part(slice(i, i + size)) for i in range(0, len(self.place), size))
 
     def one_by_one(self) -> Iterator[Changes]:
         return (self.part(slice(i, i + 1)) for i in range(len(self.place)))
+
+    @property
+    def sample(self) -> dict[str, str]:
+        """For the evidence: which part of the cases was tried, if not all; and what that can miss."""
+        if len(self.place) >= self.of:
+            return {}
+        ids = len(torch.cat((self.plain, self.changed)).unique())
+        return {
+            "sample": f"{len(self.place)} of {self.of} cases, each rewriting all tokens from one of "
+            f"{len(self.place.unique())} places on; {ids} ids: what happens for another id alone was not looked at"
+        }
 
     def judged(self) -> Tensor:
         """[N, T], True for the logits that must not move: those of real tokens before the changed one."""
@@ -118,8 +149,13 @@ def changes(
     *,
     places: list[int] | None = None,
     alternatives: int = 2,
+    alone: bool = False,
 ) -> Changes:
-    """Every row of tokens [R, T] with one real token replaced, at each of the places, by `alternatives` other ids."""
+    """Every row of tokens [R, T] with one real token replaced, at each of the places, by `alternatives` other ids.
+
+    Where that costs too much, some of these, at as many places as can be; and then all tokens from the place on are
+    replaced, unless one `alone` is to be: so every pair of positions on two sides of the place is tried at once.
+    """
     (R, T), V = tokens.shape, subject.sizes.vocab_size
     offsets = torch.arange(1, V)[torch.linspace(0, V - 2, alternatives).long()] if V > 1 else torch.zeros(1).long()
     last_first = torch.tensor(sorted(places or range(T), reverse=True))  # so that the first row has a past to judge
@@ -128,10 +164,31 @@ def changes(
     )
     if mask is not None:
         row, place, offset = (grid[mask[row, place]] for grid in (row, place, offset))
+    wanted, least = len(row), len(last_first) if alone else LEAST
+    if (few := subject.affordable(2 * T, wanted, least=least)) < wanted:
+        chosen = spread_over(place, few, seed=subject.seed)
+        row, place, offset = row[chosen], place[chosen], offset[chosen]
     plain, n = tokens[row], torch.arange(len(row), device=tokens.device)
-    changed = plain.clone()
-    changed[n, place] = (changed[n, place] + offset) % V
-    return Changes(plain, changed, place, None if mask is None else mask[row])
+    if few < wanted and not alone:
+        later = torch.arange(T, device=tokens.device) >= place[:, None]
+        changed = torch.where(later, (plain + offset[:, None]) % V, plain)
+    else:
+        changed = plain.clone()
+        changed[n, place] = (changed[n, place] + offset) % V
+    return Changes(plain, changed, place, None if mask is None else mask[row], tokens_at_once(subject), wanted)
+
+
+def spread_over(place: Tensor, n: int, *, seed: int) -> Tensor:
+    """The indices of `n` entries, in their order: as many places as can be, the last and the second in any case."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randperm(len(place), generator=generator).to(place.device)
+    by_place: dict[int, list[int]] = {}
+    for index in mixed.tolist():
+        by_place.setdefault(int(place[index]), []).append(index)
+    ends = [s for s in (max(by_place), 1) if s in by_place]
+    order = [*ends, *(s for s in by_place if s not in ends)]
+    rounds = zip_longest(*(by_place[s] for s in order))
+    return torch.tensor(sorted([i for i in chain.from_iterable(rounds) if i is not None][:n]), device=place.device)
 
 
 def tried_at(subject: Subject, T: int, *, rows: int) -> Changes:
@@ -147,8 +204,29 @@ def cuts(subject: Subject, T: int, places: list[int]) -> Changes:
     return Changes(plain, torch.where(later, (plain + 1) % subject.sizes.vocab_size, plain), place)
 
 
+def some_of(items: list[Item], n: int, *, seed: int) -> list[Item]:
+    """The first, the last and others drawn by the seed, `n` in all and in their order; all of them if n is enough."""
+    if n >= len(items):
+        return items
+    inner = torch.randperm(len(items) - 2, generator=torch.Generator().manual_seed(seed))[: max(n - 2, 0)] + 1
+    return [items[i] for i in sorted({0, len(items) - 1, *inner.tolist()})]
+
+
+def tokens_at_once(subject: Subject) -> int:
+    """How many tokens one call may read, so that its logits stay in bounds."""
+    return min(STACKED, max(NUMBERS // max(subject.width, 1), 1))
+
+
 def moved(one: Tensor, other: Tensor) -> Tensor:
     """[N, T]: the largest change of each position's logits [N, T, V]; infinite if only one of two numbers is NaN."""
+    if one.dim() == 3 and one.numel() > NUMBERS:  # several copies of them are made
+        return torch.cat(
+            [
+                moved(a, b)
+                for a, b in zip(*(x.split(NUMBERS // 8 // x[0, 0].numel(), dim=1) for x in (one, other)), strict=True)
+            ],
+            dim=1,
+        )
     apart = (one - other).abs().double()
     same = (one == other) | (one.isnan() & other.isnan())
     return torch.where(same, 0.0, apart.nan_to_num(nan=torch.inf)).amax(dim=-1)
@@ -158,13 +236,13 @@ def measure(subject: Subject, model: nn.Module, tried: Changes, way: Way, *, alo
     """[N, T]: how far a changed token moved the logits at each position; `alone`: one row per call."""
     if not len(tried.place):
         return torch.zeros(tried.plain.shape, dtype=torch.float64)
-    pieces = tried.one_by_one() if alone else tried.parts()
-    return torch.cat(
-        [
-            moved(call(subject, model, p.plain, p.mask, way), call(subject, model, p.changed, p.mask, way))
-            for p in pieces
-        ]
-    )
+    found: list[Tensor] = []
+    before, plain = None, None
+    for piece in tried.one_by_one() if alone else tried.parts():
+        if plain is None or before is None or piece.mask is not None or not torch.equal(before, piece.plain):
+            before, plain = piece.plain, call(subject, model, piece.plain, piece.mask, way)
+        found.append(moved(plain, call(subject, model, piece.changed, piece.mask, way)))
+    return torch.cat(found)
 
 
 def influence(moves: Tensor, place: Tensor) -> Tensor:

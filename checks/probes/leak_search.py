@@ -7,7 +7,7 @@ another row nor the rounding of another shape can be mistaken for the future.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..subject import Subject
 from ..watch.arithmetic import same_arithmetic, same_draws
 from ..watch.calls import first_breaking
 from ..ways import EVAL, Way
-from .influence import STACKED, Changes, call, influence, measure, moved
+from .influence import Changes, call, influence, measure, moved
 from .precision import precision
 
 SUSPECTS = 4  # hits to confirm one by one
@@ -126,11 +126,11 @@ def _suspects(early: Tensor, place: Tensor, bound: Bound) -> list[int]:
 def _separately(tried: Changes, row: int) -> Iterator[tuple[Changes, int]]:
     """One change by itself, then as the only change of the batch it was in; with its row."""
     yield tried.part(slice(row, row + 1)), 0
-    size = max(STACKED // tried.plain.shape[1], 1)
+    size = tried.rows_at_once
     batch, index = tried.part(slice(row - row % size, row - row % size + size)), row % size
     changed = batch.plain.clone()
     changed[index] = batch.changed[index]
-    yield Changes(batch.plain, changed, batch.place, batch.mask), index
+    yield replace(batch, changed=changed), index
 
 
 def moves_before(s: int, T: int) -> Callable[[Tensor, Tensor], bool]:

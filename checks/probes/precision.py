@@ -1,7 +1,8 @@
 """The floating-point type in which a subject is judged, and the bounds that follow from it.
 
 Laws are judged in float64, where a difference of 1e-9 cannot be rounding. Some subjects refuse float64; others cast to
-float32 somewhere (in a norm, a softmax, the angles of rotary positions). These get the bounds of float32.
+float32 somewhere (in a norm, a softmax, the angles of rotary positions). These get the bounds of float32, and so do
+large ones, for which float64 would take twice the time and the memory.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..expect import Bound, farthest
 from ..subject import ABSENCE, Subject
+from ..watch.dispatch import Dispatch
 from .padding import ragged
 
 
@@ -69,7 +70,9 @@ def _precise(subject: Subject, /) -> nn.Module:
 
 
 def _probe(subject: Subject) -> Precision:
-    casts = _Casts()  # type: ignore[no-untyped-call]
+    if subject.large:
+        return Precision(torch.float32, torch.float32)
+    casts = _Casts()
     try:
         model = subject.amplified(dtype=torch.float64)
         with torch.enable_grad(), casts:  # without gradients PyTorch's encoder layers run as one operation
@@ -111,7 +114,7 @@ def _survives_padding(subject: Subject, dtype: torch.dtype) -> bool:
     return all(bool(x.isfinite().all()) for x in (logits, *gradients))
 
 
-class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Casts(Dispatch):
     """Sees a float64 tensor cast to a coarser floating-point type, or float64 attention with a mask of such a type.
 
     PyTorch's attention kernel for the CPU accepts a float32 mask with float64 queries and computes wrong results.

@@ -47,7 +47,7 @@ def in_reach(subject: Subject, model: nn.Module, T: int) -> Tensor:
 
 def seen_by(subject: Subject, model: nn.Module) -> Tensor:
     """[T, T], True where position t (row) sees token s (column)."""
-    tried = changes(subject, subject.tokens(2, length(subject), seed=subject.seed), alternatives=3)
+    tried = changes(subject, subject.tokens(2, length(subject), seed=subject.seed), alternatives=3, alone=True)
     return influence(measure(subject, model, tried, EVAL), tried.place).cpu() > 0
 
 

@@ -17,6 +17,7 @@ from ..expect import NotApplicable, advise, fail, keep, note
 from ..loss.met_loss import met_loss
 from ..loss.returned import cross_entropy_line, gives
 from ..probes.influence import needs_one_token
+from ..probes.preconditions import expect_trainable
 from ..subject import Subject
 
 HOMEWORK = dict(n_layer=1, n_head=4, n_embd=128, dropout=0.0)
@@ -56,6 +57,7 @@ class Learned:
 
 def learn(subject: Subject, task: SentenceTask) -> Learned:
     """Trains with the quick recipe and, if that fails, with the published one; keeps the better result."""
+    expect_trainable(subject)
     sizes = sentence_sizes(subject, task)
     tried: list[str] = []
     best: Learned | None = None

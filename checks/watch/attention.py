@@ -62,13 +62,42 @@ class Attentions(TorchFunctionMode):
         return result
 
 
+class LaterKeys(TorchFunctionMode):
+    """`pairs` [T, T]: the later keys s to which some query t gave weight, in any softmax or fused attention."""
+
+    def __init__(self, T: int) -> None:
+        super().__init__()
+        self.pairs = torch.zeros(T, T, dtype=torch.bool)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            self._see(_shown(*args, **kwargs))
+        elif getattr(func, "__name__", "") == "softmax" and isinstance(result, Tensor):
+            self._see(result > 0)
+        return result
+
+    def _see(self, seen: Tensor | None) -> None:
+        if seen is not None and seen.shape[-2:] == self.pairs.shape:
+            self.pairs |= seen.reshape(-1, *self.pairs.shape).any(dim=0).triu(1).cpu()
+
+
+def _shown(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Tensor | None:
+    """The keys [.., T, S] that fused attention shows to each query; None if it is causal by itself."""
+    if more.get("is_causal", rest[1] if len(rest) > 1 else False):
+        return None
+    if attn_mask is None:
+        return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
+    return attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+
+
 def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Seen:
-    is_causal = more.get("is_causal", rest[1] if len(rest) > 1 else False)
-    if is_causal or q.shape[-2] == 1:
+    shown = _shown(q, k, v, attn_mask, *rest, **more)
+    if shown is None or q.shape[-2] == 1:
         return Seen("scaled_dot_product_attention was called with is_causal")
     if attn_mask is None:
         return Seen("scaled_dot_product_attention was called without is_causal and without a mask", ("no-causal-mask",))
-    shown = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
     return Seen("The mask given to scaled_dot_product_attention lets queries see later keys", opened(shown))
 
 
