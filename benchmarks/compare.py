@@ -1,6 +1,7 @@
 """`make bench`: the reference beside other implementations in one process; prints time ratios with intervals.
 
-python -m benchmarks.compare [--nanogpt FOLDER] [--threads N] [--rounds N] [--cpu-time] [training | decoding]
+python -m benchmarks.compare [--nanogpt FOLDER] [--threads N] [--rounds N] [--cpu-time]
+    [--batch ROWS TOKENS] [training | decoding]
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
     others = available(options.nanogpt)
     figures = Figures()
     if options.what != "decoding":
-        training(others, options.rounds, clock, figures)
+        training(others, options.batch, options.rounds, clock, figures)
     if options.what != "training":
         decoding(others, options.rounds, clock, figures)
     print("\nsummary: median of paired rounds with its 95 % interval", *figures.lines, sep="\n")
@@ -55,6 +56,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("training", "decoding"), help="default: both")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, which is skipped without it")
+    parser.add_argument(
+        "--batch", nargs=2, type=int, default=(B, T), metavar=("ROWS", "TOKENS"), help="of a training step"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15, help="at most; at least three, however long they take")
     parser.add_argument(
@@ -64,6 +68,8 @@ def parse() -> argparse.Namespace:
     for name in ("threads", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if min(options.batch) < 1 or options.batch[1] > SIZES.block_size:
+        parser.error(f"--batch must be at least 1 row of 1 to {SIZES.block_size} tokens, got {options.batch}")
     return options
 
 
@@ -87,20 +93,22 @@ def available(nanogpt: str | None) -> dict[str, Callable[[Sizes], Peer]]:
     return found
 
 
-def training(others: dict[str, Callable[[Sizes], Peer]], rounds: int, clock: Clock, figures: Figures) -> None:
-    tokens, targets = torch.randint(SIZES.vocab_size, (2, B, T))
+def training(
+    others: dict[str, Callable[[Sizes], Peer]], batch: tuple[int, int], rounds: int, clock: Clock, figures: Figures
+) -> None:
+    tokens, targets = torch.randint(SIZES.vocab_size, (2, *batch))
 
     def step(peer: Peer, **how: bool) -> Callable[[], object]:
         return lambda: peer.step(tokens, targets, **how)
 
     ours = peers.ours(SIZES)
     runs = {"ours": step(ours), **{name: step(build(SIZES)) for name, build in others.items()}}
-    runs["matrix products"] = training_products(SIZES, B, T)
+    runs["matrix products"] = training_products(SIZES, *batch)
     runs["ours, bfloat16"] = step(peers.ours(SIZES, attention="explicit"), bfloat16=True)
     runs["ours, bfloat16, fused"] = step(ours, bfloat16=True)
     if "nanoGPT" in others:
         runs["nanoGPT, bfloat16"] = step(others["nanoGPT"](SIZES), bfloat16=True)
-    seconds = report("training step", runs, B * T, rounds, clock)
+    seconds = report("training step", runs, tokens.numel(), rounds, clock)
     figures.add("step, float32 / matrix products", ratio(seconds["ours"], seconds["matrix products"]), "≤ 1.05")
     if "nanoGPT" in seconds:
         figures.add("step, float32 / nanoGPT", ratio(seconds["ours"], seconds["nanoGPT"]), "≤ 1.00")

@@ -95,10 +95,28 @@ def test_what_is_not_here_is_said(bench, monkeypatch, tmp_path):
     assert "HF GPT-2" in said and "decoding" not in said
 
 
-def test_a_bad_option_is_named(bench, capsys):
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("--batch", "2", "9"), "--batch must be at least 1 row of 1 to 8 tokens, got [2, 9]"),
+        (("--batch", "0", "8"), "got [0, 8]"),
+    ],
+)
+def test_a_bad_option_is_named(bench, capsys, options, named):
     with pytest.raises(SystemExit) as error:
-        bench("--rounds", "0")
-    assert error.value.code == 2 and "--rounds must be at least 1, got 0" in capsys.readouterr().err
+        bench(*options)
+    assert error.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_a_step_reads_the_batch_that_was_asked_for(bench, monkeypatch):
+    read = set()
+    step = peers.Peer.step
+    monkeypatch.setattr(
+        peers.Peer, "step", lambda self, x, y, **how: (read.add((*x.shape, *y.shape)), step(self, x, y, **how))
+    )
+    bench("--batch", "3", "5", "training")
+    assert read == {(3, 5, 3, 5)}
 
 
 def test_every_peer_learns_and_decodes():

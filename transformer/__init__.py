@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import load_model
     from .data import Batch, CharacterTokenizer, SentenceTask, pad_batch
-    from .generation import generate
+    from .generation import for_decoding, generate
     from .loss import loss_mask, next_token_loss
     from .model import ModelConfig, Transformer, gpt2, llama
     from .train_config import TrainConfig
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HOMES = {
     "checkpoint": ["load_model"],
     "data": ["Batch", "CharacterTokenizer", "SentenceTask", "pad_batch"],
-    "generation": ["generate"],
+    "generation": ["for_decoding", "generate"],
     "loss": ["loss_mask", "next_token_loss"],
     "model": ["ModelConfig", "Transformer", "gpt2", "llama"],
     "train_config": ["TrainConfig"],
@@ -34,6 +34,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "Transformer",
+    "for_decoding",
     "generate",
     "gpt2",
     "llama",

@@ -172,9 +172,9 @@ def without_gradients(use_cache: bool) -> AbstractContextManager[Any]:
 
 
 def for_decoding(model: Module) -> Module:
-    """A copy of the model for decoding one row at a time on a CPU: in eval mode, with weights that are not trained.
+    """A copy of the model for decoding one or two rows on a CPU: in eval mode, with weights that are not trained.
 
-    Its linear layers store their weights column by column, so that a product with a single vector is a third faster.
+    Its linear layers store their weights column by column, so that a product with a single vector is a quarter faster.
     A weight being trained must not be stored like that: PyTorch's fused optimizers mistake its order for that of its
     gradient or of averages that were saved row by row.
     """
