@@ -137,8 +137,12 @@ class Hooks:
     def pytest_collection(self) -> None:
         """What is wrong with the command line is said before anything is collected."""
         self._append("")
-        if self.options.asked:
-            self.runs()
+        if not self.options.asked:
+            return
+        self.runs()
+        if self._controls and self._reporter is not None:
+            for line in self._header():
+                self._reporter.write_line(line)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -181,6 +185,11 @@ class Hooks:
 
     # -- several processes
 
+    @property
+    def _controls(self) -> bool:
+        """Whether this process only hands out checks: it loads the model while the others start, and not before."""
+        return self.config.pluginmanager.has_plugin("dsession")
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
         if not self.options.asked or config.getvalue("dist") != "load":
@@ -217,8 +226,9 @@ class Hooks:
     # -- header and summary
 
     def pytest_report_header(self) -> list[str]:
-        if not self.options.asked:
-            return []
+        return self._header() if self.options.asked and not self._controls else []
+
+    def _header(self) -> list[str]:
         return [f"model: {subject.header}" for subject in self.subjects] + [f"seed: {self.options.seed}"]
 
     @property

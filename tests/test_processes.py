@@ -84,6 +84,18 @@ def test_root_and_order_of_the_findings_are_the_same(runs):
     assert any(line.startswith("start with check_") for line in alone.end())
 
 
+def test_the_model_is_named_once(runs):
+    for run in runs:
+        assert run.said.count("\nmodel: model.py:Model · ") == run.said.count("\nseed: 3\n") == 1
+
+
+def test_a_model_that_cannot_be_loaded_is_a_usage_error(tmp_path):
+    command = [sys.executable, "-m", "pytest", "--model", "nowhere.py", "-n", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 4
+    assert "no file nowhere.py" in done.stderr and "Traceback" not in done.stdout + done.stderr
+
+
 def test_the_first_finding_is_printed_as_it_is_found(runs):
     for run in runs:
         before, _, after = run.said.partition("= FAILURES =")
