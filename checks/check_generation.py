@@ -75,7 +75,7 @@ def check_greedy_equals_the_naive_loop(subject: Subject) -> None:
     and without the cache, and in a second call.
     """
     on, block = stage(subject), subject.sizes.block_size
-    V = min(on.vocab_size, 32 if on.decoder.batched else 6)
+    V = subject.affordable(32, min(on.vocab_size, 32 if on.decoder.batched else 6), least=2)
     for B, T, n in ((V, 3, 3), (1, 4, 5), (3, 1 if on.reads_one else 2, 5)):
         n = max(1, min(n, block - T))
         prompts = on.prompts(B, min(T, block - n), n)
@@ -134,7 +134,8 @@ def check_generate_reads_all_that_fits(subject: Subject) -> None:
     T, n = block - 1, 4
     if T < 2 or block > 512:
         raise NotApplicable(f"a block size of {block} is too {'short' if T < 2 else 'long'} for this check")
-    prompts = on.prompts(ROWS if on.decoder.batched else 8, T, n)
+    rows = subject.affordable(2 * block * n, ROWS if on.decoder.batched else 8, least=2)
+    prompts = on.prompts(rows, T, n)
     try:
         got = on.greedy(prompts, n)
     except Exception as error:

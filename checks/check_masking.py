@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .expect import STEADY, NotApplicable, Where, advise, drawn, expect_close, fail, farthest, needs, note
 from .probes.extra_arguments import DOCUMENTS, POSITIONS, taken
-from .probes.influence import call, every_id, length, moved, reads_one_token
+from .probes.influence import call, every_id, length, moved, reads_one_token, some_of
 from .probes.magnified import EXTREME, magnified, within_reach
 from .probes.padding import SIDES, padded, ragged
 from .probes.precision import precise, precision, shared, spread
@@ -66,7 +66,8 @@ def expect_pads_unread(subject: Subject, model: nn.Module, side: str, way: Way) 
     mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
     before = call(subject, model, tokens, mask, way)
     bound = precision(subject).bound(before)
-    for shift in range(1, subject.sizes.vocab_size, 3):
+    shifts = list(range(1, subject.sizes.vocab_size, 3))
+    for shift in some_of(shifts, subject.affordable(tokens.numel(), len(shifts), least=3), seed=subject.seed):
         other = torch.where(mask, tokens, (tokens + shift) % subject.sizes.vocab_size)
         after = call(subject, model, other, mask, way)
         moves = torch.where(mask, moved(before, after), 0.0)

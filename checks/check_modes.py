@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .expect import READABLE, REPEATS, NotApplicable, advise, expect_close, expect_same, fail, farthest, needs, note
 from .probes.expectation import Averaged, means_through, unscaled
-from .probes.influence import block_of_tokens
+from .probes.influence import Item, block_of_tokens, some_of
 from .probes.module_state import buffers_kept, every_module, frozen, mode_by_design, renormalized
 from .probes.padding import real, with_and_without
 from .probes.precision import clearly_differ, precise, precision, spread
@@ -32,6 +32,13 @@ OWN_TRAIN = "Call super().train(mode) for both modes in a train() of your own, a
 
 def _differ(a: Tensor, b: Tensor) -> bool:
     return farthest(a, b) > 0
+
+
+def _some(subject: Subject, every: list[Item], n: int) -> list[Item]:
+    """As many of these places as are affordable; the evidence says so if they are not all."""
+    if n < len(every):
+        note(sample=f"{n} of {len(every)} places, drawn by the seed: the others were not looked at")
+    return some_of(every, n, seed=subject.seed)
 
 
 def _model(subject: Subject, rate: float = RATE) -> nn.Module:
@@ -350,7 +357,9 @@ def check_every_dropout_site_drops(subject: Subject) -> None:
     # several batches: an expert may see no token of one of them
     batches = [block_of_tokens(subject, ROWS, seed=seed) for seed in range(3)]
     trial = Trial(model, lambda tokens, seed: _run(subject, model, tokens, seed), batches)
-    silent = silent_sites(trial)
+    every = sites(model)
+    cost = 2 * sum(tokens.numel() for tokens in batches)
+    silent = silent_sites(trial, _some(subject, every, subject.affordable(cost, len(every), least=4, sweeps=3)))
     if not silent:
         return
     site = silent[0]
@@ -412,9 +421,9 @@ def check_dropout_differs_between_rows(subject: Subject) -> None:
     model = _dropping(subject)
     tokens = block_of_tokens(subject, ROWS)[:1].repeat(ROWS, 1)
     calm = _run(subject, model, tokens)
-    for name, module in model.named_modules():
-        if not reads_mode(module):
-            continue
+    every = [(name, module) for name, module in model.named_modules() if reads_mode(module)]
+    few = subject.affordable(len(SEEDS) * tokens.numel(), len(every), least=4, sweeps=3)
+    for name, module in _some(subject, every, few):
         try:
             with training_alone(model, module), Draws() as draws:
                 runs = [_run(subject, model, tokens, seed) for seed in SEEDS]

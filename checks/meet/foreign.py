@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..garbage import nothing_collected
 from ..subject import KeyValueCache, MaskForm, Sizes, Subject, unwarned
 from .header import header_of
 from .load import load
@@ -108,6 +109,6 @@ def foreign(
     `{"loss": "train.py:masked_loss"}` or functions; `checkpoint` is a file of weights; `declared` are a seed and so on,
     as for `Subject`. Raises UsageError for whatever cannot be loaded, with how to fix it.
     """
-    with unwarned():
+    with unwarned(), nothing_collected():
         loaded = load(what, device=device, causal=causal, checkpoint=checkpoint, parts=parts)
     return Foreign(what if isinstance(what, str) else loaded.shown, loaded, device=device, causal=causal, **declared)

@@ -115,6 +115,7 @@ class Restored:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.at_rest = False  # nothing was done to it since it was last put back
         self.modes = [(module, module.training) for module in model.modules()]
         self.attributes = [(m, _plain(m)) for m in model.modules()]
         self.parts = [(m, dict(m._modules), dict(m._parameters)) for m in model.modules()]  # checks take blocks out
@@ -122,6 +123,7 @@ class Restored:
         self.kept = {name: (t.detach().clone(), t.requires_grad) for name, t in tensors}
 
     def __call__(self) -> nn.Module:
+        self.at_rest = False
         for module, modules, parameters in self.parts:
             _put_back(module._modules, modules)
             _put_back(module._parameters, parameters)
@@ -142,9 +144,12 @@ class Restored:
 
     def leave(self) -> None:
         """Restores it for good, the training mode of each module included."""
+        if self.at_rest:
+            return
         self()
         for module, training in self.modes:
             module.training = training
+        self.at_rest = True
 
 
 def _untouched(tensor: Tensor, before: Tensor) -> bool:

@@ -17,7 +17,7 @@ from ..watch.calls import Call, each, recorded, tensors
 from .influence import call, length, some_of
 from .precision import precise, spread
 
-FEW_TOKENS, SWEEPS = 4, 3.0  # for a model so large that not every part can be tried
+FEW_TOKENS, SWEEPS = 4, 2.0  # for a model so large that not every part can be tried
 SMALLEST = 1e-6  # standard deviations of the logits: a part that matters moves them by more (clean models: 0.1)
 
 Forward = Callable[..., Any]

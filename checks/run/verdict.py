@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from ..expect import CheckFailed, NotApplicable, TooSlow, Where, remarks
+from ..garbage import memory_given_back, old_objects_kept
 from ..meet.process import limited_check
 from ..subject import Subject, one_thread, unwarned
 from .order import Check, check_id, checks_in, rule, theme
@@ -62,7 +61,7 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
         return verdict
     start = time.perf_counter()
     long = hasattr(check, "slow") or getattr(check, "sanity", False)
-    with remarks() as mine, one_thread(), old_objects_uncollected(), limited_check(long=long):
+    with remarks() as mine, one_thread(), old_objects_kept(), limited_check(long=long):
         try:
             check(subject)
         except CheckFailed as failure:
@@ -93,20 +92,10 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
     verdict.seconds = round(time.perf_counter() - start, 4)
     verdict.evidence = {**mine.evidence, **verdict.evidence}
     verdict.remarks, verdict.kept = mine.advice, mine.kept
+    if not subject.builds_afresh and subject.large and not verdict.kept:
+        subject.leave()  # gradients and weights in float64 would fill the memory until another check needs the model
+        memory_given_back()
     return verdict
-
-
-@contextmanager
-def old_objects_uncollected() -> Iterator[None]:
-    """Inside, garbage collection passes over the objects made before: libraries mostly, some hundred thousand."""
-    if gc.get_freeze_count():  # by whoever runs us: `unfreeze` would undo that
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _wants_gradients(error: Exception) -> bool:

@@ -124,9 +124,9 @@ class Trial:
             return any(farthest(self.run(t, 1), c) > 0 for t, c in zip(self.batches, calm, strict=True))
 
 
-def silent_sites(trial: Trial) -> list[Site]:
-    """Sites that the forward uses and that drop nothing in training mode, and for which no other module drops."""
-    silent = [site for site in sites(trial.model) if not _lives(trial, site)]
+def silent_sites(trial: Trial, tried: list[Site]) -> list[Site]:
+    """Those tried that the forward uses and that drop nothing in training mode, and for which no other module drops."""
+    silent = [site for site in tried if not _lives(trial, site)]
     if not silent:
         return []
     trial.model.train()
