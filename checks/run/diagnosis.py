@@ -41,29 +41,6 @@ def _says(bug: str) -> str:
                         if isinstance(made, ast.Call) and made.args and bug == _id(made, node.name):
                             return str(ast.literal_eval(made.args[0]))
     return ""
-    first = next((verdict for verdict in broken if verdict["outcome"] == "error"), broken[0])
-    at = f" at {place(first['where'])}" if first.get("where") else ""
-    return f"start with {first['check']}{at}" if len(broken) > 1 else f"{first['check']}{at}"
-
-
-def explain(bug: str) -> str:
-    """A known bug's id with what it is."""
-    says = _says(bug)
-    return f"{bug}: {says}" if says else bug
-
-
-@cache
-def _says(bug: str) -> str:
-    """What a known bug is, from its source text: to import them all, and all checks with them, takes a second."""
-    name = bug.replace("-", "_")
-    for path in sorted((CHECKS / "bugs").glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        if f"def {name}(" in text or f'"{bug}"' in text:
-            for node in ast.parse(text).body:
-                for made in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
-                    if isinstance(made, ast.Call) and made.args and bug == _id(made, node.name):
-                        return str(ast.literal_eval(made.args[0]))
-    return ""
 
 
 def _id(made: ast.Call, name: str) -> str:
