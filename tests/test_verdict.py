@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 
 import pytest
@@ -180,19 +179,3 @@ def test_what_was_drawn_together_is_shown_by_its_own_names():
     text = terminal.failure({**verdict.as_dict(), "reproduce": "pytest"})
     assert "length = 1, seed = 0" in text and "{" not in text
     assert "`mask` is missing." in text
-
-
-def test_garbage_made_before_a_check_is_left_out_of_its_collections_and_comes_back_after_it():
-    seen = []
-    assert run(lambda subject: seen.append(gc.get_freeze_count())).outcome == "passed"
-    assert seen[0] > 1000
-    assert gc.get_freeze_count() == 0
-
-
-def test_what_the_caller_froze_stays_frozen():
-    gc.freeze()
-    try:
-        run(lambda subject: None)
-        assert gc.get_freeze_count() > 1000
-    finally:
-        gc.unfreeze()
