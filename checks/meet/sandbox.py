@@ -8,6 +8,7 @@ output are bounded. Afterwards modules, paths and global settings are as they we
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.abc
 import importlib.machinery
 import math
@@ -52,6 +53,7 @@ INSTALLED = tuple(
 OUR_FOLDERS = tuple(str(Path(__file__).resolve().parents[2] / name) + os.sep for name in ("checks", "transformer"))
 
 
+@functools.cache
 def installed(filename: str) -> bool:
     """Whether a source file belongs to the standard library or an installed distribution, or is no file at all."""
     return filename.startswith(("<frozen", "<string>")) or os.path.realpath(filename).startswith(INSTALLED)
