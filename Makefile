@@ -25,9 +25,11 @@ lint: $(VENV)/installed-for-tests
 	@echo "files that a rule could be moved out of (over 450 lines):"
 	@git ls-files 'checks/*.py' 'transformer/*.py' 'power/*.py' 'tests/*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > 450'
 
-# Times our model, the GPT-2 of transformers, x-transformers and, with NANOGPT=folder, nanoGPT.
+# Times our model, the GPT-2 of transformers, x-transformers and, with NANOGPT=folder, nanoGPT; then default runs of the
+# checks over models of several sizes, beside an earlier version with BEFORE=its python.
 bench: $(VENV)/installed-for-tests
 	$(BIN)/python -m benchmarks.compare $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	$(BIN)/python -m benchmarks.suite $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(BEFORE),--before $(BEFORE))
 
 # Runs every check and benchmark that needs CUDA, in at most ten minutes; the table is out/gpu/table.md.
 gpu: $(VENV)/installed-for-tests

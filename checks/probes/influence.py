@@ -130,10 +130,10 @@ class Changes:
         """For the evidence: which part of the cases was tried, if not all; and what that can miss."""
         if len(self.place) >= self.of:
             return {}
-        ids = len(torch.cat((self.plain, self.changed)).unique())
+        ids = len(torch.unique(torch.cat((self.plain, self.changed))))
         return {
             "sample": f"{len(self.place)} of {self.of} cases, each rewriting all tokens from one of "
-            f"{len(self.place.unique())} places on; {ids} ids: what happens for another id alone was not looked at"
+            f"{len(torch.unique(self.place))} places on; {ids} ids: what happens for another id alone was not looked at"
         }
 
     def judged(self) -> Tensor:
@@ -220,13 +220,9 @@ def tokens_at_once(subject: Subject) -> int:
 def moved(one: Tensor, other: Tensor) -> Tensor:
     """[N, T]: the largest change of each position's logits [N, T, V]; infinite if only one of two numbers is NaN."""
     if one.dim() == 3 and one.numel() > NUMBERS:  # several copies of them are made
-        return torch.cat(
-            [
-                moved(a, b)
-                for a, b in zip(*(x.split(NUMBERS // 8 // x[0, 0].numel(), dim=1) for x in (one, other)), strict=True)
-            ],
-            dim=1,
-        )
+        few = max(NUMBERS // 8 // (one.shape[0] * one.shape[2]), 1)
+        pieces = zip(torch.split(one, few, dim=1), torch.split(other, few, dim=1), strict=True)
+        return torch.cat([moved(a, b) for a, b in pieces], dim=1)
     apart = (one - other).abs().double()
     same = (one == other) | (one.isnan() & other.isnan())
     return torch.where(same, 0.0, apart.nan_to_num(nan=torch.inf)).amax(dim=-1)

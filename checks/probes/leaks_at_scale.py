@@ -69,7 +69,7 @@ def _one_id_a_row(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of rows [n, ROW] that differ in one token, so that every id is once the one and once the other."""
     V, rows = subject.sizes.vocab_size, max(tokens_at_once(subject) // ROW, 1)
     generator = torch.Generator().manual_seed(subject.seed)
-    for ids in torch.randperm(V, generator=generator).split(rows):
+    for ids in torch.split(torch.randperm(V, generator=generator), rows):
         plain = torch.randint(V, (len(ids), ROW), generator=generator)
         plain[:, ROW // 2] = ids
         changed = plain.clone()
