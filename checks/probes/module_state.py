@@ -240,4 +240,4 @@ def tie_trials(subject: Subject, model: nn.Module, T: int) -> Iterator[tuple[str
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad, alpha=1e-3)
     yield "after two training steps", model.eval()
-    yield "after .double()", model.double()
+    yield ("after .bfloat16()", model.bfloat16()) if subject.large else ("after .double()", model.double())
