@@ -204,8 +204,8 @@ def check_future_cannot_change_past_in_low_precision(subject: Subject) -> None:
     refused = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        if dtype == torch.float16 and subject.large and subject.device.type == "cpu":
-            refused[name] = "takes minutes on a CPU for a model this large"
+        if slow := subject.too_slow_in(dtype):
+            refused[name] = slow
             continue
         model = subject.amplified(seed=subject.seed, dtype=dtype)
         tried = tried_at(subject, length(subject), rows=6)

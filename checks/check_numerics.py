@@ -249,6 +249,8 @@ def check_bfloat16_stays_close(subject: Subject) -> None:
 @needs(*READABLE, REPEATS)
 def check_float16_stays_close(subject: Subject) -> None:
     """In float16, the error must not exceed what rounding costs, also with padding."""
+    if slow := subject.too_slow_in(torch.float16):
+        raise NotApplicable(f"{slow}; it runs with --device or --gpu")
     for trial in _short_trials(subject, torch.float16):
         _judge(
             _runs(subject, trial),

@@ -336,6 +336,11 @@ class Subject:
         """Whether weights in float64, and copies of them, would take too much time and memory."""
         return self.parameters >= LARGE
 
+    def too_slow_in(self, dtype: torch.dtype) -> str:
+        """Why a forward in this type would take minutes; "" if it does not."""
+        slow = dtype == torch.float16 and self.device.type == "cpu" and self.large
+        return f"float16 takes minutes on a CPU with {self.parameters:,} parameters" if slow else ""
+
     @property
     def builds_afresh(self) -> bool:
         """Whether each `build` is a new model; else it is always the same one, put back to what it was."""
