@@ -36,7 +36,7 @@ class Run:
     """One command as a whole process."""
 
     seconds: float  # of a processor
-    memory: float  # peak, in bytes
+    memory: float  # peak, in bytes; at least that of the process which started it
     ended: str  # the last line that says how the checks ended
 
 

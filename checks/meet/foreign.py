@@ -24,8 +24,8 @@ class Foreign(Subject):
         parts = SimpleNamespace(build_model=lambda **sizes: loaded.build(sizes), **loaded.parts)
         super().__init__(name, parts, **declared)
         self.loaded, self.sizes = loaded, Sizes(**loaded.sizes)
-        if not loaded.fresh:  # now: both put the one instance back, which must not happen while a check holds it
-            _ = self.header, self.learns
+        if not loaded.fresh:  # now: these put the one instance back, which must not happen while a check holds it
+            _ = self.header, self.learns, self.parameters
 
     @property
     @unwarned()
