@@ -39,7 +39,7 @@ class Sizes:
     dropout: float = 0.0
 
 
-SWEEP = 3e10  # floating-point operations of one sweep of a check: less than a second of one core in float64
+SWEEP = 2e10  # floating-point operations of one sweep of a check: half a second of one core in float64
 LARGE = 2**23  # parameters: 8.4 million, 32 MB in float32
 DRAWN_IN_FLOAT64 = 2**20  # numbers of one tensor; larger ones are drawn in float32, in a sixth of the time
 
