@@ -24,6 +24,7 @@ from .probes.backward import (
     apart,
     backward,
     gradient_of,
+    gradients_in,
     loss_of,
     needs_finite,
     needs_no_cache_inside,
@@ -45,8 +46,7 @@ TIMES = {torch.float32: 20.0, torch.bfloat16: 4.0, torch.float16: 4.0}  # as in 
 KERNELS_OWN = 0.1  # relative error of a kernel's own rounding in half precision; a wrong path is of order 1
 ANOTHER_WAY = 0.5  # relative error of a parameter's gradient; correct models under autocast: at most 0.1
 MATTERS = 1e-3  # norm of a parameter's gradient, relative to that of all, below which it is not judged
-STEPS = 50
-NUMBERS = 2**22  # of a gradient, evenly spread, by which kernels are compared
+STEPS, TIMES_HELD = 50, 5  # training steps, and how many times among them memory is read
 
 
 # -- kernels
@@ -64,7 +64,7 @@ class Attention(TorchFunctionMode):
 
 @dataclass
 class Computed:
-    """The logits and the gradient of the loss, of a large model a part of it, with one kernel in one type."""
+    """The logits and the gradient of the loss with one kernel in one type."""
 
     logits: Tensor
     gradient: Tensor
@@ -76,8 +76,7 @@ class Computed:
         with sdpa_kernel(kernel):
             logits = subject.logits(model, tokens[:, :-1])
             backward(cross_entropy(logits.float(), tokens[:, 1:]).mean())
-        gradient = gradient_of(model)
-        return cls(logits.detach().double(), gradient[:: max(len(gradient) // NUMBERS, 1)].double())
+        return cls(logits.detach().double(), gradient_of(model))
 
 
 @needs(*READABLE, GRADIENTS)
@@ -199,11 +198,10 @@ def check_mixed_precision_keeps_the_gradient(subject: Subject) -> None:
 
 def farthest_off(model: nn.Module, got: Tensor, want: Tensor) -> tuple[float, str]:
     """The largest relative error of a parameter's gradient, and its name; tiny ones (a key's bias) are left out."""
-    named = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
-    sizes = [n for _, n in named]
-    parts = zip(named, torch.split(got, sizes), torch.split(want, sizes), strict=True)
+    parts, others = gradients_in(model, got), gradients_in(model, want).values()
     least = MATTERS * want.norm()
-    return max(((apart(a, b), name) for (name, _), a, b in parts if b.norm() > least), default=(0.0, ""))
+    pairs = zip(parts, parts.values(), others, strict=True)
+    return max(((apart(a, b), name) for name, a, b in pairs if b.norm() > least), default=(0.0, ""))
 
 
 @needs(*READABLE)
@@ -329,6 +327,7 @@ def check_memory_does_not_grow(subject: Subject) -> None:
         without_chance(subject),
         tokens_of(subject, 2, min(8, subject.sizes.block_size)),
     )  # growth shows at small sizes too
+    each = subject.affordable(3 * tokens.numel(), STEPS // TIMES_HELD, least=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
 
     def step() -> None:
@@ -336,33 +335,33 @@ def check_memory_does_not_grow(subject: Subject) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    held = held_after(step, subject.device)
-    note(bytes_held=held)
+    held = held_after(step, each, subject.device)
+    note(bytes_held=held, steps_between=each)
     grown = [more - less for less, more in pairwise(held)]
     if min(grown) > 0:
         needs_no_cache_inside(model)
         fail(
-            f"every training step holds {grown[-1] / 10:,.0f} bytes more: {held[0]:,} after 10 steps, {held[-1]:,} "
-            f"after {STEPS}",
+            f"every training step holds {grown[-1] / each:,.0f} bytes more: {held[0]:,} after {each} steps, "
+            f"{held[-1]:,} after {each * TIMES_HELD}",
             likely=("forward-keeps-its-activations",),
             advice="look for a list that forward appends to, and for losses stored with their graph (store .item() or "
             ".detach())",
         )
 
 
-def held_after(step: Callable[[], None], device: torch.device) -> list[int]:
-    """Bytes that tensors hold after every ten steps, beyond those held before the first, for as long as they grow."""
+def held_after(step: Callable[[], None], each: int, device: torch.device) -> list[int]:
+    """Bytes that tensors hold after every few steps, beyond those held before the first, for as long as they grow."""
     if device.type in ("cuda", "xpu"):
         allocator = getattr(torch, device.type)
-        return while_growing(step, lambda: allocator.memory_allocated(device))
+        return while_growing(step, each, lambda: allocator.memory_allocated(device))
     with Held() as held:
-        return while_growing(step, lambda: held.now)
+        return while_growing(step, each, lambda: held.now)
 
 
-def while_growing(step: Callable[[], None], held: Callable[[], int]) -> list[int]:
+def while_growing(step: Callable[[], None], each: int, held: Callable[[], int]) -> list[int]:
     found: list[int] = []
-    while len(found) < STEPS // 10:
-        for _ in range(10):
+    while len(found) < TIMES_HELD:
+        for _ in range(each):
             step()
         gc.collect()  # frees reference cycles
         found.append(held())
@@ -376,7 +375,7 @@ def check_memory_grows_no_faster_than_the_batch(subject: Subject) -> None:
     """The peak memory of a training step must grow no faster than linearly with the batch size."""
     needs_numbers(subject)
     needs_one_way(subject)
-    model, one = without_chance(subject), tokens_of(subject, 2)
+    model, one = without_chance(subject), tokens_of(subject, 2, 8 if subject.large else None)
 
     def peak(rows: int) -> int:
         tokens = one.repeat(rows // 2, 1)

@@ -201,10 +201,10 @@ def _expect_compiled(subject: Subject, backend: str) -> None:
     )
     compiled = f"compiled by torch.compile(backend={backend!r})"
     expect_close(got, want, bound=_single(want), says=f"{compiled}, the logits are different", **finding)
+    largest = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
+    bound = Bound(COMPILED * largest, f"{COMPILED:.0e} of the largest gradient")
     for name, gradient in gradients.items():
         axes = [f"index {axis}" for axis in range(gradient.dim())]
-        largest = max(float(g.abs().max()) for g in gradients.values() if g.numel())
-        bound = Bound(COMPILED * largest, f"{COMPILED:.0e} of the largest gradient")
         says = f"{compiled}, the gradient of {name} is different"
         expect_close(theirs[name], gradient, bound=bound, says=says, axes=axes, **finding)
 

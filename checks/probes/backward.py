@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..expect import NotApplicable
 from ..loss.formula import cross_entropy
-from ..subject import LARGE, Subject
+from ..subject import Subject
 from ..training.runs import refuse_chance
 from ..watch.draws import seeded
 from ..watch.dropout import set_rates
@@ -15,6 +17,7 @@ from ..watch.dropout import set_rates
 KEPT = ("backward through the graph a second time", "modified by an inplace operation")  # in autograd's messages
 SAYS = "the model keeps results of earlier calls with their graph, so it cannot be trained for several steps"
 ROWS = 3  # of a batch
+NUMBERS = 2**22  # of a gradient
 SCALES = 24  # halvings of a gradient scaler: from 65536 to 1/256
 
 
@@ -61,11 +64,24 @@ def loss_of(subject: Subject, model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def gradient_of(model: nn.Module) -> Tensor:
-    """All gradients in one vector."""
+    """All gradients in one vector; of a large model's, numbers at even distances."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in trained]
-    kept = torch.float32 if sum(gradient.numel() for gradient in gradients) >= LARGE else torch.float64
-    return torch.cat([gradient.flatten().to(kept) for gradient in gradients])
+    step = _between(gradients)
+    return torch.cat([gradient.flatten()[::step].double() for gradient in gradients])
+
+
+def gradients_in(model: nn.Module, gradient: Tensor) -> dict[str, Tensor]:
+    """The part of each parameter in what `gradient_of` gave."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    step = _between([p for _, p in named])
+    parts = torch.split(gradient, [len(range(0, p.numel(), step)) for _, p in named])
+    return {name: part for (name, _), part in zip(named, parts, strict=True)}
+
+
+def _between(tensors: Sequence[Tensor]) -> int:
+    """Every how manyeth number stands for a large gradient, so that several fit into memory in float64."""
+    return max(sum(tensor.numel() for tensor in tensors) // NUMBERS, 1)
 
 
 def apart(a: Tensor, b: Tensor) -> float:

@@ -17,6 +17,7 @@ from ..expect import note
 from ..subject import Subject
 from ..watch.attention import LaterKeys
 from ..watch.calls import recorded
+from ..ways import EVAL, Way
 from .ablation import Forward, blocks_of, replaced
 from .influence import Changes, call, cuts, moved, some_of, tokens_at_once
 from .leak_search import LeakSearch
@@ -33,13 +34,19 @@ def expect_no_leak_farther_on(subject: Subject, model: nn.Module, T: int, tried:
 
     A single pair of positions shows in what attention sees; outside attention, only if a cut lies between the two.
     """
-    with LaterKeys(T) as later:
-        call(subject, model, subject.tokens(1, T, seed=subject.seed))
+    later = LaterKeys(T)
+    late = [place for place in telling_places(T) if place > tried]
+    _expect_no_leak_at(subject, model, T, late, Way(EVAL.name, inside=lambda: later))
     seen = later.pairs.any(dim=0).nonzero().flatten().tolist()
-    places = seen or [place for place in telling_places(T) if place > tried]
+    note(farthest=T, attention_sees_later_keys=bool(seen))
+    if seen:
+        _expect_no_leak_at(subject, model, T, seen, EVAL)
+
+
+def _expect_no_leak_at(subject: Subject, model: nn.Module, T: int, places: list[int], way: Way) -> None:
     few = some_of(places, subject.affordable(2 * T, len(places), least=CUTS), seed=subject.seed)
-    note(farthest=T, cuts=few, attention_sees_later_keys=bool(seen))
-    expect_no_leak(LeakSearch(subject, model, cuts(subject, T, few)), likely=("causal-hardcoded-length",))
+    note(cuts=few)
+    expect_no_leak(LeakSearch(subject, model, cuts(subject, T, few), way), likely=("causal-hardcoded-length",))
 
 
 def expect_no_leak_of_one_id(subject: Subject, model: nn.Module) -> None:
