@@ -2,7 +2,8 @@
 
 `python -m power.strength TABLE.jsonl…` reads what each check catches from tables of `make power`, or from files that
 `--verdicts` wrote over bugs, and measures what it takes on the reference; `make power` calls it at its end. Without a
-table, what each check catches stays as it is: for after a check was added or made faster, or needs another.
+table, what each check catches stays as it is: for after a check was added or made faster, or needs another. Whatever
+the tables say, each check catches the bugs that name it, which tests/test_bugs.py proves.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from power.report import failed
 from power.same import records
 from transformer_checks.checks import all_checks
+from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.run import REFERENCE
 from transformer_checks.checks.run import strength as known
 from transformer_checks.checks.run.order import all_listed, check_id
@@ -40,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         bugs = json.loads(FILE.read_text(encoding="utf-8"))["bugs"]
         catches = {check: strength.catches for check, strength in strengths().items()}
         seconds = {check: strength.seconds for check, strength in strengths().items()}
+    bugs, catches = with_those_named(bugs, catches)
     seconds |= seconds_on_the_reference()
     checks = {check.id: Strength(round(seconds.get(check.id, 0.0), 4), catches.get(check.id, frozenset()))
               for check in all_listed().values() if not check.slow}  # fmt: skip
@@ -75,6 +78,23 @@ def measured(table: Iterable[Row]) -> tuple[list[str], dict[str, frozenset[int]]
             if verdict["outcome"] in EXECUTED:
                 seconds[verdict["check"]].append(verdict["seconds"])
     return bugs, {c: frozenset(n) for c, n in catches.items()}, {c: median(took) for c, took in seconds.items()}
+
+
+def with_those_named(
+    bugs: list[str], catches: Mapping[str, frozenset[int]]
+) -> tuple[list[str], dict[str, frozenset[int]]]:
+    """The same over every known bug, each caught at least by the checks that it names."""
+    known_bugs = all_bugs()
+    every = sorted(known_bugs)
+    named: dict[str, set[str]] = defaultdict(set)
+    for check, numbers in catches.items():
+        named[check] |= {bugs[number] for number in numbers}
+    for bug in known_bugs.values():
+        for check in bug.caught_by:
+            named[check].add(bug.id)
+    return every, {
+        check: frozenset(every.index(bug) for bug in found if bug in known_bugs) for check, found in named.items()
+    }
 
 
 def seconds_on_the_reference() -> dict[str, float]:
