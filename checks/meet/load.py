@@ -35,7 +35,7 @@ OTHER_SIZES: tuple[dict[str, int], ...] = (
     {"block_size": 16, "n_embd": 64}, {"block_size": 32, "n_embd": 64}, {"n_layer": 4}, {"block_size": 128},
 )  # fmt: skip
 MOST_TOKENS = 64  # for a model whose length is fixed: longer texts would cost minutes and show no more
-FEWER_TOKENS = 18  # for a large one; what is long by its nature (causality, say) asks for the longest input itself
+FEWER_TOKENS = 12  # for a large one; what is long by its nature (causality, say) asks for the longest input itself
 
 
 def load(

@@ -60,7 +60,8 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
         verdict.outcome, verdict.says = "not_applicable", NOTHING_TO_LEARN
         return verdict
     start = time.perf_counter()
-    long = hasattr(check, "slow") or getattr(check, "sanity", False)
+    large = not subject.builds_afresh and subject.large
+    long = large or hasattr(check, "slow") or getattr(check, "sanity", False)
     with remarks() as mine, one_thread(), old_objects_kept(), limited_check(long=long):
         try:
             check(subject)
@@ -92,7 +93,7 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
     verdict.seconds = round(time.perf_counter() - start, 4)
     verdict.evidence = {**mine.evidence, **verdict.evidence}
     verdict.remarks, verdict.kept = mine.advice, mine.kept
-    if not subject.builds_afresh and subject.large and not verdict.kept:
+    if large and not verdict.kept:
         subject.leave()  # gradients and weights in float64 would fill the memory until another check needs the model
         memory_given_back()
     return verdict
