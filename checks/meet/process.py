@@ -32,7 +32,7 @@ from ..expect import TooSlow
 
 PRINTED_CHARACTERS = 10_000  # what user code may print before the rest is dropped
 CHECK_SECONDS = 30.0  # of processor time for one check
-LONG_CHECK_SECONDS = 300.0  # for one that trains until a text is learned, or that runs only where it is asked for
+LONG_CHECK_SECONDS = 300.0  # for one that trains until a text is learned, is asked for as slow, or has a large model
 SLOW_CALL = 0.1  # seconds of processor time; a small model takes a few milliseconds
 WAITING = 4  # times a limit, by the clock, are as long as code may wait that hardly uses the processor
 HARDLY = 0.05  # of the processor: under `pytest -n 8` on two busy cores, a process still has more
