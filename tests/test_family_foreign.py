@@ -12,9 +12,15 @@ import transformers.models.llama.modeling_llama as llama
 from torch.nn import functional as F
 
 from tests.test_family_weights import hf_gpt2, hf_llama
-from transformer_checks.checks.check_spec import check_logits_agree
+from transformer_checks.checks.check_spec import (
+    check_attention_scale_is_usual,
+    check_gradients_agree,
+    check_logits_agree,
+    check_tiny_activations_agree,
+)
 from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
+from transformer_checks.transformer import model as ours
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -87,3 +93,17 @@ def test_an_unknown_bug_is_given_no_name(monkeypatch):
     assert verdict.outcome == "failed"
     assert verdict.likely == ()
     assert "activation" in verdict.evidence["first_part_that_differs"]
+
+
+def test_one_instance_is_compared_with_its_own_weights_whatever_ran_in_between():
+    """Checks run in any order, and every one of them changes the one instance."""
+    torch.manual_seed(0)
+    model = ours.Transformer(ours.gpt2(vocab_size=23, block_size=16, n_layer=2, n_head=4, n_embd=32))
+    subject = subject_of(model, seed=0)
+    checks = check_logits_agree, check_tiny_activations_agree, check_attention_scale_is_usual, check_gradients_agree
+    want = [judge(check, subject, {}).outcome for check in checks]
+    for check, outcome in zip(checks, want, strict=True):
+        subject.amplified(dtype=torch.float32)
+        subject.leave()
+        assert judge(check, subject, {}).outcome == outcome
+    assert want[2] == "passed"

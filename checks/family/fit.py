@@ -31,6 +31,7 @@ SECONDS = 1.5  # of processor time for one fit
 def fit_to(subject: Subject, family: str) -> Fit:
     """How well the subject fits this family; found once per subject. Notes its weights in the verdict."""
     fit = subject.once(_fit_subject, family)
+    fit.specimen.recover()
     if fit.plan is not None:
         note(weights=shown(fit.plan))
         if not fit.agrees and (open_ := undetermined(fit.plan)):

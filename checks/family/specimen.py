@@ -49,6 +49,13 @@ class Specimen:
     def bound(self) -> Bound:
         return BOUNDS[self.dtype]
 
+    def recover(self) -> None:
+        """Gives one instance, whose weights and type other checks have changed, those of the specimen again."""
+        if not self.subject.builds_afresh:
+            with self.running():
+                cast(self.subject.build(seed=self.subject.seed), self.dtype)
+                amplify(self.model, *ABSENCE, seed=self.subject.seed)
+
     def logits(self, tokens: Tensor | None = None) -> Tensor:
         """The model's logits with its weights as they are now, converted to float64."""
         with torch.no_grad(), self.running():
@@ -87,7 +94,9 @@ class Fit:
 
 def specimen_of(subject: Subject) -> Specimen:
     """Built once per subject. Raises NotApplicable where the model cannot be built or run at any of the sizes."""
-    return subject.once(_specimen)
+    specimen = subject.once(_specimen)
+    specimen.recover()
+    return specimen
 
 
 def _specimen(subject: Subject) -> Specimen:
