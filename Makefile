@@ -14,7 +14,7 @@ sanity: $(VENV)/installed
 	$(BIN)/python -m pytest -m sanity
 
 test: $(VENV)/installed-for-tests
-	$(ONE_THREAD) $(BIN)/python -m pytest tests checks -n 2 --dist worksteal -q
+	$(ONE_THREAD) $(BIN)/python -m pytest tests checks -n 2 --dist worksteal -q --durations=20
 
 lint: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .
