@@ -52,8 +52,10 @@ def read(subject, first=0):
 
 
 def test_time_that_others_take_does_not_count():
+    watch = Stopwatch()
     with alarm(0.2):
         time.sleep(0.5)
+    assert watch.seconds < 0.2
 
 
 def test_work_beyond_the_limit_is_stopped_even_if_it_catches_exceptions():
