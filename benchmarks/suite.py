@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT, whose model.py is skipped without it")
     parser.add_argument("--before", metavar="PYTHON", help="of an environment with an earlier version")
-    parser.add_argument("--rounds", type=int, default=1, help="the median of so many runs (1)")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each, of which the median is shown (1)")
     parser.add_argument("--only", metavar="WORDS", help="of a subject's name")
     return parser.parse_args()
 

@@ -322,7 +322,7 @@ class Subject:
         return sum(parameter.numel() for parameter in self.build().parameters())
 
     def affordable(self, tokens: int, wanted: int, *, least: int = 1, sweeps: float = 1.0) -> int:
-        """How many of `wanted` forwards over `tokens` tokens each a check may run in so many sweeps; at least `least`.
+        """How many of `wanted` forwards, each over `tokens` tokens, fit into these sweeps; at least `least`.
 
         A forward takes about 2 operations per token and parameter, the vocabulary's tables included. What a law is
         about (ids, pairs of positions, rows, lengths) is tried whole where that is affordable, as it is for every small

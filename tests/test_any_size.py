@@ -170,6 +170,27 @@ def test_work_does_not_grow_with_the_vocabulary(large, monkeypatch):
     assert counted[1] <= counted[0], counted
 
 
+class Tied(nn.Module):
+    """A head that holds no matrix of its own."""
+
+    def __init__(self, table: list[nn.Embedding]) -> None:
+        super().__init__()
+        self.table = table  # in a list, so that it is not registered
+
+    def forward(self, x):
+        return x @ self.table[0].weight.t()
+
+
+def test_a_head_that_holds_no_matrix_is_no_error(large):
+    subject = large(id=157)
+    model = subject.build()
+    model.head = Tied([model.tokens])
+    other = subject_of(model, seed=0)
+    vars(other)["parameters"] = PARAMETERS
+    verdict = expect_found(check_future_cannot_change_past, other, "sees the future")
+    assert verdict.evidence["length"] <= 16
+
+
 def test_a_sample_has_the_ends_of_ids_and_places(large):
     subject = large()
     tokens = every_id(subject, 16)

@@ -56,7 +56,7 @@ def expect_no_leak_of_one_id(subject: Subject, model: nn.Module) -> None:
         note(every_id="not looked at: the blocks or the head were not found")
         return
     suspects = None
-    with _without_blocks(model, first, head) as states:
+    with _without_blocks(model, first, head, subject.width) as states:
         for plain, changed in _one_id_a_row(subject):
             before, after = (_states(subject, model, tokens, states) for tokens in (plain, changed))
             if before is None or after is None or before.shape[:2] != plain.shape:
@@ -98,10 +98,9 @@ def _head(subject: Subject, model: nn.Module) -> str | None:
 
 
 @contextmanager
-def _without_blocks(model: nn.Module, blocks: list[str], head: str) -> Iterator[list[Tensor]]:
+def _without_blocks(model: nn.Module, blocks: list[str], head: str, width: int) -> Iterator[list[Tensor]]:
     """The model with each block handing on what it got, and what would have entered the head; its logits are 0."""
     states: list[Tensor] = []
-    out = next(p.shape[0] for p in model.get_submodule(head).parameters() if p.dim() == 2)
 
     def hand_on(forward: Forward) -> Callable[..., Any]:
         return lambda *args, **kwargs: args[0] if args else next(iter(kwargs.values()))
@@ -109,7 +108,7 @@ def _without_blocks(model: nn.Module, blocks: list[str], head: str) -> Iterator[
     def keep(forward: Forward) -> Callable[..., Any]:
         def kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             states.append(x)
-            return x.new_zeros(1).expand(*x.shape[:-1], out)
+            return x.new_zeros(1).expand(*x.shape[:-1], width)
 
         return kept
 
