@@ -321,6 +321,13 @@ class Hooks:
         if self.first is not None:
             self.first.longrepr = "shown above, as it was found"
 
+    def _shorten_failures(self) -> None:
+        """To the fault alone: pytest's last lines repeat each failure, in full where CI is set."""
+        reporter = self._reporter
+        for report in reporter.stats.get("failed", []) if reporter is not None else ():
+            if (record := getattr(report, "verdict", None)) is not None:
+                report.longrepr = record["says"].partition("\n")[0]
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         write = terminalreporter.line
         collected = self.config.option.collectonly
@@ -336,6 +343,7 @@ class Hooks:
             write(f"report: {report}")
         for problem in self.problems:
             write(problem, red=True)
+        self._shorten_failures()
 
     def _end_of(self, session: Session, terminalreporter: pytest.TerminalReporter) -> None:
         for line in terminal.weights(session.records) if self.config.get_verbosity() > 0 else ():

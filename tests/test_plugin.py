@@ -131,6 +131,15 @@ def test_no_tracebacks_means_no_findings(student):
     assert "✗ check_" not in student(LEAKING, *CAUSALITY, "--tb", "no").stdout.str()
 
 
+@pytest.mark.parametrize("ci", ["", "true"])
+def test_the_last_lines_repeat_no_finding(student, monkeypatch, ci):
+    """Where CI is set, pytest repeats the message of each failure there, whatever its length."""
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.delenv("BUILD_NUMBER", raising=False)
+    last = student(LEAKING, *CAUSALITY).outlines[-2:]
+    assert last[0].startswith("FAILED") and ("position 0 sees the future" in last[0]) == bool(ci)
+
+
 def test_the_names_of_files_stay_where_tests_of_ones_own_run(student, pytester):
     pytester.makepyfile(test_theirs="def test_theirs(): pass")
     result = student(CAUSAL, "test_theirs.py", str(CHECKS / "check_contract.py"), "--rootdir", str(pytester.path))
