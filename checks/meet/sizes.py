@@ -121,9 +121,12 @@ class Restored:
         self.parts = [(m, dict(m._modules), dict(m._parameters)) for m in model.modules()]  # checks take blocks out
         tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
         self.kept = {name: (t.detach().clone(), t.requires_grad) for name, t in tensors}
+        self.places = {name: t.data_ptr() for name, t in tensors}
 
     def __call__(self) -> nn.Module:
-        self.at_rest = False
+        if self.at_rest:
+            self.at_rest = False
+            return self.model
         for module, modules, parameters in self.parts:
             _put_back(module._modules, modules)
             _put_back(module._parameters, parameters)
@@ -135,8 +138,11 @@ class Restored:
         for name, tensor in tensors:
             if name in self.kept:
                 before, gradient = self.kept[name]
-                if not _untouched(tensor, before):
+                if before.numel() >= LARGE and self.places[name] == tensor.data_ptr() and _alike(tensor, before):
+                    tensor.data.copy_(before)  # new memory would have to be mapped first
+                else:
                     tensor.data = before.clone()
+                    self.places[name] = tensor.data_ptr()
                 tensor.grad = None
                 if tensor.is_leaf:
                     tensor.requires_grad_(gradient)
@@ -152,11 +158,10 @@ class Restored:
         self.at_rest = True
 
 
-def _untouched(tensor: Tensor, before: Tensor) -> bool:
-    """Whether a large tensor holds what it held, which is found sooner than a copy is made."""
-    if before.numel() < LARGE or (tensor.dtype, tensor.device) != (before.dtype, before.device):
-        return False
-    return tensor.shape == before.shape and tensor.stride() == before.stride() and torch.equal(tensor, before)
+def _alike(tensor: Tensor, other: Tensor) -> bool:
+    """Whether values of the other can be copied over."""
+    kinds = ((t.shape, t.stride(), t.dtype, t.device) for t in (tensor, other))
+    return next(kinds) == next(kinds)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
