@@ -85,9 +85,10 @@ def check_future_cannot_change_past(subject: Subject) -> None:
     note(influence=in_deviations(pairs, unit), length=T, bound=0.0, leaking_pairs=0, **tried.sample)
     if len(tried.place) < tried.of:
         expect_no_leak_of_one_id(subject, model)
-    for T in reversed(lengths(subject, model)):
-        expect_no_leak(LeakSearch(subject, model, tried_at(subject, T, rows=4)))
-        expect_no_leak(LeakSearch(subject, model, tried_at(subject, T, rows=1), alone=True))
+    every = lengths(subject, model)[::-1]
+    for T in every:
+        expect_no_leak(LeakSearch(subject, model, tried_at(subject, T, rows=4, sweeps=1 / len(every))))
+        expect_no_leak(LeakSearch(subject, model, tried_at(subject, T, rows=1, sweeps=1 / len(every)), alone=True))
 
 
 @needs(CAUSAL)
@@ -97,8 +98,9 @@ def check_future_cannot_change_past_in_training(subject: Subject) -> None:
     for dropout in (0.0, DROPOUT):
         model = precise(subject, dropout=dropout)
         way = training_with(dropout)
-        for T in reversed(lengths(subject, model)):
-            tried = tried_at(subject, T, rows=3)
+        every = lengths(subject, model)[::-1]
+        for T in every:
+            tried = tried_at(subject, T, rows=3, sweeps=2 / len(every))
             expect_no_leak(LeakSearch(subject, model, tried, way), likely=("causal-mask-dropped-on-a-branch",))
 
 
@@ -114,7 +116,8 @@ def check_future_cannot_change_past_under_a_mask(subject: Subject) -> None:
             for T in some:
                 tokens = every_id(subject, T, rows=6, seed=subject.seed + T)
                 mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
-                search = LeakSearch(subject, model, changes(subject, tokens, mask), way)
+                tried = changes(subject, tokens, mask, sweeps=1 / len(every))
+                search = LeakSearch(subject, model, tried, way)
                 expect_no_leak(search, likely=("pad-mask-replaces-causal",))
 
 
@@ -194,8 +197,9 @@ def check_future_cannot_change_past_into_a_cache(subject: Subject) -> None:
     model = precise(subject)
     if subject.new_cache(model, 1) is None:
         raise NotApplicable("no key-value cache was found in the model")
-    for T in reversed(lengths(subject, model)):
-        search = LeakSearch(subject, model, tried_at(subject, T, rows=2), CACHED)
+    every = lengths(subject, model)[::-1]
+    for T in every:
+        search = LeakSearch(subject, model, tried_at(subject, T, rows=2, sweeps=2 / len(every)), CACHED)
         expect_no_leak(search, likely=("prefill-unmasked-when-cache-given", "sdpa-topleft-alignment"))
 
 

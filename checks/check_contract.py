@@ -182,6 +182,7 @@ def check_inputs_are_left_alone(subject: Subject) -> None:
     tokens = every_id(subject, T, seed=subject.seed)
     tokens = tokens[: subject.affordable(3 * T, len(tokens))]  # each is read with a backward pass
     expect_left_alone(subject, tokens)
+    tokens = tokens[: subject.affordable(3 * T, len(tokens), sweeps=0.25)]
     for side in SIDES if subject.takes_mask else ():
         expect_left_alone(subject, tokens, "mask", ragged(len(tokens), T, side, seed=subject.seed))
     for name, value in beside_tokens(subject, tokens):
@@ -195,8 +196,10 @@ def expect_left_alone(subject: Subject, tokens: Tensor, name: str = "", value: T
         given = tokens.clone()
         more: dict[str, Any] = {name: value.clone() for name, value in beside.items()}
         model = subject.build(seed=subject.seed).train(training)  # a new one: a cache inside may keep an earlier graph
+        # Through the whole model, but without the gradients of a large one's matrices, which fill the memory.
+        vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2] if subject.large else []
         try:
-            torch.autograd.backward(subject.logits(model, given, **more).sum())
+            torch.autograd.backward(subject.logits(model, given, **more).sum(), inputs=vectors or None)
         except Exception:
             if name in ("", "mask"):
                 raise  # otherwise the model may expect another shape, or have returned a loss

@@ -152,10 +152,11 @@ def changes(
     places: list[int] | None = None,
     alternatives: int = 2,
     alone: bool = False,
+    sweeps: float = 1.0,
 ) -> Changes:
     """Every row of tokens [R, T] with one real token replaced, at each of the places, by `alternatives` other ids.
 
-    Where that costs too much, some of these, at as many places as can be; and then all tokens from the place on are
+    Where, by these `sweeps`, that costs too much, some of these, at as many places as can be; and then all tokens from the place on are
     replaced, unless one `alone` is to be: so every pair of positions on two sides of the place is tried at once.
     """
     (R, T), V = tokens.shape, subject.sizes.vocab_size
@@ -167,7 +168,7 @@ def changes(
     if mask is not None:
         row, place, offset = (grid[mask[row, place]] for grid in (row, place, offset))
     wanted, least = len(row), len(last_first) if alone else LEAST
-    if (few := subject.affordable(2 * T, wanted, least=least)) < wanted:
+    if (few := subject.affordable(2 * T, wanted, least=least, sweeps=sweeps)) < wanted:
         chosen = spread_over(place, few, seed=subject.seed)
         row, place, offset = row[chosen], place[chosen], offset[chosen]
     plain, n = tokens[row], torch.arange(len(row), device=tokens.device)
@@ -193,9 +194,9 @@ def spread_over(place: Tensor, n: int, *, seed: int) -> Tensor:
     return torch.tensor(sorted([i for i in chain.from_iterable(rounds) if i is not None][:n]), device=place.device)
 
 
-def tried_at(subject: Subject, T: int, *, rows: int) -> Changes:
+def tried_at(subject: Subject, T: int, *, rows: int, sweeps: float = 1.0) -> Changes:
     """Changes of every token in rows of T tokens, of every id if there are as many rows."""
-    return changes(subject, every_id(subject, T, rows=rows, seed=subject.seed + T))
+    return changes(subject, every_id(subject, T, rows=rows, seed=subject.seed + T), sweeps=sweeps)
 
 
 def cuts(subject: Subject, T: int, places: list[int]) -> Changes:
