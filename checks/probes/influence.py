@@ -156,8 +156,9 @@ def changes(
 ) -> Changes:
     """Every row of tokens [R, T] with one real token replaced, at each of the places, by `alternatives` other ids.
 
-    Where, by these `sweeps`, that costs too much, some of these, at as many places as can be; and then all tokens from the place on are
-    replaced, unless one `alone` is to be: so every pair of positions on two sides of the place is tried at once.
+    Where, by these `sweeps`, that costs too much, some of these, at as many places as can be; and then all tokens from
+    the place on are replaced, unless one `alone` is to be: so every pair of positions on two sides of the place is
+    tried at once.
     """
     (R, T), V = tokens.shape, subject.sizes.vocab_size
     offsets = torch.arange(1, V)[torch.linspace(0, V - 2, alternatives).long()] if V > 1 else torch.zeros(1).long()
