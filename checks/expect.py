@@ -60,7 +60,7 @@ class CheckFailed(AssertionError):
 
 
 class NotApplicable(unittest.SkipTest):
-    """The check cannot decide about this subject; `evidence` is what was seen."""
+    """The check cannot decide about this subject; `evidence` is what was seen, its `unless` what would change that."""
 
     def __init__(self, reason: str, **evidence: Any) -> None:
         super().__init__(reason)

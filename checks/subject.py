@@ -357,6 +357,11 @@ class Subject:
         return False
 
     @property
+    def mask_left_out(self) -> str:
+        """The argument by which a model would be causal that is not so when its callers leave it out; else ""."""
+        return ""
+
+    @property
     def width(self) -> int:
         """How many ids the logits have room for: more than `sizes.vocab_size` where a model rounds it up."""
         return self.sizes.vocab_size

@@ -52,7 +52,10 @@ FACTS = {
     "cache_object.py": ("cache ✓ (cache=KVCache())",),
     "caches_set_up.py": ("setup_caches(B, block size) is called", "cache ✓ (setup_caches, input_pos=)"),
     "causal_by_a_switch.py": ("use_causal_attention=True",),
-    "causal_mask_handed.py": ("a causal mask is passed as mask (True keeps)", "cache ✗"),
+    "causal_mask_handed.py": (
+        "a causal mask is passed as mask (True keeps), as in causal_mask_handed.py:37",
+        "cache ✗",
+    ),
     "classes_first.py": ("→ logits [B, V, T]",),
     "compared_string.py": ("norm_place='pre'",),
     "config_class_attributes.py": ("Config(",),

@@ -7,14 +7,15 @@ from typing import Any
 
 from transformer_checks.checks.expect import fail, needs
 from transformer_checks.checks.reference import reference
+from transformer_checks.checks.run import NOTHING_TO_LEARN
 from transformer_checks.checks.run.expected_failures import Expected
-from transformer_checks.checks.run.order import Check, Listed
+from transformer_checks.checks.run.order import Check, Listed, all_listed
 from transformer_checks.checks.run.processes import Shared
 from transformer_checks.checks.run.session import NOTHING_RAN, Session
 
 
 def record(check: str, outcome: str, says: str = "") -> dict[str, Any]:
-    return {"check": check, "outcome": outcome, "says": says, "where": None, "remarks": []}
+    return {"check": check, "outcome": outcome, "says": says, "where": None, "remarks": [], "theme": "", "evidence": {}}
 
 
 def session(*records: dict[str, Any], **how: Any) -> Session:
@@ -49,6 +50,31 @@ def test_where_to_start_is_no_expected_failure():
     run = session(record("a", "failed"), record("b", "failed"), expected=Expected({"a": "shared on purpose"}))
     assert run.start() == "b"
     assert "expected: a: shared on purpose" in run.ending()
+
+
+def whole_run(executed: int, says: str = "there is none") -> Session:
+    """Over all checks, of which so many passed and the others were not applicable."""
+    known = list(all_listed())
+    return session(
+        *(record(c, "passed") if i < executed else record(c, "not_applicable", says) for i, c in enumerate(known))
+    )
+
+
+def test_a_run_in_which_hardly_a_check_applied_is_not_green():
+    few = int(0.24 * len(all_listed()))
+    assert not whole_run(few).green and f"only {few} of" in whole_run(few).complaints[0]
+    assert whole_run(int(0.26 * len(all_listed()))).green
+    assert whole_run(few, NOTHING_TO_LEARN).green, "a model without parameters has fewer checks"
+    assert session(*whole_run(few).records[1:]).green, "a part of the checks was asked for"
+
+
+def test_green_sanity_says_what_it_does_not_show():
+    def sanity(outcome: str) -> list[str]:
+        return session(record("a", outcome) | {"theme": "sanity"}).ending()
+
+    assert "a model without a causal mask learns the sentence as well" in sanity("passed")[-1]
+    assert sanity("passed")[-1].endswith("pytest --model model.py")
+    assert not any("as well" in line for line in (*sanity("failed"), *session(record("a", "passed")).ending()))
 
 
 @dataclass(frozen=True)

@@ -132,10 +132,35 @@ def test_a_line_is_strict_json_whatever_the_evidence():
 
 def test_the_summary_counts_what_ran_and_what_applied():
     outcomes = ["passed", "passed", "failed", "not_applicable", "blocked", "error"]
-    summary = lines.summary("model.py", [{"outcome": o} for o in outcomes], total=7)["summary"]
+    records = [{"check": f"check_{i}", "outcome": o, "says": "", "evidence": {}} for i, o in enumerate(outcomes)]
+    summary = lines.summary("model.py", records, total=7)["summary"]
     assert (summary["executed"], summary["applicable"], summary["total"]) == (4, 5, 7)
     assert (summary["passed"], summary["failed"], summary["blocked"]) == (2, 1, 1)
     assert terminal.totals(summary) == ("2 passed, 1 failed, 1 crashed, 1 not applicable, 1 blocked; 4 of 7 checks ran")
+
+
+def test_the_summary_says_why_nothing_was_seen_most_first():
+    def record(check, outcome, says="", **evidence):
+        return {"check": check, "outcome": outcome, "says": says, "evidence": evidence}
+
+    records = [
+        record("a", "failed", "it leaks"),
+        record("b", "blocked", "needs a, which failed"),
+        record("c", "blocked", "needs b, which blocked"),
+        record("d", "not_applicable", "no loss was found", unless="--with loss=FILE.py:NAME"),
+        *(record(f"e{i}", "not_applicable", "no cache was found") for i in range(3)),
+        record("f", "passed"),
+    ]
+    reasons = lines.summary("model.py", records, total=9)["summary"]["not_looked_at"]
+    assert list(reasons.items()) == [
+        ("no cache was found", 3),
+        ("they wait for a, which did not pass", 2),
+        ("no loss was found (--with loss=FILE.py:NAME would change that)", 1),
+    ]
+    assert terminal.not_looked_at(reasons)[:2] == ["not looked at, by 6 checks:", "    3  no cache was found"]
+    many = terminal.not_looked_at({f"reason {i}": 2 for i in range(terminal.REASONS + 3)})
+    assert len(many) == terminal.REASONS + 2 and many[-1] == "    6  3 other reasons, which -v lists"
+    assert terminal.not_looked_at({}) == []
 
 
 def test_a_failure_as_text_answers_the_five_questions():

@@ -207,7 +207,10 @@ def locate_generate(subject: Subject, model: nn.Module) -> tuple[str, Callable[[
         return getattr(function, "__name__", "generate"), lambda _: function
     if callable(getattr(model, "generate", None)):
         return f"{type(model).__name__}.generate", lambda model: model.generate
-    raise NotApplicable("your file defines no generate, neither as a function nor as a method of the model")
+    raise NotApplicable(
+        "your file defines no generate, neither as a function nor as a method of the model",
+        unless="--with generate=FILE.py:NAME",
+    )
 
 
 def understand(name: str, function: Callable[..., Any]) -> tuple[dict[str, str], dict[str, Any]]:

@@ -193,7 +193,7 @@ def model_form(subject: Subject) -> Form:
     parameters = inspect.signature(model.forward).parameters
     name = next((name for name in MODEL_TARGETS if name in parameters), None)
     if name is None:
-        raise NotApplicable("no loss was found, and the model takes no targets")
+        raise NotApplicable("no loss was found, and the model takes no targets", unless="--with loss=FILE.py:NAME")
     try:
         inspect.signature(model.forward).bind(None, **{name: None})
     except TypeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .call_forms import CallForm, parameters_of
 from .forward import Forward
+from .handed import handed_over
 from .logits import FLAT, PLAIN, TIME_FIRST
 from .padding_mask import causal_forms
 
@@ -70,7 +72,11 @@ def _transposed(forward: Forward) -> Forward:
 
 
 def _with_causal_mask(forward: Forward, model: nn.Module, tokens: Tensor, vocab_size: int) -> Forward:
-    """Passes a causal mask if future tokens leak without one and no longer leak with one."""
+    """Passes a causal mask if future tokens leak without one and no longer leak with one.
+
+    Only where forward requires it, or the user's own code gives it: a mask that may be left out is one that its callers
+    leave out, and what they get is judged.
+    """
     if tokens.shape[1] <= PLACE or not any("mask" in p.name for p in parameters_of(model)):
         return forward
     if not _leaks(forward, model, tokens, vocab_size):
@@ -81,8 +87,15 @@ def _with_causal_mask(forward: Forward, model: nn.Module, tokens: Tensor, vocab_
             helped = not _leaks(masked, model, tokens, vocab_size, reaches=True)
         except Exception:
             continue
-        if helped:
-            return replace(masked, assumed=(*forward.assumed, f"a causal mask is passed as {name} ({words})"))
+        if not helped:
+            continue
+        says = f"a causal mask is passed as {name} ({words})"
+        if inspect.signature(model.forward).parameters[name].default is not inspect.Parameter.empty:
+            caller = handed_over(model, name)
+            if caller is None:
+                return replace(forward, mask_left_out=name)
+            says += f", as in {caller}"
+        return replace(masked, assumed=(*forward.assumed, says))
     return forward
 
 

@@ -74,6 +74,10 @@ class Foreign(Subject):
         return True
 
     @property
+    def mask_left_out(self) -> str:
+        return self.loaded.forward.mask_left_out
+
+    @property
     def width(self) -> int:
         return self.loaded.forward.vocab_size
 

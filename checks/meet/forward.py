@@ -27,6 +27,7 @@ class Forward:
     keep: int | None = None  # how many ids checks use, if the last one is for padding
     assumed: tuple[str, ...] = ()
     more: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)  # a causal mask if the model needs one
+    mask_left_out: str = ""  # the argument by which the model would be causal, were it not left to the caller
 
     def raw(self, model: nn.Module, tokens: Tensor, **more: Any) -> Any:
         given = {name: make(tokens) for name, make in self.more.items()}

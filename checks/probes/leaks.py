@@ -21,6 +21,7 @@ FILLED = (
     "Fill masked scores with float('-inf') or torch.finfo(scores.dtype).min: a large score can exceed any other number."
 )
 NORMED = "Normalize over the features of each token (dim=-1): a mean over time includes later tokens."
+LEFT_OUT = "Make the causal mask in forward where {0} is None; or give {0} no default, so that nobody can forget it."
 FAINT = 1e-2  # of what the past does: a fill that is not negative enough leaks less than no mask at all
 
 
@@ -36,11 +37,15 @@ def expect_no_leak(search: LeakSearch, *, likely: tuple[str, ...] = ()) -> Tenso
     in_a_norm = where is not None and bool(NAMED.search(where.type))
     likely = ("norm-over-sequence", *likely) if in_a_norm else likely
     causes = (*likely, *depth(leak, where), *causes, *pattern(leak.pairs, moves))
+    advice = NORMED if in_a_norm else FILLED if causes[0].startswith("mask-fill") else ADVICE
+    if name := search.subject.mask_left_out:
+        seen = f"It does not when {name} is given a causal mask, but forward does without one, as its callers do"
+        causes, advice = ("no-causal-mask", *causes), LEFT_OUT.format(name)
     fail(
         f"{_sentence(leak, unit, int(pairs.sum()))}{f'. {seen}' if seen else ''}",
         where=where,
         likely=tuple(dict.fromkeys(causes)),
-        advice=NORMED if in_a_norm else FILLED if causes[0].startswith("mask-fill") else ADVICE,
+        advice=advice,
         first={"t": leak.t, "s": leak.s},
         length=leak.length,
         size=float(f"{leak.size / unit:.3g}"),

@@ -13,7 +13,7 @@ def expect_causal(subject: Subject) -> None:
 
 def expect_takes_mask(subject: Subject) -> None:
     if not subject.takes_mask:
-        raise NotApplicable("the model takes no padding mask")
+        raise NotApplicable("the model takes no padding mask", unless="forward has a parameter such as attention_mask")
 
 
 def expect_trainable(subject: Subject) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 COUNTED = ("passed", "failed", "error", "not_applicable", "skipped", "blocked")
@@ -35,8 +35,34 @@ def started(check: str, subject: str) -> dict[str, Any]:
 
 def summary(subject: str, verdicts: Iterable[Mapping[str, Any]], total: int) -> dict[str, Any]:
     """The last line: how many checks there are, how many ran, and how they ended."""
+    verdicts = list(verdicts)
     outcomes = [verdict["outcome"] for verdict in verdicts]
     counts = {outcome: outcomes.count(outcome) for outcome in COUNTED}
     executed = sum(counts[outcome] for outcome in ("passed", "failed", "error"))
     applicable = executed + counts["blocked"] + counts["skipped"]
-    return {"summary": {"subject": subject, "executed": executed, "applicable": applicable, "total": total, **counts}}
+    known = {"subject": subject, "executed": executed, "applicable": applicable, "total": total}
+    return {"summary": {**known, **counts, "not_looked_at": not_looked_at(verdicts)}}
+
+
+def not_looked_at(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Why checks said nothing about the model, with the number of checks, most first; of those that wait, for what."""
+    waits = {v["check"]: _needed(v["says"]) for v in verdicts if v["outcome"] == "blocked"}
+    found: dict[str, int] = {}
+    for verdict in verdicts:
+        if verdict["outcome"] not in ("not_applicable", "blocked"):
+            continue
+        reason = verdict["says"].partition("\n")[0]
+        if unless := verdict["evidence"].get("unless"):
+            reason += f" ({unless} would change that)"
+        if verdict["outcome"] == "blocked":
+            root = waits[verdict["check"]]
+            while root in waits:
+                root = waits[root]
+            reason = f"they wait for {root}, which did not pass"
+        found[reason] = found.get(reason, 0) + 1
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _needed(says: str) -> str:
+    """The check that a blocked one waits for."""
+    return says.removeprefix("needs ").partition(",")[0]

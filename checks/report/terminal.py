@@ -10,6 +10,7 @@ from typing import Any
 from .paths import shown
 
 WIDTH = 100
+REASONS = 8  # why checks said nothing: lines at most
 
 
 def failure(verdict: Mapping[str, Any], explain: Callable[[str], str] = str) -> str:
@@ -69,6 +70,22 @@ def totals(summary: Mapping[str, Any]) -> str:
     names |= {"skipped": "skipped", "blocked": "blocked"}
     counts = [f"{summary[key]} {name}" for key, name in names.items() if summary[key]]
     return f"{', '.join(counts) or 'nothing ran'}; {summary['executed']} of {summary['total']} checks ran"
+
+
+def not_looked_at(reasons: Mapping[str, int]) -> list[str]:
+    """Why checks said nothing about the model, with the number of checks, most first."""
+    if not reasons:
+        return []
+    first, others = list(reasons.items())[:REASONS], list(reasons.values())[REASONS:]
+    lines = [f"not looked at, by {sum(reasons.values())} checks:"]
+    lines += [f"{checks:>5}  {_short(reason)}" for reason, checks in first]
+    if others:
+        lines.append(f"{sum(others):>5}  {len(others)} other reasons, which -v lists")
+    return lines
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 2 * WIDTH else f"{text[: 2 * WIDTH - 2]} …"
 
 
 def left_out(checks: int, budget: float, missed: int, known: int) -> str:

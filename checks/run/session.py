@@ -6,12 +6,13 @@ keeps is plain data, so that it also adds up verdicts that other processes reach
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..report import lines, terminal
-from . import BROKEN
+from . import BROKEN, NOTHING_TO_LEARN
 from .diagnosis import where_to_start
 from .expected_failures import Expected
 from .order import Listed, all_listed, position
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .verdict import Verdict
 
 EXECUTED = ("passed", *BROKEN)
+LEAST_SEEN = {True: 0.25, False: 0.12}  # of all checks, by whether the model learns; seen in right models: 0.33, 0.17
 NOTHING_RAN = "no check ran: this says nothing about the model"
 Record = Mapping[str, Any]  # a verdict as plain data
 
@@ -147,6 +149,8 @@ class Session:
             some = ", ".join(name.rpartition("::")[2] for name in left[:3]) + ", …" * (len(left) > 3)
             found.append(f"not green: no verdict from {len(left)} of the checks of {self.name}: {some}")
         blocked = [record for record in self.records if record["outcome"] == "blocked"]
+        if self.executed and (too_little := self._seen_too_little):
+            found.append(too_little)
         if blocked and not self.broken and not self.expected_failures:
             found.append(f"not green: {blocked[0]['check']} {blocked[0]['says']}")
         return found
@@ -164,7 +168,29 @@ class Session:
         """The last lines of a report: notes, how many checks ended how, where to start."""
         notes = [f"expected: {record['check']}: {reason}" for record, reason in self.expected_failures]
         notes += [f"note: {record['check']}: {text}" for record in self.records for text in record["remarks"]]
-        return [*notes, terminal.totals(self.summary()["summary"]), *self._left()]
+        summary = self.summary()["summary"]
+        looked = [*terminal.not_looked_at(summary["not_looked_at"]), terminal.totals(summary), *self._left()]
+        return [*notes, *looked, *self._only_sanity()]
+
+    def _only_sanity(self) -> list[str]:
+        """What the two sanity checks alone do not show."""
+        if not self.executed or any(record["theme"] != "sanity" for record in self.records) or not self.green:
+            return []
+        return [
+            "a model without a causal mask learns the sentence as well; all checks look at the rest: "
+            f"pytest --model {shlex.quote(self.name)}"
+        ]
+
+    @property
+    def _seen_too_little(self) -> str:
+        """Of a run of all checks, that hardly any applied; "" otherwise."""
+        asked = [record for record in self.records if record["outcome"] != "skipped"]
+        if len(self.records) < len(all_listed()) or self.budget is not None or self.broken:
+            return ""
+        learns = not any(record["says"] == NOTHING_TO_LEARN for record in asked)
+        if self.executed >= (least := int(LEAST_SEEN[learns] * len(asked))):
+            return ""
+        return f"not green: only {self.executed} of {len(asked)} checks could look at this model, fewer than {least}"
 
     def _left(self) -> list[str]:
         """What a budget left out, and what only that would have caught."""

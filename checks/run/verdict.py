@@ -12,11 +12,11 @@ from ..expect import CheckFailed, NotApplicable, TooSlow, Where, remarks
 from ..garbage import memory_given_back, old_objects_kept
 from ..meet.process import limited_check
 from ..subject import Subject, one_thread, unwarned
+from . import NOTHING_TO_LEARN
 from .order import Check, check_id, checks_in, rule, theme
 
 Outcome = Literal["passed", "failed", "error", "not_applicable", "skipped", "blocked"]
 LEARNING = ("gradients", "optimizer")  # themes that are about parameters
-NOTHING_TO_LEARN = "the model has no trainable parameters"
 STOPS_OTHERS = ("failed", "error", "blocked")
 BACKWARD = "check_gradients.check_every_parameter_gets_a_gradient"  # reports a backward pass that fails
 

@@ -105,7 +105,7 @@ def met_step(subject: Subject) -> MetStep:
 def _recognised_step(subject: Subject) -> MetStep:
     function = subject.part("train_step")
     if function is None:
-        raise NotApplicable("no train_step was found in your file")
+        raise NotApplicable("no train_step was found in your file", unless="--with train_step=FILE.py:NAME")
     roles = parameter_roles(function)
     if isinstance(roles, str):
         raise NotApplicable(roles)

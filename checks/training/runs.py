@@ -50,7 +50,7 @@ class Padded:
 def needs_trainer(subject: Subject) -> None:
     """Raises NotApplicable if the subject has no trainer of its own, before anything is built."""
     if not subject.brings("trainer"):
-        raise NotApplicable(NO_TRAINER)
+        raise NotApplicable(NO_TRAINER, unless="--with trainer=FILE.py:NAME")
 
 
 def side_by_side(examples: Sequence[Example], pad: int = 0) -> Padded:
@@ -150,7 +150,7 @@ class TrainerRun:
     ) -> None:
         kind: Any = subject.part("trainer") or (Trainer if own else None)
         if kind is None:
-            raise NotApplicable(NO_TRAINER)
+            raise NotApplicable(NO_TRAINER, unless="--with trainer=FILE.py:NAME")
         self.model, self.data = model, Watched(train, validation)
         self.config = TrainConfig(**{**PLAIN, "device": str(subject.device), **config})
         try:

@@ -29,3 +29,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, mask=None):
         return self.head(self.hidden(idx, attn_mask=None if mask is None else ~mask))
+
+
+def next_token(model, idx):
+    T = idx.shape[1]
+    keep = torch.ones(T, T, dtype=torch.bool).tril()
+    return model(idx, mask=keep)[:, -1].argmax(-1)
