@@ -20,6 +20,7 @@ from .expect import READABLE, REPEATS, Bound, NotApplicable, advise, expect_clos
 from .probes.influence import block_of_tokens
 from .probes.padding import real, with_and_without
 from .probes.precision import clearly_differ, precise, precision, spread
+from .probes.recomputation import checkpointing
 from .subject import Subject
 from .watch.calls import first_breaking
 from .watch.devices import Homeless
@@ -262,7 +263,7 @@ def check_recomputation_changes_nothing(subject: Subject) -> None:
     """Activation checkpointing must change neither logits nor gradients, with dropout on."""
     sizes: dict[str, Any] = dict(dropout=RATE) if subject.can_vary("dropout") else {}
     model, tokens = precise(subject, **sizes).train(), block_of_tokens(subject, ROWS)
-    switch = _checkpointing(model)
+    switch = checkpointing(model)
     if switch is None:
         raise NotApplicable(
             "the model has no switch for activation checkpointing: neither gradient_checkpointing_enable() nor a flag"
@@ -297,23 +298,3 @@ def check_recomputation_changes_nothing(subject: Subject) -> None:
             axes=[f"index {axis}" for axis in range(gradient.dim())],
             **finding,
         )
-
-
-CHECKPOINTING = re.compile(r"^(use_|enable_)?(gradient_|activation_|grad_|act_)?(checkpoint(ing)?|recompute|ckpt)$")
-
-
-def _checkpointing(model: Any) -> Callable[[], None] | None:
-    """A function that turns on activation checkpointing, by the library's method or by every flag of that name."""
-    if callable(getattr(model, "gradient_checkpointing_enable", None)):
-        if not getattr(model, "supports_gradient_checkpointing", True):
-            return None
-        return partial(model.gradient_checkpointing_enable)
-    holders = [vars(module) for module in model.modules()]
-    holders += [vars(h["config"]) for h in holders if hasattr(h.get("config"), "__dict__")]
-    flags = [(h, key) for h in holders for key, value in h.items() if value is False and CHECKPOINTING.match(key)]
-
-    def turn_on() -> None:
-        for holder, key in flags:
-            holder[key] = True
-
-    return turn_on if flags else None

@@ -1,4 +1,4 @@
-"""Way: the code paths on which an invariance law is tried."""
+"""Way: the code paths on which an invariance law is tried. probes/paths.py brings a model onto each of them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass(frozen=True)
 class Way:
-    """One way of calling a model. A leak may exist on one code path only. `name` is how it reads in a message."""
+    """One way of calling a model. A fault may exist on one code path only. `name` is how it reads in a message."""
 
     name: str
     training: bool = False
+    graph: bool = False  # gradients are recorded, as a training step does
     cached: bool = False  # into an empty key-value cache
     inside: Callable[[], AbstractContextManager[Any]] = nullcontext  # a context entered around the call
     more: dict[str, Any] = field(default_factory=dict)  # further arguments of the call
@@ -29,6 +30,11 @@ TRAIN = Way("in train mode", training=True)
 CACHED = Way("read into an empty key-value cache", cached=True)
 PLAIN_KERNEL = Way("on PyTorch's plain attention kernel", inside=partial(sdpa_kernel, SDPBackend.MATH))
 WITHOUT_FUSED = Way("built where PyTorch has no fused attention")  # inside without_fused_attention()
+STEP = Way("in train mode with gradients recorded", training=True, graph=True)
+CHECKPOINTED = Way("in train mode with activation checkpointing", training=True, graph=True)
+LONG_SEQUENCE = Way("in a long sequence")
+MANY_ROWS = Way("in a large batch")
+AFTER_LONGER = Way("after the model has read a longer sequence")
 
 
 def training_with(dropout: float) -> Way:

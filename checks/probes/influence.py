@@ -31,13 +31,13 @@ SLOW_SHAPE = 0.1  # seconds of processor time; some implementations recompile fo
 
 
 def call(subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor | None = None, way: Way = EVAL) -> Tensor:
-    """Logits [B, T, V] without a graph; dropout, if the way has any, is always drawn from the same seed."""
+    """Logits [B, T, V], detached; dropout, if the way has any, is always drawn from the same seed."""
     kept = buffers_kept(model) if way.training else nullcontext()
-    with seeded(subject.seed), torch.no_grad(), way.inside(), kept:
+    with seeded(subject.seed), torch.set_grad_enabled(way.graph), way.inside(), kept:
         set_mode(model, way.training)
         try:
             cache = subject.new_cache(model, len(tokens)) if way.cached else None
-            return subject.logits(model, tokens, mask, cache, **way.more)
+            return subject.logits(model, tokens, mask, cache, **way.more).detach()
         finally:
             set_mode(model, False)
 

@@ -22,7 +22,7 @@ PACKAGE = __name__.removesuffix(".run.order")
 
 # Themes in the order in which a report shows them: each may need those before it.
 THEMES = (
-    "contract", "modes", "causality", "masking", "positions",
+    "contract", "modes", "causality", "masking", "paths", "positions",
     "initialization", "gradients", "parts", "numerics", "portability", "devices", "distributed",
     "loss", "cache", "generation", "sampling",
     "training", "optimizer", "evaluation", "data", "checkpoint", "spec", "memorization", "sanity",
