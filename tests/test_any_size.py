@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.check_causality import (
     check_future_cannot_change_past,
     check_future_cannot_change_past_in_long_sequences,
@@ -26,6 +27,7 @@ from transformer_checks.checks.expect import NotApplicable
 from transformer_checks.checks.meet import load
 from transformer_checks.checks.meet.sizes import Restored
 from transformer_checks.checks.probes.influence import changes, every_id, some_of
+from transformer_checks.checks.reference import reference
 from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
@@ -216,6 +218,19 @@ def test_a_small_model_is_tried_whole():
     assert subject.affordable(16, 100) == 100
     tried = changes(subject, every_id(subject, 13))
     assert len(tried.place) == tried.of == 17 * 13 * 2
+
+
+@pytest.mark.parametrize("parameters", [3_000_000, 30_000_000])
+def test_that_every_late_token_is_read_is_asked_of_those_that_were_changed(parameters):
+    """Of a model that is built, whose length can be varied."""
+    subject = reference(seed=0)
+    vars(subject)["parameters"] = parameters
+    verdict = judge(check_past_reaches_every_later_position, subject, {})
+    assert verdict.outcome == "passed", verdict.says
+    late = all_bugs()["late-tokens-never-seen"].subject(seed=0)
+    vars(late)["parameters"] = parameters
+    verdict = judge(check_past_reaches_every_later_position, late, {})
+    assert verdict.outcome == "failed" and "late-tokens-never-seen" in verdict.likely
 
 
 def test_large_tensors_are_put_back_after_any_change():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformer_checks.checks.bugs.designs import alibi, changed, no_positions,
 from transformer_checks.checks.probes.influence import Changes, call, changes, every_id
 from transformer_checks.checks.probes.leak_search import LeakSearch, moves_before
 from transformer_checks.checks.probes.leaks import pattern
+from transformer_checks.checks.probes.windows import declared_windows
 from transformer_checks.checks.reference import reference, reference_parts
 from transformer_checks.checks.run.order import check_id, checks_in
 from transformer_checks.checks.run.verdict import judge
@@ -245,6 +247,13 @@ def test_legitimate_designs_pass(variant):
 def test_no_positions_are_reported_and_not_failed():
     found = judge(CHECKS["check_order_of_tokens_matters"], Subject("nope", no_positions()), {})
     assert found.outcome == "passed" and "NoPE" in found.remarks[0]
+
+
+@pytest.mark.parametrize("name", ["sliding_window_pattern", "max_window_layers", "window_every"])
+def test_which_layers_have_a_window_is_no_window(name):
+    model = reference().build()
+    model.config = SimpleNamespace(**{name: 4, "sliding_window": 6})
+    assert list(declared_windows(model).values()) == [6]
 
 
 def test_a_window_is_told_by_what_it_shows():

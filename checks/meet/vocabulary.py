@@ -222,7 +222,7 @@ DERIVED: dict[str, Rule] = {
     **dict.fromkeys(("topk", "numexpertspertok", "nexpertsperspertoken", "nactivatedexperts", "numactivatedexperts",
                      "numexpertspertoken"), _constant(2)),
     **dict.fromkeys(("windowsize", "slidingwindow", "slidingwindowsize", "attentionwindow"),
-                    _whole(lambda s: s["block_size"])),
+                    _whole(lambda s: s["block_size"] // 2)),
     **dict.fromkeys(_spelled("trg tgt src target", "sos bos eos begin end start", "id idx token tokenid index"),
                     _constant(0)),
     **dict.fromkeys(("learningrate", "lr", "lrinit", "weightdecay"), _constant(1e-3)),

@@ -18,13 +18,19 @@ from .module_state import CONFIGURATIONS, settings
 from .precision import precise
 
 NAMED = re.compile(r"window|sliding")
+ABOUT_LAYERS = re.compile(r"pattern|layer|every|interval|freq|period|ratio|type|num|count")  # which ones have a window
 WINDOWS = ("window-ignored", "window-off-by-one", "window-sign-error")
 PRINT_MASK = "Print the mask of each layer: row t must be True at columns t - window + 1 to t."
 
 
 def declared_windows(model: nn.Module) -> dict[str, int]:
     """Every whole number above 0 that a module or its configuration calls a window, by its dotted name."""
-    return {name: value for name, value in settings(model) if NAMED.search(name.rpartition(".")[2]) and is_size(value)}
+    found = ((name, name.rpartition(".")[2], value) for name, value in settings(model))
+    return {
+        name: value
+        for name, last, value in found
+        if NAMED.search(last) and not ABOUT_LAYERS.search(last) and is_size(value)
+    }
 
 
 def is_size(value: Any) -> bool:
