@@ -7,9 +7,11 @@ import torch
 
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import changed
+from transformer_checks.checks.check_cache import check_cached_decoding_equals_full
 from transformer_checks.checks.probes.cached import Coarsest, distances, first_wrong
 from transformer_checks.checks.reference import reference_parts
 from transformer_checks.checks.run.order import check_id, checks_in
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import Verdict, judge
 from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.model import Transformer
@@ -156,3 +158,41 @@ def test_the_coarsest_type_on_the_way_is_seen_even_when_written_into_a_buffer():
         assert seen.dtype == torch.float64
         torch.zeros(2, dtype=torch.bfloat16).copy_(buffer)
     assert seen.dtype == torch.bfloat16
+
+
+UNREADABLE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size=40, block_size=16, n_embd=32):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
+        self.qkv, self.head = nn.Linear(n_embd, 3 * n_embd), nn.Linear(n_embd, vocab_size)
+
+    def forward(self, idx, {name}=None):
+        S = 0 if {name} is None else {name}[0].shape[1]
+        x = self.tokens(idx) + self.places(torch.arange(S, S + idx.shape[1]))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if {name} is not None:
+            k, v = torch.cat(({name}[0], k), 2), torch.cat(({name}[1], v), {axis})
+        mask = torch.ones(idx.shape[1], k.shape[1], dtype=torch.bool).tril(S)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.head(x + y), {kept}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "kept", "outcome"),
+    [("past", 2, "(k, v)", "failed"), ("past", 2, "None", "not_applicable"), ("state", 2, "(k, v)", "not_applicable")],
+)
+def test_a_cache_that_cannot_be_read_again_is_a_fault_if_it_surely_is_one(tmp_path, name, axis, kept, outcome):
+    file = tmp_path / "model.py"
+    file.write_text(UNREADABLE.format(name=name, axis=axis, kept=kept))
+    verdict = judge(check_cached_decoding_equals_full, subject_of(str(file), seed=0), {})
+    assert verdict.outcome == outcome, verdict.says
+    if outcome == "failed":
+        assert "cannot read a text with its cache" in verdict.says and "RuntimeError" in verdict.says
+        assert verdict.where is not None and verdict.where.line == 18

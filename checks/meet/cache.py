@@ -1,6 +1,7 @@
 """A model's key-value cache: which of the usual protocols it follows, by its parameters' names and by trying.
 
-A protocol that the names declare is accepted if it runs. One that is only guessed is accepted if a text read in two
+A protocol that the names declare is accepted if it runs; so is a cache that forward returns under one of its names and
+cannot read again, which is a fault to report. One that is only guessed is accepted if a text read in two
 pieces with the cache has the same logits as the text read at once.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +27,7 @@ from .sandbox import Sandbox
 
 RESETS = ("reset_kv_cache", "reset_cache", "clear_cache", "clear_kv_cache", "empty_cache", "reset_caches", "reset")
 KEPT = ("past_key_values", "kv_cache", "cache", "past", "presents", "state", "mems")
+ONLY_CACHES = re.compile("cache|past|present|kv")  # a state or a memory may be something else
 CLOSE = 1e-3  # in standard deviations of the logits: a guess is right or far off
 
 
@@ -58,6 +61,7 @@ class Protocol:
     given: Callable[[Cache, Tensor], dict[str, Any]]  # arguments of forward for these tokens
     kept: Callable[[Any], Any] | None = None  # output -> state; None: the state is changed in place
     declared: bool = True
+    given_back: bool = False  # the model takes, by a name that only caches have, what it returned itself
     inside: bool = False
     whole_mask: bool = False  # whether the mask argument covers all tokens so far
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -83,14 +87,28 @@ def find_protocol(
     forward: Forward, model: nn.Module, sandbox: Sandbox, sizes: Mapping[str, Any], tokens: Tensor
 ) -> Protocol | None:
     """The protocol that the model follows; None if no known one works."""
+    unreadable = None
     for protocol in protocols(model, sandbox, sizes):
         try:
             apart = _apart(forward, model, protocol, tokens)
         except Exception:
+            if unreadable is None and protocol.given_back and _gives_back(forward, model, protocol, tokens):
+                unreadable = protocol
             continue
         if protocol.declared or apart <= CLOSE:
             return protocol
-    return None
+    return unreadable
+
+
+@torch.no_grad()
+def _gives_back(forward: Forward, model: nn.Module, protocol: Protocol, tokens: Tensor) -> bool:
+    """Whether the model returns a cache for a first piece of text, without being given one."""
+    cache = protocol.new(model, len(tokens))
+    try:
+        step(forward, model, tokens[:, : tokens.shape[1] // 2].contiguous(), cache, {})
+    except Exception:
+        return False
+    return cache.state is not None
 
 
 @torch.no_grad()
@@ -132,7 +150,7 @@ def protocols(model: nn.Module, sandbox: Sandbox, sizes: Mapping[str, Any]) -> I
     if argument is not None:
         yield Protocol(
             f"{argument}=, returned", lambda m, B: None, lambda c, x: {argument: c.state, **at(c, x)},
-            kept=_returned, whole_mask=True, declared=True,
+            kept=_returned, whole_mask=True, given_back=bool(ONLY_CACHES.search(vocabulary.squash(argument))),
         )  # fmt: skip
         for cls in _cache_classes(model, sandbox):
             yield Protocol(
@@ -192,5 +210,7 @@ def _file_of(cls: type) -> str:
 
 
 def _filled(cls: type, sizes: Mapping[str, Any], model: nn.Module, B: int) -> Any:
-    filling = Filling({**sizes, "padding": None}, special={"batchsize": B, "maxbatchsize": B, "batch": B, "b": B})
-    return cls(**filling.arguments(signature_of(cls)))
+    signature = signature_of(cls)
+    arguments = Filling({**sizes, "padding": None}).arguments(signature)
+    rows = {p.name: B for p in signature.parameters if vocabulary.squash(p.name) in vocabulary.BATCH}
+    return cls(**{**arguments, **rows})

@@ -87,6 +87,7 @@ HEAD_WIDTH = _spelled("d dim n qk v key value attn", "head", "dim dims size widt
     "dk dv dq dkey dvalue dkv kvchannels headdimension dimhead dhead headfeatures"
 )
 KEY_VALUE_HEADS = _spelled(COUNT, "kvhead keyvaluehead localhead querygroup kvgroup localkvhead kvattentionhead", "s")
+BATCH = words("batch batchsize maxbatch maxbatchsize bsz bs b nbatch")
 PADDING = _spelled(
     "src trg tgt source target", "pad padding padtoken", "id idx index token tokenid value"
 ) - {"pad", "padding", "padtoken"}  # fmt: skip
