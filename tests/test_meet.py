@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from transformer_checks.checks.expect import NotApplicable
 from transformer_checks.checks.meet.build import Recipe
 from transformer_checks.checks.meet.forward import Forward
 from transformer_checks.checks.run.subjects import subject_of
@@ -221,3 +222,28 @@ def test_one_instance_is_restored_before_each_use():
     assert again.head.weight.dtype == before.dtype and torch.equal(again.head.weight, before)
     assert not subject.builds_afresh and not subject.can_vary("n_layer")
     assert (subject.sizes.vocab_size, subject.sizes.block_size, subject.sizes.n_layer) == (23, 11, 3)
+
+
+REFUSES = """
+from torch import nn
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size=31, n_embd=16, dropout=0.0):
+        super().__init__()
+        if dropout > 0:
+            raise {error}("no dropout here")
+        self.embed, self.head = nn.Embedding(vocab_size, n_embd), nn.Linear(n_embd, vocab_size)
+
+    def forward(self, idx):
+        return self.head(self.embed(idx).cumsum(1))
+"""
+
+
+@pytest.mark.parametrize(("error", "raised"), [("ValueError", NotApplicable), ("TypeError", TypeError)])
+def test_a_size_that_the_model_refuses_on_purpose_is_not_applicable(tmp_path, error, raised):
+    (tmp_path / "model.py").write_text(REFUSES.format(error=error))
+    subject = subject_of(str(tmp_path / "model.py"))
+    assert subject.can_vary("dropout")
+    with pytest.raises(raised, match="no dropout here"):
+        subject.build(dropout=0.2)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..expect import shown
+from ..expect import NotApplicable, shown
 from ..subject import LARGE
 from . import vocabulary, weights
 from .axes import refine
@@ -227,7 +227,13 @@ def _called(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int |
     def build(wanted: Mapping[str, Any]) -> nn.Module:
         full = {**asked, **wanted}
         full["padding"] = full["vocab_size"]
-        return recipe.build({**full, "vocab_size": full["vocab_size"] + (keep is not None)})
+        try:
+            return recipe.build({**full, "vocab_size": full["vocab_size"] + (keep is not None)})
+        except (ValueError, AssertionError, NotImplementedError) as refusal:  # said on purpose, unlike other errors
+            others = [f"{name}={value}" for name, value in wanted.items() if value != sizes[name]]
+            if not others:
+                raise
+            raise NotApplicable(f"the model refuses {', '.join(others)}: {type(refusal).__name__}: {refusal}") from None
 
     return Loaded(
         recipe.sandbox, "", build, sizes, varies, forward, _constructor(recipe), recipe=recipe, longest=longest,
