@@ -357,6 +357,11 @@ class Subject:
         return False
 
     @property
+    def padded_up(self) -> bool:
+        """Whether the model fails for texts shorter than its block, so that `logits` pads them on the right."""
+        return False
+
+    @property
     def mask_left_out(self) -> str:
         """The argument by which a model would be causal that is not so when its callers leave it out; else ""."""
         return ""

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from transformer_checks.checks.check_contract import check_every_length_is_read
 from transformer_checks.checks.expect import NotApplicable
 from transformer_checks.checks.meet.build import Recipe
 from transformer_checks.checks.meet.forward import Forward
 from transformer_checks.checks.run.subjects import subject_of
+from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
 
 HERE = Path(__file__).parent / "conventions"
@@ -247,3 +249,11 @@ def test_a_size_that_the_model_refuses_on_purpose_is_not_applicable(tmp_path, er
     assert subject.can_vary("dropout")
     with pytest.raises(raised, match="no dropout here"):
         subject.build(dropout=0.2)
+
+
+def test_a_model_of_one_length_is_told_as_that(loaded):
+    subject = load(loaded, "exact_length.py")
+    assert subject.padded_up and not load(loaded, "keywords.py").padded_up
+    found = judge(check_every_length_is_read, subject, {})
+    assert found.outcome == "not_applicable" and "exactly 13 tokens" in found.says
+    assert "padded on the right" in found.remarks[0]

@@ -74,6 +74,10 @@ class Foreign(Subject):
         return True
 
     @property
+    def padded_up(self) -> bool:
+        return self.loaded.forward.call.padded
+
+    @property
     def mask_left_out(self) -> str:
         return self.loaded.forward.mask_left_out
 
