@@ -202,6 +202,8 @@ def check_end_token_ends_its_row(subject: Subject) -> None:
         advise(f"with an end token, {on.decoder.name} works for one row only: {type(error).__name__}: {error}")
         got = [on.greedy(prompts[i : i + 1], n, **options)[0] for i in range(len(base))]
     for row, (new, whole) in enumerate(zip(got, base, strict=True)):
+        if "beams" in on.decoder.takes and new == whole[: len(new)]:
+            continue  # a beam search may prefer a text that ends, and then stop: lengths are judged by check_decoding
         expect_ended(row, new, whole, end)
     note(end=end, ended=[row.index(end) if end in row else None for row in base])
     advise_of_prompts_with_an_end(on)

@@ -213,6 +213,9 @@ def judge_kept(
     elif got == right:
         what = f"keeps {got} tokens, but not the likeliest: after the cut the first has probability "
         what += f"{float(kept[row, 0]):.4f}, should have {float(want[row, 0]):.4f}"
+        if row > 0:
+            what += f"; row{'s 0 to' if row > 1 else ''} {row - 1} of the same batch {'are' if row > 1 else 'is'} right"
+            likely = ("topp-order-of-row-zero", *likely)
     else:
         what = f"keeps {got} tokens, should keep {right}"
     fail(
@@ -272,6 +275,9 @@ def check_filters_work_together(subject: Subject) -> None:
             expect_both(made, k, p)
     if {"top_k", "temperature"} <= takes:
         expect_cut_and_divided(made, 4, 0.5)
+    if {"top_p", "temperature"} <= takes:
+        for temperature in (0.5, 2.0):
+            expect_nucleus_at(made, 0.7, temperature)
     asked = [{}, *({role: value} for role, value in (("top_k", 5), ("top_p", 0.6)) if role in takes)]
     for options in asked:
         expect_drawn_is_returned(made, {"sample": True, **options})
@@ -316,6 +322,33 @@ def expect_cut_and_divided(made: Sampler, k: int, temperature: float) -> None:
             advice="Divide the logits by the temperature, cut them to the top k, and apply one softmax.",
             kept=int((kept[0] > 0).sum()),
         )
+
+
+def expect_nucleus_at(made: Sampler, p: float, temperature: float) -> None:
+    """The nucleus is that of the distribution from which tokens are drawn, the one at this temperature."""
+    whole = made.likeliest(temperature)
+    p = apart(torch.cat((whole, made.likeliest())), p)
+    size, before = nucleus(whole, p), nucleus(made.likeliest(), p)
+    options = {"sample": True, "top_p": p, "temperature": temperature}
+    kept = drawn_from(made, options)
+    whole, size, before = (x[: len(made.given)] for x in (whole, size, before))
+    if kept is None:
+        return judge_counts(made, options, int(size[0]), temperature)
+    if distance(kept, renormalized(whole, size)) <= EXACT:
+        return
+    asked = f"top_p={p:g} at temperature {temperature:g}"
+    if distance(kept, renormalized(whole, before)) > EXACT:
+        judge_kept(made, kept, size, asked, (), temperature)
+    row = int((before != size).int().argmax())
+    fail(
+        f"{asked} keeps {int(before[row])} tokens, the nucleus at temperature 1; the distribution that is drawn from "
+        f"reaches {p:g} with {int(size[row])} (row {row} of {len(kept)}): top-p is measured before the temperature",
+        likely=("topp-before-temperature",),
+        advice="Divide the logits by the temperature first, then sort, sum and cut them.",
+        row=row,
+        kept=int(before[row]),
+        should_keep=int(size[row]),
+    )
 
 
 def expect_drawn_is_returned(made: Sampler, options: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from transformer_checks.checks.run.order import check_id, checks_in
 from transformer_checks.checks.run.verdict import Verdict, judge
 from transformer_checks.checks.subject import Subject
 
-CHECKS = {check.__name__: check for theme in ("generation", "sampling") for check in checks_in(theme)}
+CHECKS = {check.__name__: check for theme in ("generation", "sampling", "decoding") for check in checks_in(theme)}
 SEED = 3
 
 

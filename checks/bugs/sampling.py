@@ -143,6 +143,39 @@ def topp_threshold_inverted(parts: SimpleNamespace) -> None:
     decode_with(parts, top_p_filter=lambda logits, p: generation.top_p_filter(logits, max(1 - p, 1e-9)))
 
 
+@bug("in a batch top-p maps every row back by the order of row 0", check_top_p_keeps_the_nucleus)
+def topp_order_of_row_zero(parts: SimpleNamespace) -> None:
+    def top_p_filter(logits: Tensor, p: float) -> Tensor:
+        likeliest, order = logits.sort(dim=-1, descending=True)
+        probabilities = likeliest.softmax(dim=-1)
+        dropped = probabilities.cumsum(dim=-1) - probabilities >= p
+        return logits.masked_fill(
+            torch.empty_like(dropped).scatter(-1, order[:1].expand_as(order), dropped), -torch.inf
+        )
+
+    decode_with(parts, top_p_filter=top_p_filter)
+
+
+@bug("what top-p rejects gets the logit 0, which rejects nothing", check_top_p_keeps_the_nucleus)
+def rejected_logits_set_to_zero(parts: SimpleNamespace) -> None:
+    def top_p_filter(logits: Tensor, p: float) -> Tensor:
+        return generation.top_p_filter(logits, p).nan_to_num(neginf=0.0)
+
+    decode_with(parts, top_p_filter=top_p_filter)
+
+
+@bug("top-p measures the distribution before the temperature", check_filters_work_together)
+def topp_before_temperature(parts: SimpleNamespace) -> None:
+    def next_token(
+        logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+    ) -> Tensor:
+        if top_p is not None and temperature > 0:
+            logits = generation.top_p_filter(logits.float(), top_p)
+        return generation.next_token(logits, temperature, top_k, None, generator)
+
+    decode_with(parts, next_token=next_token)
+
+
 # -- the seed
 
 

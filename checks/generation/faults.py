@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..expect import NotApplicable, advise, fail
 from .calls import cached, fed
+from .draws import Caught
 from .met_generate import Rows
 from .prompts import continued
 from .scripted import VARIES, Stage
@@ -124,7 +125,7 @@ def by_tokens(on: Stage, tokens: Tensor, text: Tensor, row: int, step: int) -> I
             ("generate-drops-latest-token",),
         )
     elif answers_right(on, text, step):
-        yield "The model's logits are right, but the chosen token is not the likeliest", ("argmax-over-another-axis",)
+        yield choice(on, text, row, step)
     elif step and length == T and fed(on.reads[:step]):
         yield (
             f"At step {step + 1} all {T} tokens were read, but the cache already held {fed(on.reads[:step])} of them",
@@ -143,6 +144,29 @@ def by_tokens(on: Stage, tokens: Tensor, text: Tensor, row: int, step: int) -> I
                 "decode-position-always-zero",
             ),
         )
+
+
+def choice(on: Stage, text: Tensor, row: int, step: int) -> Cause:
+    """Why the token chosen from right logits [B, V] is not the likeliest: other rows, or what a filter lets through."""
+    right = on.naive(text, 1)
+    with Caught() as caught:
+        alone, together = on.generate(text[row : row + 1], 1), on.generate(text, 1)
+    if alone == right[row : row + 1].tolist() and together != right.tolist():
+        return (
+            "The model's logits are right, and alone this row gets the right token: what is chosen for a row depends "
+            "on the other rows of the batch",
+            ("topp-order-of-row-zero",) if caught.weights else ("argmax-over-another-axis",),
+        )
+    if caught.weights:
+        weights = caught.weights[0][0]
+        alike = int((weights > weights.max() / 2).sum())
+        if alike > 1:
+            return (
+                f"By the model's logits one token has nearly all of the probability, but {alike} are about equally "
+                "likely when one is drawn: what a filter rejects can still be drawn (set it to -inf, not to 0)",
+                ("rejected-logits-set-to-zero",),
+            )
+    return "The model's logits are right, but the chosen token is not the likeliest", ("argmax-over-another-axis",)
 
 
 def answers_right(on: Stage, text: Tensor, step: int) -> bool:

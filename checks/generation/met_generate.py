@@ -55,7 +55,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "batch_size": ("batch_size",),
     "device": ("device",),
     "copies": ("num_return_sequences", "num_samples", "n_samples"),
-    "penalty": ("repetition_penalty",),
+    "penalty": ("repetition_penalty", "repeat_penalty", "rep_penalty", "penalty"),  # 1 has no effect
+    "charge": ("presence_penalty", "frequency_penalty", "freq_penalty", "alpha_presence"),  # 0 has none
+    "beams": ("num_beams", "beam_size", "beam_width", "n_beams", "num_beam", "beams", "beam"),
+    "length_penalty": ("length_penalty", "len_penalty", "length_alpha", "length_norm"),
     "quiet": ("verbose", "stream", "print_output", "streaming", "debug", "progress"),
 }  # fmt: skip
 ROLES = {name: role for role, names in NAMES.items() for name in names}
@@ -138,8 +141,9 @@ class Decoder:
         """Arguments with no effect: no filter, no end token, temperature 1, one output per row."""
         alphabet = Alphabet()
         asked = {
-            "temperature": 1.0, "sample": True, "greedy": False, "threshold": 0.0, "penalty": 1.0, "copies": 1,
-            "quiet": False, "batch_size": B, "device": where, "context_size": self.block_size,
+            "temperature": 1.0, "sample": True, "greedy": False, "threshold": 0.0, "copies": 1,
+            "penalty": 1.0, "charge": 0.0, "quiet": False, "batch_size": B, "device": where,
+            "context_size": self.block_size,
             "tokenizer": alphabet, "encode": alphabet.encode, "decode": alphabet.decode,
         }  # fmt: skip
         if self.defaults.get("top_k", ...) not in (None, 0):
@@ -151,7 +155,8 @@ class Decoder:
             asked["end"] = () if isinstance(end, tuple | list) else -1 if isinstance(end, int) else None
         if "end" not in self.defaults:
             asked["end"] = -1  # required; an id that never occurs
-        asked |= {role: value for role, value in (("pad", 0), ("use_cache", False)) if role not in self.defaults}
+        required = (("pad", 0), ("use_cache", False), ("beams", 1), ("length_penalty", 1.0))
+        asked |= {role: value for role, value in required if role not in self.defaults}
         if "mask" not in self.defaults and isinstance(prompt, Tensor):
             asked["mask"] = torch.ones_like(prompt)
         if self.of_transformers:  # which otherwise infers a mask from the ids that equal the pad
