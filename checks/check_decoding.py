@@ -26,7 +26,7 @@ LOWEST = -400.0
 def check_a_penalty_makes_no_used_token_likelier(subject: Subject) -> None:
     """A penalty on tokens already used must make them less likely, whether their logits are positive or negative."""
     on = stage(subject)
-    asked = {role: value for role, value in STRONG.items() if role in on.decoder.takes}
+    asked: dict[str, Any] = {role: value for role, value in STRONG.items() if role in on.decoder.takes}
     if not asked:
         raise NotApplicable(f"{on.decoder.name} has no parameter for a penalty on repeated tokens")
     for role, value in asked.items():
@@ -106,17 +106,14 @@ def judge_beams(on: Stage, prompts: Tensor, got: Tensor, want: Tensor, row: int,
     n, mine = want.shape[1], prompts[row : row + 1]
     found, better = (float(log_probability(on, mine, text[row : row + 1])) for text in (got, want))
     alone = torch.equal(got[row], best(on, mine, n, 1)[0]) and beams > 1
-    cause, likely, advice = (
-        "",
-        (),
-        "Keep the sum of log-probabilities of every beam, and choose among all beams' tokens.",
-    )
+    cause, likely = "", list[str]()
+    advice = "Keep the sum of log-probabilities of every beam, and choose among all beams' tokens."
     if alone:
-        cause, likely = ": it is what greedy decoding gives, so the beams are all alike", ("beams-all-alike",)
+        cause, likely = ": it is what greedy decoding gives, so the beams are all alike", ["beams-all-alike"]
         advice = "Start with one live beam: give the others a score of -inf before the first step."
     elif cached(on.reads) and beams > 1:
         cause = ": each step reads one token over a cache, which must follow the beams when they change places"
-        likely = ("beams-keep-old-caches",)
+        likely = ["beams-keep-old-caches"]
         advice = "After every step reorder the cache by the beam each text came from: keys[beam], values[beam]."
     fail(
         f"with {beams} beams, row {row} of {len(prompts)} gives {got[row].tolist()}, a text of log-probability "
@@ -140,7 +137,7 @@ def check_beam_length_is_that_of_the_new_tokens(subject: Subject) -> None:
     if long < 6:
         raise NotApplicable(f"a block size of {subject.sizes.block_size} is too short for prompts of two lengths")
     lengths = (2, min(long, 8))
-    options = {"end": on.decoder.end_value(END), "beams": 3}
+    options: dict[str, Any] = {"end": on.decoder.end_value(END), "beams": 3}
     if "length_penalty" in on.decoder.takes:
         options["length_penalty"] = 1.0
     said = {}

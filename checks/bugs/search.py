@@ -31,10 +31,10 @@ def penalizing(rule: Callable[[Tensor, float], Tensor] = penalized, **config: An
 
     @torch.no_grad()
     def generate(
-        model: nn.Module, idx: Tensor, max_new_tokens: int, do_sample: bool = False, repetition_penalty: float = 1.0
+        model: Any, idx: Tensor, max_new_tokens: int, do_sample: bool = False, repetition_penalty: float = 1.0
     ) -> Tensor:
         for _ in range(max_new_tokens):
-            logits = model(idx[:, -model.config.block_size :])[:, -1]  # type: ignore[union-attr, index]
+            logits = model(idx[:, -model.config.block_size :])[:, -1]
             logits = logits.scatter(1, idx, rule(logits.gather(1, idx), repetition_penalty))
             odds = logits.softmax(-1)
             new = torch.multinomial(odds, 1) if do_sample else odds.argmax(-1, keepdim=True)

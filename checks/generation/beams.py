@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..expect import NotApplicable
-from .scripted import Script, Stage
+from .calls import Script
+from .scripted import Stage
 
 FIRST, END = 1, 2  # the prompt's token and the end token of `chain`
 FLAT = 0.5  # standard deviation of logits
