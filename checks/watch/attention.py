@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .calls import Call, recorded
+from .operations import Attention, fused_attention, product, softmax_axis, softmax_input
 
 ROTARY = re.compile(r"rotary|rotate_half|\brope\b|apply_rope|freqs_cis|rotate_every", re.IGNORECASE)
 WIDE = ("no-causal-mask", "bool-mask-added-as-float", "mask-multiplied-after-softmax")
-PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 
 
 def mentions_rotary(model: nn.Module) -> bool:
@@ -55,10 +55,11 @@ class Attentions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            self.found.append(fused(*args, **kwargs))
-        elif getattr(func, "__name__", "") == "softmax" and args and args[0].shape[-2:] == (self.T, self.T):
-            self.found.append(stepwise(args[0], result, kwargs.get("dim", args[1] if len(args) > 1 else -1)))
+        axis = softmax_axis(func, args, kwargs)
+        if (given := fused_attention(func, args, kwargs)) is not None:
+            self.found.append(fused(given))
+        elif axis is not None and (scores := softmax_input(args, kwargs)).shape[-2:] == (self.T, self.T):
+            self.found.append(stepwise(scores, result, axis))
         return result
 
 
@@ -72,9 +73,9 @@ class LaterKeys(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            self._see(_shown(*args, **kwargs))
-        elif getattr(func, "__name__", "") == "softmax" and isinstance(result, Tensor):
+        if (given := fused_attention(func, args, kwargs)) is not None:
+            self._see(_shown(given))
+        elif softmax_axis(func, args, kwargs) is not None and isinstance(result, Tensor):
             self._see(result > 0)
         return result
 
@@ -83,28 +84,28 @@ class LaterKeys(TorchFunctionMode):
             self.pairs |= seen.reshape(-1, *self.pairs.shape).any(dim=0).triu(1).cpu()
 
 
-def _shown(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Tensor | None:
+def _shown(given: Attention) -> Tensor | None:
     """The keys [.., T, S] that fused attention shows to each query; None if it is causal by itself."""
-    if more.get("is_causal", rest[1] if len(rest) > 1 else False):
+    if given.causal:
         return None
-    if attn_mask is None:
-        return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
-    return attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+    if given.mask is None:
+        return torch.ones(given.query.shape[-2], given.key.shape[-2], dtype=torch.bool)
+    return given.mask if given.mask.dtype == torch.bool else given.mask > -torch.inf
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Seen:
-    shown = _shown(q, k, v, attn_mask, *rest, **more)
-    if shown is None or q.shape[-2] == 1:
+def fused(given: Attention) -> Seen:
+    shown = _shown(given)
+    if shown is None or given.query.shape[-2] == 1:
         return Seen("scaled_dot_product_attention was called with is_causal")
-    if attn_mask is None:
+    if given.mask is None:
         return Seen("scaled_dot_product_attention was called without is_causal and without a mask", ("no-causal-mask",))
     return Seen("The mask given to scaled_dot_product_attention lets queries see later keys", opened(shown))
 
 
 def stepwise(scores: Tensor, weights: Tensor, dim: int) -> Seen:
-    if dim % scores.dim() == scores.dim() - 2:
+    if dim == -2:
         return Seen("The softmax is over queries (axis -2), should be over keys (axis -1)", ("softmax-over-queries",))
-    if dim % scores.dim() != scores.dim() - 1:
+    if dim != -1:
         return Seen(f"The softmax is over axis {dim}, should be over keys (axis -1)", ("softmax-over-heads",))
     causes = opened(weights > 0)
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -139,13 +140,15 @@ class LargestScore(TorchFunctionMode):
         self.size = 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, T = getattr(func, "__name__", ""), args[0].shape[-2:] if args and isinstance(args[0], Tensor) else ()
-        if name == "softmax" and len(T) == 2 and T[0] == T[1]:
-            self._see(args[0].detach().double().tril())
-        elif func is F.scaled_dot_product_attention and len(args) > 1:
-            q, k = (x.detach().double().norm(dim=-1).max() for x in args[:2])
-            self._see(q * k / args[0].shape[-1] ** 0.5)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if (given := fused_attention(func, args, kwargs)) is not None:
+            q, k = (x.detach().double().norm(dim=-1).max() for x in (given.query, given.key))
+            self._see(q * k / given.query.shape[-1] ** 0.5)
+        elif softmax_axis(func, args, kwargs) is not None:
+            scores = softmax_input(args, kwargs)
+            if scores.dim() > 1 and scores.shape[-2] == scores.shape[-1]:
+                self._see(scores.detach().double().tril())
+        return func(*args, **kwargs)
 
     def _see(self, scores: Tensor) -> None:
         self.size = max(self.size, float(scores.abs().nan_to_num(posinf=0.0).max()))
@@ -160,15 +163,14 @@ class Products(TorchFunctionMode):
         self.found: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if len(args) >= 2 and all(isinstance(x, Tensor) for x in args[:2]):
-            self.look(func, *args[:2])
-        return func(*args, **(kwargs or {}))
-
-    def look(self, func: Any, q: Tensor, k: Tensor) -> None:
-        if func is F.scaled_dot_product_attention:
-            self.found.append((q.detach(), k.detach()))
-        elif func in PRODUCTS and q.dim() >= 3 and q.shape[-2] == self.T == k.shape[-1] and q.shape[-1] == k.shape[-2]:
-            self.found.append((q.detach(), k.detach().transpose(-2, -1)))
+        kwargs = kwargs or {}
+        if (given := fused_attention(func, args, kwargs)) is not None:
+            self.found.append((given.query.detach(), given.key.detach()))
+        elif (factors := product(func, args, kwargs)) is not None:
+            q, k = factors.left.detach(), factors.right.detach()
+            if q.dim() >= 3 and k.dim() >= 3 and q.shape[-2] == self.T == k.shape[-1] and q.shape[-1] == k.shape[-2]:
+                self.found.append((q, k.transpose(-2, -1)))
+        return func(*args, **kwargs)
 
 
 def key_products(

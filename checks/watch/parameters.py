@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .calls import Call, recorded
+from .operations import MATRICES
 
-MATRIX = ("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum")
 LOOKUP = ("embedding", "__getitem__", "index_select", "gather")
 NORM = ("layer_norm", "rms_norm", "group_norm")
 WEIGHT = 2  # a norm's arguments: input, shape or groups, weight
@@ -50,7 +50,7 @@ class Operands(TorchFunctionMode):
     @property
     def multipliers(self) -> set[str]:
         """Parameters that multiply activations, and their biases. A tied head counts as a table."""
-        return {name for name, uses in self._uses.items() if not uses.isdisjoint(MATRIX)} - self.looked_up
+        return {name for name, uses in self._uses.items() if not uses.isdisjoint(MATRICES)} - self.looked_up
 
     @property
     def gains(self) -> set[str]:

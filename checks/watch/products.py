@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..expect import Where
-from .attention import PRODUCTS
 from .location import line_now
+from .operations import ADDED, TIMES, Product, fused_attention, product, softmax_axis
 
 MIXING = {F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.cumsum, Tensor.cumsum}
 CONVOLUTIONS = {torch.conv1d, F.conv1d}
@@ -66,7 +66,7 @@ def mixes(func: Any, args: tuple[Any, ...]) -> bool:
     given = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(a, Tensor)]
     if func in CONVOLUTIONS:
         return len(given) > 1 and given[1].shape[-1] > 1
-    products = func in PRODUCTS or func in (torch.einsum, torch.baddbmm)
+    products = func in TIMES or func in ADDED or func is torch.einsum
     return func in MIXING or (products and sum(a.dim() > 2 for a in given) > 1)
 
 
@@ -77,7 +77,7 @@ def _flat(x: Tensor) -> Tensor | None:
 def multiplied(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, int] | None:
     """The input of a product with a weight matrix, the matrix, and the axis of the features; None for other calls."""
     given = [a for a in args if isinstance(a, Tensor)]
-    if (func is F.linear and len(given) > 1) or (func in PRODUCTS and len(given) > 1 and given[1].dim() == 2):
+    if (func is F.linear and len(given) > 1) or (func in TIMES and len(given) > 1 and given[1].dim() == 2):
         return given[0], given[1], -1
     if func is torch.addmm and len(given) > 2:
         return given[1], given[2], -1
@@ -130,27 +130,28 @@ class Attended(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            k, v = (args[i] if len(args) > i else kwargs[name] for i, name in ((1, "key"), (2, "value")))
-            self.pairs.append((k.detach().clone(), v.detach().clone(), line_now(self.names)))
-        elif func in PRODUCTS and len(args) > 1 and all(isinstance(a, Tensor) and a.dim() > 2 for a in args[:2]):
-            self.product(args[0].detach(), args[1].detach())
+        if (given := fused_attention(func, args, kwargs)) is not None:
+            pair = given.key.detach().clone(), given.value.detach().clone()
+            self.pairs.append((*pair, line_now(self.names)))
+        elif (factors := product(func, args, kwargs)) is not None and factors.left.dim() > 2 < factors.right.dim():
+            self.product(factors)
         result = func(*args, **kwargs)
-        if getattr(func, "__name__", "") == "softmax" and isinstance(result, Tensor) and result.dim() > 2:
-            axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            if isinstance(axis, int):
-                self.softmaxes.append((axis % result.dim() - result.dim(), result.detach().clone()))
+        axis = softmax_axis(func, args, kwargs)
+        if axis is not None and isinstance(result, Tensor) and result.dim() > 2:
+            self.softmaxes.append((axis, result.detach().clone()))
         return result
 
-    def product(self, a: Tensor, b: Tensor) -> None:
+    def product(self, factors: Product) -> None:
+        a, b = factors.left.detach(), factors.right.detach()
         if a.shape[-2] == self.T <= b.shape[-1] and a.shape[-1] == b.shape[-2] != b.shape[-1]:
             self.keys.append(b.transpose(-2, -1).clone())
-        for operand, axis, values in ((a, -1, b), (b, -2, None)):
-            found = self.came_from(operand, axis) if self.square(operand, axis) else None
+        for operand, axis, values, order in ((a, -1, b, factors.orders[0]), (b, -2, None, factors.orders[1])):
+            found = self.came_from(operand, axis, order) if self.square(operand, axis) else None
             if found is None:
                 continue
             self.weighed.append(Weighed(operand.clone(), axis, *found, line_now(self.names)))
-            if values is not None and self.keys:
+            flattened = operand.dim() < self.softmaxes[-1][1].dim()  # heads can no longer be told from rows
+            if values is not None and self.keys and not flattened:
                 self.pairs.append((self.keys[-1], values.clone(), line_now(self.names)))
             self.softmaxes.clear()
             self.keys.clear()
@@ -161,14 +162,19 @@ class Attended(TorchFunctionMode):
         queries = x.shape[-2 if axis == -1 else -1]
         return queries == self.T <= x.shape[axis]
 
-    def came_from(self, x: Tensor, axis: int) -> tuple[int, float] | None:
-        """The axis of the softmax whose result times a factor is x, and the factor.
+    def came_from(self, x: Tensor, axis: int, order: list[int] | None) -> tuple[int, float] | None:
+        """The axis of the softmax whose result times a factor is x, and the factor; `order` is how x was rearranged.
 
         The result of a softmax over another axis may have been masked since: then its nonzero entries are compared.
         """
-        for along, result in reversed(self.softmaxes):
-            if result.shape != x.shape:
+        seen = self.softmaxes[::-1]
+        if order is not None:
+            alike = [(a, r) for a, r in seen if r.dim() == len(order)]
+            seen += [(order.index(a % len(order)) - len(order), r.permute(order)) for a, r in alike]
+        for along, result in seen:
+            if result.shape[-2:] != x.shape[-2:] or result.numel() != x.numel():
                 continue
+            x = x.reshape(result.shape)  # [B * H, T, S] as it enters bmm
             left = x != 0
             known = multiple(result, x) or (multiple(result[left], x[left]) if along != axis else None)
             if known is not None and abs(known[1]) <= EXACT:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...expect import Where
 from ...watch.location import line_now
+from ...watch.operations import product
 from ..closeness import STAGES, disagreement, scaled, silenced
 from ..reference import norms_of
 from ..specimen import Fit, Specimen
@@ -35,7 +36,6 @@ NORMS = {
     "feed-forward and its norm": ("the norm before the feed-forward", "feed_forward_norm"),
     "attention and its norm": ("the norm before attention", "attention_norm"),
 }
-PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "einsum", "baddbmm"}
 FITS = 1e-9  # share of the scores' variance that a factor alone may leave unexplained
 PLURAL = {"q": "queries", "k": "keys", "v": "values"}
 
@@ -231,10 +231,10 @@ class ScoreScales(TorchFunctionMode):
             factor = kwargs.get("scale")
             factor = q.shape[-1] ** -0.5 if factor is None else float(factor)
             self.found.append(ScoreScale(factor, q.shape[-1], line_now()))
-        elif name in PRODUCTS and isinstance(result, Tensor) and result.shape[-2:] == (self.T, self.T):
-            operands = [a for a in _flat(args) if isinstance(a, Tensor) and a.dim() > 2]
-            if operands and operands[0].shape[-1] != self.T:
-                self.product = (result.detach().clone(), operands[0].shape[-1])
+        elif (factors := product(func, args, kwargs)) is not None and result.shape[-2:] == (self.T, self.T):
+            width = factors.left.shape[-1]
+            if factors.left.dim() > 2 < factors.right.dim() and width != self.T:
+                self.product = (result.detach().clone(), width)
         return result
 
     def _regress(self, scores: Tensor, product: Tensor, width: int) -> None:
@@ -247,10 +247,6 @@ class ScoreScales(TorchFunctionMode):
         factor = (x * y).sum() / x.square().sum()
         if float((y - factor * x).square().sum()) <= FITS**2 * float(y.square().sum()) * len(y):
             self.found.append(ScoreScale(float(factor), width, line_now()))
-
-
-def _flat(args: Any) -> list[Any]:
-    return [leaf for a in args for leaf in (a if isinstance(a, list | tuple) else (a,))]
 
 
 # -- unusual but correct
