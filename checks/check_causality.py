@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,6 @@ from .expect import (
     NotApplicable,
     advise,
     drawn,
-    expect_close,
     expect_same,
     fail,
     farthest,
@@ -48,6 +48,7 @@ from .probes.magnified import EXTREME, magnified, within_reach
 from .probes.padding import SIDES, ragged
 from .probes.precision import precise, precision, shared, spread
 from .probes.preconditions import expect_causal, expect_takes_mask
+from .probes.prefixes import expect_prefixes_agree
 from .probes.windows import declared_windows, expect_layers_alike, in_reach, judge_window, reach, seen_by, window
 from .subject import EXISTENCE, Subject
 from .watch.arithmetic import operations_of
@@ -411,22 +412,16 @@ def check_prefix_gives_the_same_logits(subject: Subject) -> None:
     expect_causal(subject)
     model, T = precise(subject), length(subject)
     tokens = every_id(subject, T, rows=6, seed=subject.seed)
-    whole = call(subject, model, tokens)
-    bound, margin = precision(subject).bound(whole), 0.0
-    for t in lengths(subject, model):
-        prefix = tokens[:, :t].contiguous()
-        got = call(subject, model, prefix)
-        margin = max(margin, farthest(got, whole[:, :t]))
-        expect_close(
-            got,
-            whole[:, :t],
-            bound=bound,
-            says=f"the first {t} of {T} tokens have different logits when read alone than when read with the rest",
-            likely=("position-reversed", "causal-hardcoded-length"),
-            advice="Count positions and masks from the first token, never from the length of the input.",
-            length=t,
-        )
-    note(difference=margin, bound=bound.size)
+    margin = expect_prefixes_agree(
+        model,
+        partial(call, subject, model),
+        tokens,
+        lengths(subject, model),
+        precision(subject).bound,
+        likely=("position-reversed", "causal-hardcoded-length"),
+        advice="Count positions and masks from the first token, never from the length of the input.",
+    )
+    note(difference=margin)
     if subject.can_vary("block_size"):
         expect_long_prefixes_alike(subject)
 
@@ -434,17 +429,15 @@ def check_prefix_gives_the_same_logits(subject: Subject) -> None:
 def expect_long_prefixes_alike(subject: Subject) -> None:
     """Beyond a hundred tokens, where tables, windows and scales may change with the length."""
     model, tokens = precise(subject, block_size=LONG), subject.tokens(1, LONG, seed=subject.seed)
-    whole = call(subject, model, tokens)
-    for t in (n for n in telling_places(LONG) if n > length(subject)):
-        expect_close(
-            call(subject, model, tokens[:, :t].contiguous()),
-            whole[:, :t],
-            bound=precision(subject).bound(whole),
-            says=f"the first {t} of {LONG} tokens have different logits when read alone than when read with the rest",
-            likely=("window-only-when-long", "causal-hardcoded-length"),
-            advice="Look for anything that depends on the input's length: a window, a scale, a table that is rebuilt.",
-            length=t,
-        )
+    expect_prefixes_agree(
+        model,
+        partial(call, subject, model),
+        tokens,
+        [n for n in telling_places(LONG) if n > length(subject)],
+        precision(subject).bound,
+        likely=("window-only-when-long", "causal-hardcoded-length"),
+        advice="Look for anything that depends on the input's length: a window, a scale, a table that is rebuilt.",
+    )
 
 
 @needs(CAUSAL, REACHES)

@@ -32,7 +32,7 @@ from .probes.ablation import (
     passed_by,
     siblings,
 )
-from .probes.between_calls import first_difference, interludes
+from .probes.between_calls import expect_no_trace_of_a_longer_text, first_difference, interludes
 from .probes.extra_arguments import POSITIONS, beside_tokens
 from .probes.influence import call, every_id, length, some_of
 from .probes.module_state import (
@@ -169,6 +169,7 @@ def check_earlier_calls_leave_no_trace(subject: Subject) -> None:
             advice="Look for attributes that forward writes: a cache, a mask or a position counter kept on self.",
             between=between,
         )
+    expect_no_trace_of_a_longer_text(subject)
 
 
 def likely_memories(between: str) -> tuple[str, ...]:
@@ -250,6 +251,12 @@ def check_too_long_a_sequence_is_no_silent_error(subject: Subject) -> None:
     if got.shape == last.shape and farthest(got, last) <= bound.size:
         advise(f"only the last {block} tokens of a sequence beyond the block size are read")
         return
+    shorter = call(subject, model, tokens[:, : block - 2].contiguous()) if block > 3 else fits
+    if farthest(shorter, fits[:, : shorter.shape[1]]) > bound.size:
+        raise NotApplicable(
+            f"among texts that fit, too, the first {block - 2} tokens get other logits alone than with two more: see "
+            "check_prefix_gives_the_same_logits"
+        )
     if got.shape[:2] != tokens.shape:
         fail(
             f"{block + 2} tokens, two more than the block size, give logits of shape {list(got.shape)} and no error",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .expect import READABLE, REPEATS, NotApplicable, advise, expect_close, expect_same, fail, farthest, needs, note
 from .probes.expectation import Averaged, means_through, unscaled
-from .probes.influence import Item, block_of_tokens, some_of
+from .probes.influence import Item, block_of_tokens, only_training_sees_the_future, some_of
 from .probes.module_state import buffers_kept, every_module, frozen, mode_by_design, renormalized
 from .probes.padding import real, with_and_without
 from .probes.precision import clearly_differ, precise, precision, spread
@@ -209,14 +209,22 @@ def check_training_computes_what_evaluation_does(subject: Subject) -> None:
         model.train(mode)
         return _run(subject, model, tokens)
 
+    bound = precision(subject).bound(want)
+    leaks = (
+        farthest(one, want) > bound.size and subject.causal and only_training_sees_the_future(subject, model, tokens)
+    )
+    model.train()
     expect_close(
         one,
         want,
-        bound=precision(subject).bound(want),
-        says="without dropout, training mode gives different logits than evaluation mode",
+        bound=bound,
+        says="without dropout, training mode gives different logits than evaluation mode"
+        + (": only in training do positions see later tokens" if leaks else ""),
         where=lambda: first_breaking(model, lambda: run(False), lambda: run(True), clearly_differ),
-        likely=("training-scales-embeddings",),
-        advice="Look for code other than dropout that depends on self.training.",
+        likely=("causal-mask-dropped-on-a-branch",) if leaks else ("training-scales-embeddings",),
+        advice="Pass the causal mask on in training too: with activation checkpointing, as an argument of checkpoint()."
+        if leaks
+        else "Look for code other than dropout that depends on self.training.",
     )
 
 

@@ -20,7 +20,6 @@ from .expect import (
     REPEATS,
     ROWS_APART,
     STEADY,
-    expect_close,
     expect_same,
     fail,
     farthest,
@@ -35,6 +34,7 @@ from .probes.padding import ragged
 from .probes.paths import Path, every_path
 from .probes.precision import spread
 from .probes.preconditions import expect_causal, expect_takes_mask
+from .probes.prefixes import expect_prefixes_agree
 from .subject import Subject, torch_seeded
 from .watch.calls import first_breaking
 from .ways import LONG_SEQUENCE, MANY_ROWS, Way
@@ -188,18 +188,16 @@ def check_prefixes_agree_on_any_path(subject: Subject) -> None:
         T = path.length
         if path.way.training or path.dtype is not None or T < 3:
             continue
-        tokens, whole = path.tokens(), path.plain
-        for t in sorted({2, T // 2, T - 1}):
-            expect_close(
-                path.run(tokens[:, :t].contiguous()),
-                whole[:, :t],
-                bound=path.bound(whole),
-                says=f"the first {t} of {T} tokens have different logits when read alone ({path.way.name})",
-                likely=("positions-stretched-when-long",),
-                advice="Look for anything on this path that depends on the input's length: a scale, a window, a table.",
-                path=path.way.name,
-                length=t,
-            )
+        expect_prefixes_agree(
+            path.model,
+            path.run,
+            path.tokens(),
+            sorted({2, max(T // 2, 2), T - 1}),
+            path.bound,
+            where=f" ({path.way.name})",
+            likely=("positions-stretched-when-long",),
+            advice="Look for anything on this path that depends on the input's length: a scale, a window, a table.",
+        )
         tried.append(str(path))
     note(paths=tried)
 

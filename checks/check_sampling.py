@@ -32,7 +32,8 @@ def sampler(subject: Subject, *roles: str) -> Sampler:
     on.decoder.wants(*roles)
     rows = 1 if not on.decoder.batched else on.vocab_size if on.vocab_size <= 32 else 3
     made = Sampler(on, scores(on.vocab_size, rows, seed=subject.seed))
-    if not {"temperature", "sample", "greedy", "top_k", "top_p"} & on.decoder.takes.keys() and draws_nothing(made):
+    samples = {"temperature", "sample", "greedy", "top_k", "top_p"} & on.decoder.takes.keys()
+    if not samples and ("beams" in on.decoder.takes or draws_nothing(made)):
         raise NotApplicable(f"{on.decoder.name} always takes the likeliest token and has no option to sample")
     return made
 

@@ -79,6 +79,12 @@ FOUND: dict[str, Told] = {
         ("caller's own mask", "was False and is now True"),
         "mask-changed-in-place",
     ),
+    "scale-stays-after-a-long-text": (
+        "earlier_calls_leave_no_trace",
+        "blocks.0.attention",
+        ("after a text of 131 tokens, one of 6",),
+        "scale-stays-after-a-long-text",
+    ),
     "too-long-cut-silently": (
         "too_long_a_sequence_is_no_silent_error",
         None,

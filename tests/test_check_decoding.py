@@ -37,12 +37,12 @@ def test_one_bug_gives_one_finding(bug):
     assert len(findings(bug.subject(seed=SEED))) == 1
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("parts", [penalizing, searching], ids=["penalty", "beams"])
 def test_right_loops_pass(parts, seed):
-    subject = Subject("right", parts(), seed=seed)
-    assert findings(subject) == {}
-    assert any(verdicts(subject)[name].outcome == "passed" for name in (PENALTY, BEAMS))
+    found = verdicts(Subject("right", parts(), seed=seed))
+    assert {name: v.says for name, v in found.items() if v.outcome in ("failed", "error", "blocked")} == {}
+    assert any(found[name].outcome == "passed" for name in (PENALTY, BEAMS))
 
 
 def choose(logits, do_sample):

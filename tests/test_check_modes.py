@@ -63,6 +63,12 @@ FOUND: dict[str, Told] = {
         ("without dropout",),
         "training-scales-embeddings",
     ),
+    "causal-mask-dropped-on-a-branch": (
+        "training_computes_what_evaluation_does",
+        "blocks.0.attention",
+        ("only in training do positions see later tokens",),
+        "causal-mask-dropped-on-a-branch",
+    ),
     "training-forward-reseeds": (
         "dropout_draws_anew",
         None,

@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from tests.messages import Told, expect_told
+from transformer_checks.checks.check_causality import check_prefix_gives_the_same_logits
+from transformer_checks.checks.check_contract import check_too_long_a_sequence_is_no_silent_error
 from transformer_checks.checks.check_paths import (
     check_future_cannot_change_past_on_any_path,
     check_prefixes_agree_on_any_path,
     check_rows_do_not_touch_on_any_path,
 )
 from transformer_checks.checks.probes.paths import every_path
-from transformer_checks.checks.reference import reference
+from transformer_checks.checks.reference import reference, reference_parts
 from transformer_checks.checks.run.verdict import judge
+from transformer_checks.checks.subject import Subject
 
 FOUND: dict[str, Told] = {
     "rows-mix-in-long-sequences": (
@@ -112,3 +115,34 @@ def test_models_on_their_paths_are_built_once():
     subject = reference()
     one, two = list(every_path(subject)), list(every_path(subject))
     assert len(one) > 8 and all(a is b for a, b in zip(one, two, strict=True))
+
+
+def rescaled(declares: dict[str, int]):
+    """Rotary positions that are squeezed in texts of more than 8 tokens, as dynamic NTK scaling does."""
+    subject = Subject("rescaled", reference_parts(positions="rotary"))
+    build = subject.parts.build_model
+
+    def build_rescaled(**sizes):
+        model = build(**sizes)
+        rotation = model.positions.rotation
+        model.positions.rotation = lambda positions, dtype: rotation(positions * min(1, 8 / positions.shape[-1]), dtype)
+        vars(model).update(declares)
+        return model
+
+    subject.parts.build_model = build_rescaled
+    return subject
+
+
+def test_frequencies_rescaled_beyond_a_declared_length_are_judged_up_to_it():
+    subject = rescaled({"original_max_len": 8})
+    for check in (check_prefix_gives_the_same_logits, check_prefixes_agree_on_any_path):
+        found = judge(check, subject, {})
+        assert found.outcome == "passed", found.says
+        assert "beyond 8 tokens (original_max_len)" in found.remarks[0]
+    assert judge(check_too_long_a_sequence_is_no_silent_error, subject, {}).outcome != "failed"
+
+
+@pytest.mark.parametrize("declares", [{}, {"original_max_len": 6}, {"n_layer": 8}], ids=str)
+def test_frequencies_rescaled_beyond_a_length_that_nothing_declares_are_a_finding(declares):
+    found = judge(check_prefix_gives_the_same_logits, rescaled(declares), {})
+    assert found.outcome == "failed" and "of 13 tokens have different logits when read alone" in found.says

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...transformer.model import GeluFeedForward, Transformer
+from ...transformer.model import GeluFeedForward, Rotation, Transformer
 from ..check_contract import check_earlier_calls_leave_no_trace
 from ..check_devices import check_memory_does_not_grow
 from ..check_distributed import check_two_processes_train_as_one
 from ..check_modes import check_forward_leaves_weights_alone
 from . import bug
-from .damage import blocks
+from .damage import blocks, redefine
 
 # -- kept from one call for the next
 
@@ -42,6 +42,23 @@ def mask_kept_from_the_first_call(model: Transformer) -> None:
             return kept[-1:] if kept is not None and kept.shape[-2:] == (T, S) else visible
 
     model.__class__ = Keeps
+
+
+@bug(
+    "positions are squeezed for a text of more than 64 tokens, and stay so for shorter ones",
+    check_earlier_calls_leave_no_trace,
+    positions="rotary",
+)
+def scale_stays_after_a_long_text(model: Transformer) -> None:
+    rotation, longest = model.positions.rotation, 64
+
+    def squeezed(self: object, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        nonlocal longest
+        longest = max(longest, positions.shape[-1])
+        turned: Rotation = rotation(positions * (64 / longest), dtype)
+        return turned
+
+    redefine(model.positions, rotation=squeezed)
 
 
 @bug("a single token's embedding is kept and added in the next call", check_earlier_calls_leave_no_trace)

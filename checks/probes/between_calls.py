@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..expect import Where
+from ..expect import Where, expect_close
 from ..subject import Subject
 from ..watch.calls import recorded
 from ..watch.location import locate
 from ..ways import TRAIN
-from .influence import call
+from .influence import call, length
+from .long import LONG
 from .module_state import buffers_kept
 from .padding import SIDES, ragged
+from .precision import precise, precision
 
 
 def interludes(subject: Subject, T: int) -> Iterator[tuple[str, Callable[[nn.Module], Any]]]:
@@ -69,3 +71,30 @@ def first_difference(subject: Subject, model: nn.Module, other: nn.Module, token
 
 def differ(some: list[Tensor], others: list[Tensor]) -> bool:
     return any(not torch.equal(x, y) for x, y in zip(some, others, strict=False))
+
+
+def expect_no_trace_of_a_longer_text(subject: Subject) -> None:
+    """A table or a scale that has grown for a long text must not stay with the short one that follows."""
+    sizes: dict[str, Any] = {"block_size": LONG} if subject.can_vary("block_size") else {}
+    longer = LONG if sizes else min(subject.longest or LONG, LONG)
+    short = subject.tokens(2, max(length(subject) // 2, 1), seed=subject.seed)
+    if longer <= 2 * short.shape[1] or subject.affordable(longer, 1, least=0) < 1:
+        return
+
+    def after(*lengths: int) -> nn.Module:
+        model = precise(subject, **sizes)
+        for T in lengths:
+            call(subject, model, subject.tokens(1, T, seed=subject.seed + 1))
+        return model
+
+    first = call(subject, after(), short)
+    expect_close(
+        call(subject, after(longer), short),
+        first,
+        bound=precision(subject).bound(first),
+        says=f"after a text of {longer} tokens, one of {short.shape[1]} gets different logits than from a fresh model",
+        where=lambda: first_difference(subject, after(), after(longer), short),
+        likely=("scale-stays-after-a-long-text", "state-leaks-between-calls"),
+        advice="Look for a table, a scale or a length that forward keeps on self: compute it from the text at hand.",
+        between="a longer text",
+    )

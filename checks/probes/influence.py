@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..expect import NotApplicable
 from ..subject import Subject
 from ..watch.draws import seeded
-from ..ways import EVAL, Way
+from ..ways import EVAL, TRAIN, Way
 from .module_state import buffers_kept, set_mode
 
 Item = TypeVar("Item")
@@ -255,3 +255,14 @@ def influence(moves: Tensor, place: Tensor) -> Tensor:
 def in_deviations(pairs: Tensor, unit: float) -> list[list[float]]:
     """Row t, column s: how far token s moves the logits at t, in standard deviations of the logits."""
     return [[float(f"{float(x) / unit:.3g}") for x in row] for row in pairs]
+
+
+def only_training_sees_the_future(subject: Subject, model: nn.Module, tokens: Tensor) -> bool:
+    """Whether another last token moves earlier logits in train mode, and none in eval mode."""
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % subject.sizes.vocab_size
+    seen = [
+        not torch.equal(*(call(subject, model, each, way=way)[:, :-1] for each in (tokens, other)))
+        for way in (EVAL, TRAIN)
+    ]
+    return seen == [False, True]
