@@ -12,6 +12,7 @@ from torch import Tensor
 from .expect import CAUSAL, REPEATS, SHAPE, NotApplicable, advise, drawn, expect_same, fail, needs, note
 from .probes.cached import LONGEST, Reader, apart, difference, distances, first_wrong, length, reader
 from .probes.padding import ragged
+from .probes.windows import window
 from .subject import Subject
 
 DECODING = "check_cache.check_cached_decoding_equals_full"
@@ -108,6 +109,12 @@ def why(
         return f"at position {last} they depend on {places(seen)}, but not on {places(unseen)}", CAUSES["misses"]
     if right_with_one_block(read, tokens, pieces):
         return "with one block they are right, so blocks share keys and values", ("cache-swaps-layers",)
+    if (w := window_passed(read, tokens, want)) is not None:
+        return (
+            f"decoded from the first token on, all are right up to position {w - 1}: the declared window of {w} tokens "
+            "is not applied to cached keys",
+            CAUSES["window"],
+        )
     single = last - first + 1 == len(wrong) and pieces[-1] == 1
     return (
         "they depend on the right tokens, so the new tokens may have wrong positions",
@@ -115,7 +122,18 @@ def why(
     )
 
 
+def window_passed(read: Reader, tokens: Tensor, want: Tensor) -> int | None:
+    """The declared window, if decoding token by token goes wrong exactly where the first key leaves it."""
+    T = tokens.shape[1]
+    w = window(read.subject, read.model, T)
+    if w is None:
+        return None
+    wrong = (distances(read.pieces(tokens, [1] * T), want) > read.bound(want).size).any(dim=0).nonzero().flatten()
+    return w if len(wrong) and int(wrong[0]) == w else None
+
+
 CAUSES = {
+    "window": ("window-lost-in-decoding",),
     "forgets": ("cache-not-appended",),
     "misses": ("sdpa-topleft-alignment", "sdpa-topleft-chunk-only", "cache-not-appended"),
     "single": ("decode-position-always-zero", "rope-single-position-kernel", "chunked-prefill-positions"),
@@ -313,9 +331,9 @@ def judge_overflow(read: Reader, tokens: Tensor, got: Tensor, pieces: Sequence[i
     readers = [(read, block), *((one, T) for one in (read, longer(read)) if one is not None)]
     for position in range(block, T):
         answers = []
-        for one, window in readers:
+        for one, kept in readers:
             try:
-                answers.append(one.whole(tokens[:, max(position + 1 - window, 0) : position + 1])[:, -1])
+                answers.append(one.whole(tokens[:, max(position + 1 - kept, 0) : position + 1])[:, -1])
             except Exception:
                 continue
         here = got[:, position : position + 1]

@@ -179,7 +179,7 @@ def differ_at(judged: Tensor) -> Callable[[Tensor, Tensor], bool]:
     return breaks
 
 
-@needs(CAUSAL, PREFIX)
+@needs(CAUSAL, PREFIX, "check_paths.check_rows_do_not_touch_on_any_path")
 def check_prefixes_agree_on_any_path(subject: Subject) -> None:
     """On every code path without noise, the first t tokens must have the same logits read alone as with the rest."""
     expect_causal(subject)

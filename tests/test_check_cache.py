@@ -81,6 +81,12 @@ def test_rows_and_layers_that_meet_are_named():
     assert "with one block they are right" in verdict("cache-swaps-layers", DECODING).says
 
 
+def test_a_declared_window_that_cached_keys_do_not_leave_is_named():
+    found = verdict("window-lost-in-decoding", DECODING)
+    assert "right up to position 3: the declared window of 4 tokens is not applied" in found.says
+    assert found.likely == ("window-lost-in-decoding",)
+
+
 def test_padding_forgotten_by_the_cache_is_shown_with_its_mask():
     found = verdict("cache-forgets-padding", "check_cached_padding_equals_full")
     assert 0 in found.evidence["mask"] and found.evidence["mask"][found.evidence["position"]] == 1

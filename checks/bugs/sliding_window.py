@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...transformer.model import ExplicitAttention, Transformer, causal_mask
+from ..check_cache import check_cached_decoding_equals_full
 from ..check_causality import (
     check_future_cannot_change_past,
     check_one_block_sees_its_window,
@@ -101,3 +102,17 @@ class LooksAhead(WindowAttention):
 )
 def window_to_both_sides(model: Transformer) -> None:
     attend_with(model, LooksAhead)
+
+
+@bug(
+    "a fast path for a single query drops the window: decoding sees every cached key",
+    check_cached_decoding_equals_full,
+    of=sliding_window,
+)
+def window_lost_in_decoding(model: Transformer) -> None:
+    class Fast(WindowAttention):
+        def near(self, T: int, S: int, device: torch.device) -> Tensor:
+            near = super().near(T, S, device)
+            return near if T > 1 else torch.ones_like(near)
+
+    attend_with(model, Fast)
