@@ -126,7 +126,6 @@ def ways(subject: Subject) -> list[tuple[Way, Callable[[Way], Path]]]:
     """Every way, and what brings a model onto it."""
     half, full = torch.bfloat16, torch.float32
     return [
-        (training_with(0.0), partial(plainly, subject, dropout=0.0)),
         (training_with(DROPOUT), partial(plainly, subject, dropout=DROPOUT)),
         (STEP, partial(plainly, subject)),
         (CHECKPOINTED, partial(recomputed, subject)),
@@ -144,7 +143,7 @@ def ways(subject: Subject) -> list[tuple[Way, Callable[[Way], Path]]]:
 
 def plainly(subject: Subject, way: Way, **sizes: Any) -> Path:
     asked = {name: value for name, value in sizes.items() if subject.can_vary(name)}
-    if sizes.get("dropout") and not asked:
+    if sizes and not asked:
         raise NoSuchPath("its dropout cannot be set")
     return Path(subject, way, precise(subject, **asked), 3, length(subject))
 
