@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.controls import CONTROLS, Called
-from transformer_checks.checks.bugs.designs import changed
+from transformer_checks.checks.bugs.designs import BalancedTransformer, Experts, StackedExperts, changed
 from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.model import (
     Attention,
@@ -449,6 +449,21 @@ def experts_of_one(model: Transformer) -> None:
 
     for block in blocks(model):
         block.feed_forward = Experts(block.feed_forward)
+
+
+@variant("experts-in-stacked-weights")
+def experts_in_stacked_weights(model: Transformer) -> None:
+    """Mixture of experts, two for each token: one tensor per weight, with biases."""
+    for block in blocks(model):
+        block.feed_forward = StackedExperts(model.config.n_embd)
+
+
+@variant("experts-balanced-by-the-loss")
+def experts_balanced_by_the_loss(model: Transformer) -> None:
+    """Mixture of experts whose forward adds a balance loss to the cross entropy of the targets that it is given."""
+    for block in blocks(model):
+        block.feed_forward = Experts(model.config.n_embd)
+    model.__class__ = BalancedTransformer
 
 
 @variant("ternary-weights", **LLAMA)

@@ -209,6 +209,126 @@ def taught(**config: Any) -> SimpleNamespace:
     return changed(change, **config)
 
 
+# -- mixtures of experts (Shazeer et al. 2017; weighted as Mixtral does: a softmax over the chosen ones)
+
+EXPERTS, CHOSEN = 4, 2
+
+
+class Experts(nn.Module):
+    """Each token uses the CHOSEN experts that the router scores highest, by weights that add up to one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, EXPERTS, bias=False)
+        self.routed: list[tuple[Tensor, Tensor]] | None = None  # scores and choices, where they are asked for
+        self.make(width)
+
+    def make(self, width: int) -> None:
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(EXPERTS)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # [N, C]
+        scores = self.router(flat)
+        weights, chosen = self.choose(scores)
+        if self.routed is not None:
+            self.routed.append((scores, chosen))
+        return self.mixed(flat, weights, chosen).view_as(x)
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and experts [N, CHOSEN] by scores [N, EXPERTS]."""
+        weights, chosen = self.probabilities(scores).topk(CHOSEN, dim=-1)
+        return self.normalised(weights), chosen
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-1)
+
+    def normalised(self, weights: Tensor) -> Tensor:
+        return weights / weights.sum(-1, keepdim=True)
+
+    def mixed(self, flat: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        mixed = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, slot = (chosen == e).nonzero(as_tuple=True)
+            mixed = mixed.index_add(0, token, weights[token, slot, None] * expert(flat[token]))
+        return mixed
+
+
+class StackedExperts(Experts):
+    """All experts in one tensor per weight; every token goes through all of them, most with a weight of zero."""
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+
+    def make(self, width: int) -> None:
+        shapes = dict(w1=(width, 2 * width), b1=(2 * width,), w2=(2 * width, width), b2=(width,))
+        for name, shape in shapes.items():
+            drawn = torch.randn(EXPERTS, *shape) * width**-0.5
+            setattr(self, name, nn.Parameter(drawn))
+
+    def mixed(self, flat: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        share = weights.new_zeros(len(flat), EXPERTS).scatter(1, chosen, weights)  # [N, E]
+        hidden = F.gelu(torch.einsum("nc,ecf->nef", flat, self.w1) + self.b1)
+        return self.weighted(torch.einsum("nef,efc->nec", hidden, self.w2), share)
+
+    def weighted(self, out: Tensor, share: Tensor) -> Tensor:
+        """The sum over experts of their outputs [N, E, C] before the bias, by their shares [N, E]."""
+        return torch.einsum("nec,ne->nc", out + self.b2, share)
+
+
+class BalancedTransformer(TaughtTransformer):
+    """Adds to its loss what makes the experts be used alike (Fedus et al. 2021, eq. 4)."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        targets: Tensor | None = None,
+    ) -> Any:
+        for layer in self.mixtures():
+            layer.routed = []
+        try:
+            return super().forward(tokens, mask, cache, targets)
+        finally:
+            for layer in self.mixtures():
+                layer.routed = None
+
+    def mixtures(self) -> list[Experts]:
+        return [module for module in self.modules() if isinstance(module, Experts)]
+
+    def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> Any:
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        balance = [self.balance(*routed) for layer in self.mixtures() for routed in layer.routed or ()]
+        return logits, loss + 0.01 * torch.stack(balance).sum()
+
+    def balance(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        tokens = F.one_hot(chosen, EXPERTS).sum(1).to(scores).mean(0)  # the share of tokens that each expert gets
+        return EXPERTS * (tokens * self.probability(scores)).sum()
+
+    def probability(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-1).mean(0)
+
+
+def _experts(kind: type[Experts], whole: type[Transformer] = Transformer) -> Callable[..., SimpleNamespace]:
+    def make(**config: Any) -> SimpleNamespace:
+        def change(model: Transformer) -> None:
+            model.__class__ = whole
+            for block in model.blocks:
+                block.feed_forward = kind(model.config.n_embd)
+
+        return changed(change, **config)
+
+    return make
+
+
+experts, stacked_experts = _experts(Experts), _experts(StackedExperts)
+balanced_experts = _experts(Experts, BalancedTransformer)
+
+
 # -- positions handed to the forward
 
 

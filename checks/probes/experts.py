@@ -1,0 +1,311 @@
+"""Mixtures of experts in any spelling: where they are, and which part of the output each expert has, measured.
+
+Experts are sibling modules of one shape, or one tensor [E, …, …] per weight; the router is the product that gives E
+scores per token. An expert's part is found by doubling what the expert gives; how it depends on the scores by adding to
+these. Nothing is read from names, and nothing here judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..expect import NotApplicable, Where
+from ..subject import EXISTENCE, Subject
+from ..watch.calls import Call, each, recorded, tensors
+from ..watch.draws import seeded
+from ..watch.location import locate
+from ..watch.operations import ADDED, TIMES
+from .ablation import replaced, with_output
+from .influence import call, length
+from .precision import precise
+
+ROWS, LENGTH = 3, 6  # of the tokens that are routed
+RAISED = 1e4  # added to a score, it leaves no other expert any part of a softmax
+NUDGED = 1.0
+MOST = 4  # experts of one token that are raised
+MANY = 64  # experts: more are not tried one by one
+NOTHING = 1e-6  # of the largest part: smaller is rounding
+
+Dial = Callable[[int], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The parts [E, N, C] of all experts while every token's score of one expert, `column[n]`, is raised."""
+
+    column: Tensor
+    parts: Tensor
+
+    @property
+    def own(self) -> Tensor:
+        """[N, C]: the part of the expert whose score was raised."""
+        return self.parts[self.column, torch.arange(len(self.column))]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What was measured of one mixture of E experts on N tokens."""
+
+    where: Where
+    experts: list[str]  # what they are called
+    scores: Tensor  # [N, E], as the router gives them
+    parts: Tensor  # [E, N, C]
+    raised: list[Raised]
+    nudged: list[tuple[int, int, Tensor]]  # a token, the expert whose score it was raised by NUDGED, and the parts
+    biases: dict[str, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)  # by name: as parts and raised parts
+
+
+def used(parts: Tensor) -> Tensor:
+    """[E, N], True where an expert has a part of a token's output, by parts [E, N, C]."""
+    sizes = parts.norm(dim=-1)
+    return torch.gt(sizes, NOTHING * sizes.max())
+
+
+def mixtures(subject: Subject) -> list[Mixture]:
+    """The first and the last mixture of experts. Raises NotApplicable where none is found."""
+    return subject.once(_measured)
+
+
+def _measured(subject: Subject, /) -> list[Mixture]:
+    held = candidates(subject.build(seed=subject.seed))
+    if not held:
+        raise NotApplicable("no mixture of experts was found: no equal modules or stacked weights with a router")
+    model = precise(subject, EXISTENCE[1])
+    tokens = subject.tokens(ROWS, min(LENGTH, length(subject)), seed=subject.seed)
+    with recorded(model) as calls:
+        call(subject, model, tokens)
+    first = {done.module: done for done in reversed(calls)}
+    with torch.no_grad(), seeded(subject.seed):
+        from_the_front = _first(model, held, first)
+        from_the_back = _first(model, held[::-1], first) if from_the_front is not None else None
+    found = {m.where.module: m for m in (from_the_front, from_the_back) if m is not None}
+    if not found:
+        raise NotApplicable("equal modules or stacked weights were found, but no router that chooses among them")
+    return list(found.values())
+
+
+def _first(model: nn.Module, held: list[Candidate], calls: dict[str, Call]) -> Mixture | None:
+    tried = (_measure(model, one, holder, calls) for one in held for holder in one.holders)
+    return next((mixture for mixture in tried if mixture is not None), None)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A group of E modules or tensors, and the modules around it that hold a matrix with a side of E too."""
+
+    names: list[str]  # of the modules; or of the module that holds the tensors, then
+    stacked: list[str]  # the tensors' own names
+    holders: list[str]  # the smallest first
+    E: int
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """Groups that may be experts, by their shapes alone, in the order of the model's modules."""
+    sides = {name: tuple(p.shape) for name, p in model.named_parameters() if p.dim() == 2}
+    found: list[tuple[list[str], list[str], str, int]] = []
+    for name, module in model.named_modules():
+        children = dict(module.named_children()) if isinstance(module, nn.ModuleList | nn.ModuleDict) else {}
+        if len(children) > 1 and len({_shapes(child) for child in children.values()}) == 1:
+            members = [f"{name}.{child}".lstrip(".") for child in children]
+            found.append((members, [], name.rpartition(".")[0], len(members)))
+        stacks = {key: p for key, p in module._parameters.items() if p is not None and p.dim() > 1}
+        for E in sorted({p.shape[0] for p in stacks.values() if p.dim() == 3 and p.shape[0] > 1}):
+            found.append(([name], [key for key, p in stacks.items() if p.shape[0] == E], name, E))
+    return [
+        Candidate(members, stacked, holders, E)
+        for members, stacked, inner, E in found
+        if E <= MANY and (holders := _holders(inner, members, E, sides, bool(stacked)))
+    ]
+
+
+def _shapes(module: nn.Module) -> tuple[Any, ...]:
+    shapes = [tuple(p.shape) for p in module.parameters()]
+    return (type(module), *shapes) if shapes else (id(module),)
+
+
+def _holders(inner: str, members: list[str], E: int, sides: dict[str, tuple[int, ...]], stacked: bool) -> list[str]:
+    inside = () if stacked else tuple(f"{member}." for member in members)
+    routers = [name for name, shape in sides.items() if E in shape and not name.startswith(inside)]
+    around = []
+    while inner:
+        if any(name.startswith(f"{inner}.") for name in routers):
+            around.append(inner)
+        inner = inner.rpartition(".")[0]
+    return around
+
+
+class Scores(TorchFunctionMode):
+    """Finds the products that give E scores for each of N tokens; adds `more` [N, E] to those of one of them."""
+
+    def __init__(self, N: int, E: int, site: int = -1, more: Tensor | None = None) -> None:
+        super().__init__()
+        self.N, self.E, self.site, self.more = N, E, site, more
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.scores(func, args, kwargs or {}, result):
+            return result
+        self.seen.append(result.detach().reshape(-1, self.E))
+        if len(self.seen) - 1 != self.site or self.more is None:
+            return result
+        return result + self.more.view(result.shape).to(result)
+
+    def scores(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> bool:
+        if func is not F.linear and func not in TIMES and func not in ADDED and func is not torch.einsum:
+            return False
+        if not isinstance(result, Tensor) or result.shape[-1:] != (self.E,) or result.numel() != self.N * self.E:
+            return False
+        operands = args[1] if func is torch.einsum and isinstance(args[1], list | tuple) else args
+        given = [a for a in (*operands, *kwargs.values()) if isinstance(a, Tensor)]
+        return any(a.dim() == 2 and self.E in a.shape for a in given)
+
+
+class Replay:
+    """One module that is run again on the input that it had: [N, C] out, with scores and experts changed."""
+
+    def __init__(self, module: nn.Module, done: Call, E: int) -> None:
+        self.module, self.done, self.E, self.site = module, done, E, -1
+        x = next(t for t in done.inputs if t.dim() > 1)
+        self.N, self.C = x.numel() // x.shape[-1], x.shape[-1]
+        self.seen: list[Tensor] = []
+
+    def __call__(self, more: Tensor | None = None) -> Tensor:
+        args, kwargs = each((self.done.args, self.done.kwargs), torch.clone)
+        scores = Scores(self.N, self.E, self.site, more)
+        with scores:
+            given = tensors(self.module(*args, **kwargs))
+        self.seen = scores.seen
+        out = next(t for t in given if t.numel() == self.N * self.C)
+        return out.reshape(self.N, self.C).nan_to_num(0.0, 0.0, 0.0)  # an extreme score may leave 0 of 0
+
+    def parts(self, dial: Dial, more: Tensor | None = None) -> Tensor:
+        """[E, N, C]: what doubling each expert adds to the output."""
+        whole = self(more)
+        found = []
+        for e in range(self.E):
+            with dial(e):
+                found.append(self(more) - whole)
+        return torch.stack(found).cpu()
+
+
+def _measure(model: nn.Module, held: Candidate, holder: str, calls: dict[str, Call]) -> Mixture | None:
+    """None where it turns out to be no mixture: no scores that change which members have a part of the output."""
+    done = calls.get(holder)
+    if done is None or not any(t.dim() > 1 for t in done.inputs):
+        return None
+    try:
+        replay = Replay(model.get_submodule(holder), done, held.E)
+        whole = replay()
+        routers = range(len(replay.seen))
+        for site in routers:
+            replay.site = site
+            if _moves(replay, whole):
+                return _routed(model, held, holder, replay)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, StopIteration):
+        return None
+    return None
+
+
+def _moves(replay: Replay, whole: Tensor) -> bool:
+    more = whole.new_zeros(replay.N, replay.E)
+    more[torch.arange(replay.N), torch.arange(replay.N) % replay.E] = RAISED
+    return bool((replay(more) - whole).abs().max() > NOTHING * whole.abs().max())
+
+
+def _routed(model: nn.Module, held: Candidate, holder: str, replay: Replay) -> Mixture | None:
+    dial, biases = _dials(model, held, replay)
+    if dial is None:
+        return None
+    parts, scores = replay.parts(dial), replay.seen[replay.site].cpu()
+    columns = _columns(parts)
+    bumps = [_at(replay, column, RAISED) for column in columns]
+    raised = [Raised(column, replay.parts(dial, bump)) for column, bump in zip(columns, bumps, strict=True)]
+    nudged = []
+    for n in (0, replay.N // 2):
+        e = int(parts[:, n].norm(dim=-1).argmax())
+        more = parts.new_zeros(replay.N, replay.E)
+        more[n, e] = NUDGED
+        nudged.append((n, e, replay.parts(dial, more)))
+    of_biases = {name: (replay.parts(b), [replay.parts(b, bump) for bump in bumps]) for name, b in biases.items()}
+    names = held.names if not held.stacked else [f"{held.names[0]}[{e}]" for e in range(held.E)]
+    found = Mixture(locate(model, holder), names, scores, parts, raised, nudged, of_biases)
+    return found if _chooses(found) else None
+
+
+def _chooses(found: Mixture) -> bool:
+    """Whether some tokens leave some members out, and use some: heads, and layers, are all at work for each."""
+    for parts in (found.parts, *(raised.parts for raised in found.raised)):
+        at_work = used(parts)
+        if bool(at_work.any()) and not bool(at_work.all()):
+            return True
+    return False
+
+
+def _columns(parts: Tensor) -> list[Tensor]:
+    """For each token one of its experts, the largest part first, as often as tokens have several; then another."""
+    sizes = parts.norm(dim=-1)  # [E, N]
+    order = sizes.argsort(dim=0, descending=True)
+    most = int((sizes > NOTHING * sizes.max()).sum(0).max())
+    rounds = [order[j] for j in range(min(max(most, 1), MOST))]
+    return (
+        rounds
+        if most >= len(parts)
+        else [*rounds, order[most:][torch.arange(parts.shape[1]) % (len(parts) - most), torch.arange(parts.shape[1])]]
+    )
+
+
+def _at(replay: Replay, column: Tensor, size: float) -> Tensor:
+    more = torch.zeros(replay.N, replay.E, dtype=torch.float64)
+    more[torch.arange(replay.N), column] = size
+    return more
+
+
+def _dials(model: nn.Module, held: Candidate, replay: Replay) -> tuple[Dial | None, dict[str, Dial]]:
+    """What doubles an expert's part, and what doubles its last bias where that is a tensor of its own."""
+    if not held.stacked:
+        members = [model.get_submodule(name) for name in held.names]
+        twice = with_output(lambda out: each(out, lambda t: t * 2))
+        return lambda e: replaced(members[e], twice), {}
+    holder = model.get_submodule(held.names[0])
+    tensors = {name: getattr(holder, name) for name in held.stacked}
+    linear = {name: p for name, p in tensors.items() if _linear(p, replay)}
+    matrices = [p for p in linear.values() if p[0].numel() > max(p.shape[1:])]
+    vectors = {name: p for name, p in linear.items() if p[0].numel() == max(p.shape[1:])}
+    if not matrices:
+        return None, {}
+    return partial(_doubled, matrices[-1]), {name: partial(_doubled, p) for name, p in vectors.items()}
+
+
+def _linear(parameter: nn.Parameter, replay: Replay) -> bool:
+    """Whether the output goes straight with the tensor as a whole, as it does with a last weight or bias."""
+    outs = [replay()]
+    for factor in (2.0, 3.0):
+        with _scaled(parameter, slice(None), factor):
+            outs.append(replay())
+    one, two = outs[1] - outs[0], outs[2] - outs[0]
+    size = float(one.abs().max())
+    return size > NOTHING * float(outs[0].abs().max()) and float((two - 2 * one).abs().max()) < 1e-4 * size
+
+
+def _doubled(parameter: nn.Parameter, e: int) -> AbstractContextManager[Any]:
+    return _scaled(parameter, e, 2.0)
+
+
+@contextmanager
+def _scaled(parameter: nn.Parameter, index: Any, factor: float) -> Iterator[None]:
+    before = parameter.data[index].clone()
+    parameter.data[index] = before * factor
+    try:
+        yield
+    finally:
+        parameter.data[index] = before
