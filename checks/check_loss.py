@@ -92,6 +92,8 @@ def check_the_loss_trains_what_makes_the_logits(subject: Subject) -> None:
     """Every weight that the logits depend on must get a gradient from the loss that the model returns."""
     found = answers(subject)
     left = untrained(found)
+    for batch in (1, 2):  # an expert may serve the last token alone, whose logits have no target
+        left = [name for name in left if name in untrained(answers(subject, batch=batch))] if left else left
     if left:
         more = f" (nor are {len(left) - 1} more weights)" if len(left) > 1 else ""
         fail(

@@ -26,6 +26,7 @@ from .expect import (
     needs,
     note,
 )
+from .probes.experts import expect_room
 from .probes.influence import changes, moved, some_of
 from .probes.leak_search import LeakSearch
 from .probes.leaks import expect_no_leak
@@ -153,10 +154,12 @@ def expect_unmoved(
         return
     row, t = (int(i) for i in hits[0])
     size = float(moves.max()) / spread(before)
+    where = first_breaking(path.model, run, again, differ_at(judged))
+    expect_room(path.subject, path.model, tokens[0], path.way, where)
     fail(
         f"{says.format(row=row, t=t)}, by {size:.3g} standard deviations of the logits, {path}; a short plain call is "
         f"right; allowed {bound}",
-        where=first_breaking(path.model, run, again, differ_at(judged)),
+        where=where,
         path=path.way.name,
         first={"row": row, "t": t},
         size=size,

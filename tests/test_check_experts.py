@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.messages import Told, expect_told
-from transformer_checks.checks.bugs.designs import changed
+from transformer_checks.checks.bugs.designs import BalancedTransformer, changed
+from transformer_checks.checks.check_causality import check_future_cannot_change_past
+from transformer_checks.checks.check_loss import check_the_loss_trains_what_makes_the_logits
+from transformer_checks.checks.check_masking import check_rows_do_not_touch
+from transformer_checks.checks.check_paths import check_rows_do_not_touch_on_any_path
 from transformer_checks.checks.expect import NotApplicable
+from transformer_checks.checks.loss.returned import answers, untrained
 from transformer_checks.checks.probes.experts import mixtures, used
 from transformer_checks.checks.run.order import checks_in
 from transformer_checks.checks.run.verdict import Verdict, judge
@@ -384,3 +389,58 @@ def test_a_mistake_in_another_spelling_is_caught(kind, seed):
     found = verdicts(with_layer(kind, seed=seed))[WRONG[kind]]
     assert found.outcome == "failed"
     assert found.where is not None and found.where.module == LAYER
+
+
+# -- what the other themes say of mixtures
+
+
+@pytest.mark.parametrize("check", [check_rows_do_not_touch, check_rows_do_not_touch_on_any_path])
+def test_experts_that_fill_up_are_no_rows_that_touch(check):
+    """Whether another row's token has left room in an expert is part of the design (Fedus et al. 2021)."""
+    found = judge(check, with_layer(Capacity, seed=1), {})
+    assert found.outcome == "not_applicable"
+    assert "experts of blocks.0.feed_forward take a limited number" in found.says
+
+
+class CapacityByProbability(Layer):
+    """An expert takes its six likeliest tokens: a later one may push an earlier one out."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        share = sparse(scores.softmax(-1), 2)
+        flat = share.flatten(0, -2)
+        return torch.where(flat.argsort(0, descending=True).argsort(0) < 6, flat, 0).view_as(share)
+
+
+def test_experts_that_fill_up_by_probability_are_no_sight_of_the_future():
+    found = judge(check_future_cannot_change_past, with_layer(CapacityByProbability), {})
+    assert found.outcome == "not_applicable"
+    assert "take a limited number" in found.says
+
+
+@pytest.mark.parametrize("check", [check_rows_do_not_touch, check_future_cannot_change_past])
+def test_a_mistake_of_the_router_is_still_a_leak(check):
+    found = judge(check, with_layer(SwitchOverTokens), {})
+    assert found.outcome == "failed"
+    assert found.where is not None and found.where.module == LAYER
+    assert check is check_rows_do_not_touch or found.likely[0] == "router-normalised-over-tokens"
+
+
+class ShiftedTransformer(BalancedTransformer):
+    def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+
+def test_an_expert_of_the_last_token_alone_is_not_called_untrained():
+    """The last token's logits have no target: an expert that serves it alone gets no gradient from that batch."""
+
+    def change(model):
+        model.__class__ = ShiftedTransformer
+        for block in model.blocks:
+            block.feed_forward = Switch(model.config.n_embd)
+
+    idle = 0
+    for seed in range(12):
+        subject = Subject("shifted", changed(change), seed=seed)
+        idle += bool(untrained(answers(subject)))
+        assert judge(check_the_loss_trains_what_makes_the_logits, subject, {}).outcome == "passed"
+    assert idle  # or this tests nothing

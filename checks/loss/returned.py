@@ -95,15 +95,15 @@ class Answers:
         return None
 
 
-def answers(subject: Subject) -> Answers:
-    """Raises NotApplicable for a model that takes no targets, or needs more than tokens and targets."""
+def answers(subject: Subject, *, batch: int = 0) -> Answers:
+    """On tokens of one draw or another. Raises NotApplicable for a model that takes no targets, or needs more."""
     parameter = taken(subject, TARGETS)
     if parameter is None or parameter.default not in (None, parameter.empty):
         raise NotApplicable("forward takes no targets")
     optional = parameter.default is None
     model = subject.amplified(EXISTENCE[1], seed=subject.seed, dtype=torch.float32)
     B, T = ROWS, min(LENGTH, subject.sizes.block_size)
-    tokens, targets = (subject.tokens(B, T, seed=subject.seed + n) for n in (1, 2))
+    tokens, targets = (subject.tokens(B, T, seed=subject.seed + 2 * batch + n) for n in (1, 2))
     more = {parameter.name: targets}
     try:
         alone = slots(_drawing(model, tokens)) if optional else {}

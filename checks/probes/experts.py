@@ -24,8 +24,10 @@ from ..watch.calls import Call, each, recorded, tensors
 from ..watch.draws import seeded
 from ..watch.location import locate
 from ..watch.operations import ADDED, TIMES
+from ..ways import EVAL, Way
 from .ablation import replaced, with_output
 from .influence import call, length
+from .module_state import set_mode
 from .precision import precise
 
 ROWS, LENGTH = 3, 6  # of the tokens that are routed
@@ -34,6 +36,8 @@ NUDGED = 1.0
 MOST = 4  # experts of one token that are raised
 MANY = 64  # experts: more are not tried one by one
 NOTHING = 1e-6  # of the largest part: smaller is rounding
+
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, StopIteration)
 
 Dial = Callable[[int], AbstractContextManager[Any]]
 
@@ -81,16 +85,59 @@ def _measured(subject: Subject, /) -> list[Mixture]:
         raise NotApplicable("no mixture of experts was found: no equal modules or stacked weights with a router")
     model = precise(subject, EXISTENCE[1])
     tokens = subject.tokens(ROWS, min(LENGTH, length(subject)), seed=subject.seed)
-    with recorded(model) as calls:
-        call(subject, model, tokens)
-    first = {done.module: done for done in reversed(calls)}
-    with torch.no_grad(), seeded(subject.seed):
+    first = _calls(subject, model, tokens, EVAL)
+    with torch.no_grad():
         from_the_front = _first(model, held, first)
         from_the_back = _first(model, held[::-1], first) if from_the_front is not None else None
     found = {m.where.module: m for m in (from_the_front, from_the_back) if m is not None}
     if not found:
         raise NotApplicable("equal modules or stacked weights were found, but no router that chooses among them")
     return list(found.values())
+
+
+def _calls(subject: Subject, model: nn.Module, tokens: Tensor, way: Way) -> dict[str, Call]:
+    """The first call of every module, by its name."""
+    with recorded(model) as calls:
+        call(subject, model, tokens, way=way)
+    return {done.module: done for done in reversed(calls)}
+
+
+def expect_room(subject: Subject, model: nn.Module, tokens: Tensor, way: Way, where: Where | None) -> None:
+    """Raises NotApplicable where a mixture at this place passes some tokens by when all of them choose one expert.
+
+    Whether an expert has room for a token then depends on the other tokens, by design (Fedus et al. 2021).
+    """
+    if where is None:
+        return
+    held = [
+        (candidate, holder)
+        for candidate in candidates(model)
+        for holder in candidate.holders[:2]
+        if f"{where.module}.".startswith(f"{holder}.")
+    ]
+    calls = _calls(subject, model, tokens, way) if held else {}
+    set_mode(model, way.training)
+    try:
+        with torch.no_grad():
+            full = [holder for candidate, holder in held if _fills_up(model, candidate, holder, calls)]
+    finally:
+        set_mode(model, False)
+    if full:
+        raise NotApplicable(
+            f"the experts of {full[0]} take a limited number of tokens: whether one has room depends on the others"
+        )
+
+
+def _fills_up(model: nn.Module, held: Candidate, holder: str, calls: dict[str, Call]) -> bool:
+    replay = _replay(model, held, holder, calls)
+    dial = _dials(model, held, replay)[0] if replay is not None else None
+    if replay is None or dial is None:
+        return False
+    crowded = _at(replay, torch.zeros(replay.N, dtype=torch.long), RAISED)
+    once = replay(crowded)
+    with dial(0):
+        served = (replay(crowded) != once).any(-1)
+    return bool(served.any()) and not bool(served.all())
 
 
 def _first(model: nn.Module, held: list[Candidate], calls: dict[str, Call]) -> Mixture | None:
@@ -182,7 +229,7 @@ class Replay:
     def __call__(self, more: Tensor | None = None) -> Tensor:
         args, kwargs = each((self.done.args, self.done.kwargs), torch.clone)
         scores = Scores(self.N, self.E, self.site, more)
-        with scores:
+        with scores, seeded(0):
             given = tensors(self.module(*args, **kwargs))
         self.seen = scores.seen
         out = next(t for t in given if t.numel() == self.N * self.C)
@@ -198,22 +245,29 @@ class Replay:
         return torch.stack(found).cpu()
 
 
-def _measure(model: nn.Module, held: Candidate, holder: str, calls: dict[str, Call]) -> Mixture | None:
-    """None where it turns out to be no mixture: no scores that change which members have a part of the output."""
+def _replay(model: nn.Module, held: Candidate, holder: str, calls: dict[str, Call]) -> Replay | None:
+    """None where it turns out to be no mixture: no scores that change the output."""
     done = calls.get(holder)
     if done is None or not any(t.dim() > 1 for t in done.inputs):
         return None
     try:
         replay = Replay(model.get_submodule(holder), done, held.E)
         whole = replay()
-        routers = range(len(replay.seen))
-        for site in routers:
+        for site in range(len(replay.seen)):
             replay.site = site
             if _moves(replay, whole):
-                return _routed(model, held, holder, replay)
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, StopIteration):
-        return None
+                return replay
+    except REFUSALS:
+        pass
     return None
+
+
+def _measure(model: nn.Module, held: Candidate, holder: str, calls: dict[str, Call]) -> Mixture | None:
+    replay = _replay(model, held, holder, calls)
+    try:
+        return None if replay is None else _routed(model, held, holder, replay)
+    except REFUSALS:
+        return None
 
 
 def _moves(replay: Replay, whole: Tensor) -> bool:
