@@ -134,6 +134,8 @@ class Toy(nn.Module):
 
 
 class ToyBlock(nn.Module):
+    mix = staticmethod(torch.matmul)  # weights [B, H, T, T] and values [B, H, T, D] to [B, H, T, D]
+
     def __init__(self, C: int, H: int, norm: Callable, feed_forward: Callable, weights: Callable):
         super().__init__()
         self.ln1, self.ln2, self.mlp, self.weights, self.H = norm(C), norm(C), feed_forward(C), weights, H
@@ -143,7 +145,7 @@ class ToyBlock(nn.Module):
         B, T, C = x.shape
         q, k, v = self.qkv(self.ln1(x)).view(B, T, 3, self.H, C // self.H).permute(2, 0, 3, 1, 4)
         future = torch.ones(T, T, dtype=torch.bool).triu(1)
-        mixed = self.weights(q @ k.transpose(-2, -1) / (C // self.H) ** 0.5, future) @ v
+        mixed = self.mix(self.weights(q @ k.transpose(-2, -1) / (C // self.H) ** 0.5, future), v)
         x = x * residual + self.proj(mixed.transpose(1, 2).reshape(B, T, C))
         return x * residual + self.mlp(self.ln2(x))
 
@@ -462,6 +464,33 @@ def test_scaled_attention_weights_are_found():
     found = verdicts(weights=lambda scores, future: plain_weights(scores, future) / 8)
     assert set(accused(found)) == {"attention_weights_sum_to_one"}
     assert "add up to 0.125" in found["attention_weights_sum_to_one"].says
+
+
+MIXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "flattened": lambda w, v: torch.bmm(w.flatten(0, 1), v.flatten(0, 1)).view_as(v),
+    "einsum with dots": lambda w, v: torch.einsum("...ts,...sd->...td", w, v),
+    "einsum of values that come first": lambda w, v: torch.einsum("bhsd,bhts->bhtd", v, w),
+    "heads in groups": lambda w, v: (w.unflatten(1, (2, -1)) @ v.unflatten(1, (2, -1))).flatten(1, 2),
+    "rows of all heads": lambda w, v: (w.flatten(1, 2) @ v[:, 0]).view_as(v),  # they share their values
+    "both transposed": lambda w, v: (v.mT @ w.mT).mT,
+}
+
+
+def by_hand(scores: Tensor, future: Tensor) -> Tensor:
+    shown = (scores - scores.amax(-1, keepdim=True)).exp().masked_fill(future, 0.0)
+    return shown / shown.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("weights", [plain_weights, by_hand])
+@pytest.mark.parametrize("spelling", MIXES)
+def test_attention_weights_are_found_in_every_spelling(spelling, weights):
+    class Block(ToyBlock):
+        mix = staticmethod(MIXES[spelling])
+
+    right = verdicts(weights=weights, block=Block)
+    wrong = verdicts(weights=lambda scores, future: weights(scores, future) * 0.7, block=Block)
+    assert not accused(right) and right["attention_weights_sum_to_one"].outcome == "passed"
+    assert "add up to 0.7" in accused(wrong)["attention_weights_sum_to_one"]
 
 
 # -- the residual stream

@@ -31,6 +31,8 @@ A, B = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 5, 6)
         (torch.einsum, ("bhts,bhsd->bhtd", [A, B]), {}),
         (torch.einsum, ("bths,bshd->bthd", A.transpose(1, 2), B.transpose(1, 2)), {}),
         (torch.einsum, ("bhst,bhsd->bhtd", A.transpose(2, 3), B), {}),
+        (torch.einsum, ("...ts,...sd->...td", A, B), {}),
+        (torch.einsum, ("b...ts,b...sd->b...td", [A, B]), {}),
     ],
 )
 def test_a_product_is_the_same_matrices_in_every_spelling(func, args, kwargs):
@@ -46,7 +48,7 @@ def test_a_product_is_the_same_matrices_in_every_spelling(func, args, kwargs):
         (torch.einsum, ("bhts->bhst", A)),
         (torch.einsum, ("bhts,bhts->bht", A, A)),
         (torch.einsum, ("bhts,hsd->bhtd", A, B[0])),
-        (torch.einsum, ("...ts,...sd->...td", A, B)),
+        (torch.einsum, ("...ts,...ts->...t", A, A)),
         (torch.matmul, (A, torch.randn(5))),
     ],
 )

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..expect import Where
 from ..subject import Subject
 from ..watch.location import line_now
+from ..watch.operations import weights_axis
 from ..watch.products import Mapped, WeightProducts, multiplied, names_of
 from .ablation import blocks_of
 from .influence import call, length
@@ -41,9 +42,11 @@ class Silence(TorchFunctionMode):
         self.found: list[Where] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         known = None if self.matrices is None else multiplied(func, args)
-        meant = self.attends(func, result) if self.matrices is None else known and known[1].data_ptr() in self.matrices
+        attends = self.matrices is None and self.attends(func, args, kwargs, result)
+        meant = attends or (known is not None and known[1].data_ptr() in (self.matrices or ()))
         where = line_now(self.names) if meant else None
         if where is None or block_of(where, self.blocks) is None:
             return result
@@ -52,11 +55,10 @@ class Silence(TorchFunctionMode):
             return result
         return (result[0] * 0, *result[1:]) if isinstance(result, tuple) else torch.zeros_like(result)
 
-    def attends(self, func: Any, result: Any) -> bool:
+    def attends(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
         if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
             return True
-        softmax = getattr(func, "__name__", "") == "softmax" and isinstance(result, Tensor) and result.dim() > 2
-        return softmax and list(result.shape).count(self.T) > 1
+        return weights_axis(func, args, kwargs, result) is not None and list(result.shape).count(self.T) > 1
 
 
 def block_of(where: Where | None, blocks: list[str]) -> str | None:

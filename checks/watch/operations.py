@@ -6,7 +6,8 @@ A product of activations is seen as batched matrices whether it is written with 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import string
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 MATRICES = ("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum")  # by name
 TIMES = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
 ADDED = {torch.baddbmm, Tensor.baddbmm, torch.addmm, Tensor.addmm}  # to their first argument
+RATIOS = frozenset({"div", "div_", "true_divide", "true_divide_", "__truediv__", "__itruediv__"})  # by name
+ONE = 1e-5  # by how much the sums of weights in float32 may miss one
 ATTENTION = inspect.signature(
     lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False: None
 )
@@ -47,9 +50,9 @@ def _einsum(args: tuple[Any, ...]) -> Product | None:
     """`bhts,bhsd->bhtd` and its like: one index summed over, one of each operand kept, the others those of a batch."""
     equation = args[0] if args else None
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "." in equation:
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
         return None
-    inputs, _, output = equation.replace(" ", "").partition("->")
+    inputs, _, output = _without_dots(equation.replace(" ", ""), operands).partition("->")
     one, _, other = inputs.partition(",")
     if any(len(set(letters)) < len(letters) for letters in (one, other, output)):
         return None
@@ -64,6 +67,16 @@ def _einsum(args: tuple[Any, ...]) -> Product | None:
     )
     left, right = (operand.permute(order) for operand, order in zip(operands, orders, strict=True))
     return Product(left, right, orders)
+
+
+def _without_dots(equation: str, operands: Sequence[Tensor]) -> str:
+    """The equation with letters of its own for the axes of `...`, the last of which all operands share."""
+    inputs, arrow, output = equation.partition("->")
+    counts = [x.dim() - len(each.replace("...", "")) for each, x in zip(inputs.split(","), operands, strict=False)]
+    spare = [letter for letter in string.ascii_letters if letter not in equation][: max(counts, default=0)]
+    each = ["".join(spare[len(spare) - count :]) if count > 0 else "" for count in counts]
+    written = [labels.replace("...", dots) for labels, dots in zip(inputs.split(","), each, strict=False)]
+    return ",".join(written) + arrow + output.replace("...", "".join(spare))
 
 
 @dataclass(frozen=True)
@@ -105,3 +118,18 @@ def softmax_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """What the softmax is taken of."""
     x: Tensor = args[0] if args else kwargs["input"]
     return x
+
+
+def weights_axis(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int | None:
+    """The axis along which a call makes weights [.., .., ..], counted from the end; None for any other call.
+
+    It is a softmax, or a division after which the numbers sum to one: a softmax written by hand.
+    """
+    if not isinstance(result, Tensor) or result.dim() < 3 or not result.is_floating_point():
+        return None
+    if (axis := softmax_axis(func, args, kwargs)) is not None:
+        return axis
+    if getattr(func, "__name__", "") not in RATIOS or not result.numel() or bool((result < 0).any()):
+        return None
+    sums = (axis for axis in (-1, -2) if result.shape[axis] > 1 and bool(((result.sum(axis) - 1).abs() <= ONE).all()))
+    return next(sums, None)

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..expect import Where
 from .location import line_now
-from .operations import ADDED, TIMES, Product, fused_attention, product, softmax_axis
+from .operations import ADDED, TIMES, Product, fused_attention, product, weights_axis
 
 MIXING = {F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.cumsum, Tensor.cumsum}
 CONVOLUTIONS = {torch.conv1d, F.conv1d}
@@ -136,8 +136,8 @@ class Attended(TorchFunctionMode):
         elif (factors := product(func, args, kwargs)) is not None and factors.left.dim() > 2 < factors.right.dim():
             self.product(factors)
         result = func(*args, **kwargs)
-        axis = softmax_axis(func, args, kwargs)
-        if axis is not None and isinstance(result, Tensor) and result.dim() > 2:
+        axis = weights_axis(func, args, kwargs, result)
+        if axis is not None:
             self.softmaxes.append((axis, result.detach().clone()))
         return result
 
@@ -158,9 +158,9 @@ class Attended(TorchFunctionMode):
             return
 
     def square(self, x: Tensor, axis: int) -> bool:
-        """Whether x is [..., T, S] with S ≥ T, or its transpose, with the keys along `axis`."""
+        """Whether x is [..., T, S] with S ≥ T, or its transpose, with the keys along `axis`; T times heads, perhaps."""
         queries = x.shape[-2 if axis == -1 else -1]
-        return queries == self.T <= x.shape[axis]
+        return queries > 0 and queries % self.T == 0 and self.T <= x.shape[axis]
 
     def came_from(self, x: Tensor, axis: int, order: list[int] | None) -> tuple[int, float] | None:
         """The axis of the softmax whose result times a factor is x, and the factor; `order` is how x was rearranged.
@@ -171,10 +171,11 @@ class Attended(TorchFunctionMode):
         if order is not None:
             alike = [(a, r) for a, r in seen if r.dim() == len(order)]
             seen += [(order.index(a % len(order)) - len(order), r.permute(order)) for a, r in alike]
+        seen += [({-1: -2, -2: -1}.get(a, a), r.mT) for a, r in seen]
         for along, result in seen:
-            if result.shape[-2:] != x.shape[-2:] or result.numel() != x.numel():
+            if result.shape[axis:] != x.shape[axis:] or result.numel() != x.numel():
                 continue
-            x = x.reshape(result.shape)  # [B * H, T, S] as it enters bmm
+            result = result.reshape(x.shape)  # [B * H, T, S] as it enters bmm; [B, G, H / G * T, S] for shared keys
             left = x != 0
             known = multiple(result, x) or (multiple(result[left], x[left]) if along != axis else None)
             if known is not None and abs(known[1]) <= EXACT:
