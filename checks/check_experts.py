@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .expect import STEADY, NotApplicable, advise, fail, needs, note
 from .loss.returned import leaves, slots
-from .probes.experts import NOTHING, Mixture, mixtures, used
+from .probes.experts import NOTHING, ROUTED, Mixture, mixtures, used
 from .probes.extra_arguments import TARGETS, taken
 from .probes.influence import length
 from .probes.precision import precise
@@ -21,6 +21,7 @@ from .watch.draws import seeded
 ALONE = "check_experts.check_other_tokens_leave_a_tokens_weights_alone"
 FOLLOWS = "check_experts.check_a_raised_score_gives_its_expert_weight"
 APART = 1e-3  # of a part: routers compute in float32, and a part is a difference of two outputs
+LOST = 0.2  # of the outputs of experts; a weight may round to 0
 BALANCE = 1e-5  # of the gradient of the cross entropy: what is left of it where the two are subtracted in float32
 
 
@@ -53,8 +54,7 @@ def _expect_others_alone(mixture: Mixture, n: int, e: int, parts: Tensor) -> Non
         f"{moved.shape[1] - 1} other tokens",
         where=mixture.where,
         likely=("router-normalised-over-tokens", "router-softmax-over-tokens"),
-        advice="Take the router's softmax over the experts (dim=-1), and divide a token's weights by their own sum "
-        "alone: weights / weights.sum(dim=-1, keepdim=True), with weights [tokens, top_k].",
+        advice=ROUTED,
         first={"changed": n, "moved": t, "expert": other},
     )
 
@@ -104,6 +104,31 @@ def _fail_left_out(mixture: Mixture, left_out: list[tuple[int, int, Tensor]], of
         "sorting or indexing one of the two alone pairs an expert with the weight of another.",
         first={"expert": column, "token": t, "sizes": [float(f"{float(s):.3g}") for s in sizes]},
     )
+
+
+@needs(*STEADY)
+def check_what_an_expert_computes_reaches_the_output(subject: Subject) -> None:
+    """What an expert computes for the tokens that are routed to it must have a part in their outputs."""
+    judged = []
+    for mixture in mixtures(subject):
+        (E, N), given = mixture.parts.shape[:2], sum(mixture.given)
+        if given % N or not N < given < E * N or len(set(mixture.given)) == 1:
+            continue  # every expert reads all tokens or as many as have room; or each token has one expert
+        counts = int((mixture.parts != 0).any(-1).sum())
+        judged.append([counts, given])
+        if given - counts > LOST * given:
+            fail(
+                f"{given - counts} of {given} outputs of experts are lost: {given // N} experts compute something for "
+                f"each of {N} tokens, but a token's output has a part of {counts / N:.3g} of them on average",
+                where=mixture.where,
+                likely=("expert-outputs-overwritten",),
+                advice="Add the output of each expert to what the others gave: out.index_add_(0, tokens, weighted) or "
+                "out[tokens] += weighted, not out[tokens] = weighted.",
+                given=mixture.given,
+            )
+    if not judged:
+        raise NotApplicable("no mixture was found in which each token is handed to several of the experts")
+    note(judged=judged)
 
 
 @needs(*STEADY, ALONE, FOLLOWS)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .expect import STEADY, NotApplicable, Where, advise, drawn, expect_close, fail, farthest, needs, note
-from .probes.experts import expect_room
+from .probes.experts import ROUTED, expect_room, router_suspects
 from .probes.extra_arguments import DOCUMENTS, POSITIONS, taken
 from .probes.influence import call, every_id, length, moved, reads_one_token, some_of
 from .probes.magnified import EXTREME, magnified, within_reach
@@ -356,13 +356,20 @@ def expect_unmoved_by_other_rows(
         if move > bound.size:
             where = row_mixer(subject, model, (tokens, changed), mask, way, row)
             expect_room(subject, model, tokens, way, where)
+            routed = router_suspects(model, where)
             fail(
                 f"changing the tokens of the other rows changes the logits of row {row} of {len(tokens)}, by "
                 f"{move / spread(before):.3g} standard deviations of the logits ({way.name}); allowed {bound}",
                 where=where,
-                likely=("head-batch-axes-confused", "batch-statistics", "mask-repeated-in-wrong-head-batch-order"),
-                advice="Look for a reshape, a sum or a statistic over the batch axis (axis 0): nothing else mixes "
-                "rows.",
+                likely=(
+                    *routed,
+                    "head-batch-axes-confused",
+                    "batch-statistics",
+                    "mask-repeated-in-wrong-head-batch-order",
+                ),
+                advice=ROUTED
+                if routed
+                else "Look for a reshape, a sum or a statistic over the batch axis (axis 0): nothing else mixes rows.",
                 row=row,
             )
 

@@ -14,6 +14,7 @@ from ..check_experts import (
     check_an_experts_bias_is_weighted_with_it,
     check_expert_weights_are_shares,
     check_other_tokens_leave_a_tokens_weights_alone,
+    check_what_an_expert_computes_reaches_the_output,
     check_what_balances_experts_has_a_gradient,
 )
 from . import bug
@@ -67,6 +68,22 @@ def least_likely_experts(model: Transformer) -> None:
         return self.normalised(weights), chosen
 
     mixtures_with(model, choose=choose)
+
+
+@bug(
+    "the output of a token's second expert overwrites that of the first instead of being added to it",
+    check_what_an_expert_computes_reaches_the_output,
+    of=experts,
+)
+def expert_outputs_overwritten(model: Transformer) -> None:
+    def mixed(self: Experts, flat: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, slot = (chosen == e).nonzero(as_tuple=True)
+            out = out.index_copy(0, token, weights[token, slot, None] * expert(flat[token]))
+        return out
+
+    mixtures_with(model, mixed=mixed)
 
 
 @bug("the router's raw scores, also negative ones, weight the experts", check_expert_weights_are_shares, of=experts)

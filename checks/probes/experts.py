@@ -8,7 +8,7 @@ these. Nothing is read from names, and nothing here judges.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from ..watch.draws import seeded
 from ..watch.location import locate
 from ..watch.operations import ADDED, TIMES
 from ..ways import EVAL, Way
-from .ablation import replaced, with_output
+from .ablation import Forward, replaced, with_output
 from .influence import call, length
 from .module_state import set_mode
 from .precision import precise
@@ -37,6 +37,10 @@ MOST = 4  # experts of one token that are raised
 MANY = 64  # experts: more are not tried one by one
 NOTHING = 1e-6  # of the largest part: smaller is rounding
 
+ROUTED = (  # advice
+    "Take the router's softmax over the experts (dim=-1), and divide a token's weights by their own sum alone: "
+    "weights / weights.sum(dim=-1, keepdim=True), with weights [tokens, top_k]."
+)
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, StopIteration)
 
 Dial = Callable[[int], AbstractContextManager[Any]]
@@ -66,6 +70,7 @@ class Mixture:
     raised: list[Raised]
     nudged: list[tuple[int, int, Tensor]]  # a token, the expert whose score it was raised by NUDGED, and the parts
     biases: dict[str, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)  # by name: as parts and raised parts
+    given: list[int] = field(default_factory=list)  # how many tokens each expert was handed, where it is a module
 
 
 def used(parts: Tensor) -> Tensor:
@@ -128,16 +133,36 @@ def expect_room(subject: Subject, model: nn.Module, tokens: Tensor, way: Way, wh
         )
 
 
+def router_suspects(model: nn.Module, where: Where | None) -> tuple[str, ...]:
+    """The known bugs of routers that mix tokens, if this place is the smallest module around a router's experts."""
+    if where is None or all(where.module != one.holders[0] for one in candidates(model)):
+        return ()
+    return "router-normalised-over-tokens", "router-softmax-over-tokens"
+
+
 def _fills_up(model: nn.Module, held: Candidate, holder: str, calls: dict[str, Call]) -> bool:
     replay = _replay(model, held, holder, calls)
     dial = _dials(model, held, replay)[0] if replay is not None else None
     if replay is None or dial is None:
         return False
-    crowded = _at(replay, torch.zeros(replay.N, dtype=torch.long), RAISED)
-    once = replay(crowded)
-    with dial(0):
-        served = (replay(crowded) != once).any(-1)
-    return bool(served.any()) and not bool(served.all())
+
+    def served(crowd: Tensor) -> Tensor:
+        """[N, C]: the part of the first expert, its score raised for the tokens of the crowd, lowered for others."""
+        more = torch.zeros(replay.N, replay.E, dtype=torch.float64)
+        more[:, 0] = torch.where(crowd, RAISED, -RAISED)
+        once = replay(more)
+        with dial(0):
+            return replay(more) - once
+
+    tokens = torch.arange(replay.N)
+    of_all = served(tokens >= 0)
+    room = (of_all != 0).any(-1).cpu()
+    if bool(room.all()) or not bool(room.any()):
+        return False
+    one, other = int(room.nonzero()[0]), int((~room).nonzero()[0])
+    alone, then = served(tokens == one)[one], served(tokens == other)[other]
+    unchanged = (alone - of_all[one]).norm() <= 1e-4 * alone.norm()  # else its weight depends on others, not its room
+    return bool(unchanged) and bool(then.any())
 
 
 def _first(model: nn.Module, held: list[Candidate], calls: dict[str, Call]) -> Mixture | None:
@@ -282,6 +307,8 @@ def _routed(model: nn.Module, held: Candidate, holder: str, replay: Replay) -> M
         return None
     parts, scores = replay.parts(dial), replay.seen[replay.site].cpu()
     columns = _columns(parts)
+    if not _in_order(replay, columns[-1]):
+        return None
     bumps = [_at(replay, column, RAISED) for column in columns]
     raised = [Raised(column, replay.parts(dial, bump)) for column, bump in zip(columns, bumps, strict=True)]
     nudged = []
@@ -292,8 +319,39 @@ def _routed(model: nn.Module, held: Candidate, holder: str, replay: Replay) -> M
         nudged.append((n, e, replay.parts(dial, more)))
     of_biases = {name: (replay.parts(b), [replay.parts(b, bump) for bump in bumps]) for name, b in biases.items()}
     names = held.names if not held.stacked else [f"{held.names[0]}[{e}]" for e in range(held.E)]
-    found = Mixture(locate(model, holder), names, scores, parts, raised, nudged, of_biases)
+    given = [] if held.stacked else _given([model.get_submodule(name) for name in held.names], replay)
+    found = Mixture(locate(model, holder), names, scores, parts, raised, nudged, of_biases, given)
     return found if _chooses(found) else None
+
+
+def _given(members: list[nn.Module], replay: Replay) -> list[int]:
+    rows = [0] * len(members)
+
+    def counting(e: int, forward: Forward) -> Forward:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            x = tensors((args, kwargs))[0]
+            rows[e] += x.numel() // x.shape[-1]
+            return forward(*args, **kwargs)
+
+        return counted
+
+    with ExitStack() as stack:
+        for e, member in enumerate(members):
+            stack.enter_context(replaced(member, partial(counting, e)))
+        replay()
+    return rows
+
+
+def _in_order(replay: Replay, column: Tensor) -> bool:
+    """Whether the router's rows are the output's: in code that turns axes around, they may stand in another order."""
+    whole = replay()
+    for n in (0, replay.N // 2):
+        more = torch.zeros(replay.N, replay.E, dtype=torch.float64)
+        more[n, column[n]] = RAISED
+        moved = (replay(more) - whole).abs().amax(-1) > NOTHING * whole.abs().max()
+        if bool(moved.any()) and not bool(moved[n]):
+            return False
+    return True
 
 
 def _chooses(found: Mixture) -> bool:

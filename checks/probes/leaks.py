@@ -9,7 +9,7 @@ from ..expect import Where, fail
 from ..watch.attention import Attentions
 from ..watch.norms import NAMED
 from .ablation import blocks_of, passed_by, replaced
-from .experts import candidates, expect_room
+from .experts import ROUTED, expect_room, router_suspects
 from .influence import in_deviations, measure
 from .leak_search import Leak, LeakSearch
 from .precision import spread
@@ -22,12 +22,7 @@ FILLED = (
     "Fill masked scores with float('-inf') or torch.finfo(scores.dtype).min: a large score can exceed any other number."
 )
 NORMED = "Normalize over the features of each token (dim=-1): a mean over time includes later tokens."
-ROUTED = (
-    "Take the router's softmax over the experts (dim=-1), and divide a token's weights by their own sum alone: "
-    "weights / weights.sum(dim=-1, keepdim=True), with weights [tokens, top_k]."
-)
 LEFT_OUT = "Make the causal mask in forward where {0} is None; or give {0} no default, so that nobody can forget it."
-ROUTER_OVER_TOKENS = ("router-normalised-over-tokens", "router-softmax-over-tokens")
 FAINT = 1e-2  # of what the past does: a fill that is not negative enough leaks less than no mask at all
 
 
@@ -42,8 +37,8 @@ def expect_no_leak(search: LeakSearch, *, likely: tuple[str, ...] = ()) -> Tenso
     seen, causes = attention_seen(leak)
     expect_room(search.subject, search.model, leak.tried.plain, search.way, where)
     in_a_norm = where is not None and bool(NAMED.search(where.type))
-    routed = any(where is not None and where.module == one.holders[0] for one in candidates(search.model))
-    likely = ("norm-over-sequence", *likely) if in_a_norm else (*ROUTER_OVER_TOKENS, *likely) if routed else likely
+    routed = router_suspects(search.model, where)
+    likely = ("norm-over-sequence", *likely) if in_a_norm else (*routed, *likely)
     causes = (*likely, *depth(leak, where), *causes, *pattern(leak.pairs, moves))
     advice = NORMED if in_a_norm else ROUTED if routed else FILLED if causes[0].startswith("mask-fill") else ADVICE
     if name := search.subject.mask_left_out:
