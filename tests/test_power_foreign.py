@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import asdict, replace
 
 import pytest
 
 from power.foreign import FALSE_ALARMS, FOLDER, FORMS, measure, source_of
 from power.foreign import __main__ as run
 from power.foreign.edits import all_edits
-from power.foreign.measure import damaged, edit_for, forms_of, judged, with_needs
+from power.foreign.measure import Case, edit_for, forms_of, judged, with_needs
 from transformer_checks.checks import check_model
 from transformer_checks.checks.bugs import all_bugs
 
@@ -53,7 +54,7 @@ CAUGHT = (
 
 @pytest.mark.parametrize(("bug", "form"), CAUGHT)
 def test_a_bug_is_caught_by_its_check(bug, form):
-    row = judged(bug, form, everything=False)
+    row = judged(Case(bug, form), everything=False)
     assert row["result"] == "its check" and row["check"] in all_bugs()[bug].caught_by
     assert row["likely"]
 
@@ -61,14 +62,21 @@ def test_a_bug_is_caught_by_its_check(bug, form):
 def test_a_bug_that_its_checks_miss_goes_to_all_others(monkeypatch):
     """Without the checks of the future, another one must catch the missing mask."""
     monkeypatch.setattr(measure, "CHECKS", {k: v for k, v in measure.CHECKS.items() if "future" not in k})
-    assert judged("no-causal-mask", "nanogpt", everything=False)["result"] == "missed"
-    assert judged("no-causal-mask", "nanogpt")["result"] in ("kin", "another check")
+    assert judged(Case("no-causal-mask", "nanogpt"), everything=False)["result"] == "missed"
+    assert judged(Case("no-causal-mask", "nanogpt"))["result"] in ("kin", "another check")
 
 
 def test_a_file_that_cannot_be_loaded_is_refused(monkeypatch):
-    monkeypatch.setattr(measure, "damaged", lambda bug, form: "x = 1\n")
-    row = judged("no-causal-mask", "nanogpt")
+    monkeypatch.setattr(Case, "source", "x = 1\n")
+    row = judged(Case("no-causal-mask", "nanogpt"))
     assert row["result"] == "refused" and row["says"]
+
+
+def test_what_is_only_remarked_is_advice():
+    """A right form has no such remark; whether a model clips by value or by norm is its author's choice."""
+    row = judged(Case("clip-by-value", "llama"), everything=False)
+    assert row["result"] == "advice" and "clip" in row["says"] and not row["check"]
+    assert not measure.advice(Case("step-uphill", "llama"))
 
 
 def test_needed_checks_come_first():
@@ -78,12 +86,14 @@ def test_needed_checks_come_first():
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
-    row = {"bug": "step-uphill", "form": "llama", "seed": 0, "result": "missed", "check": "", "likely": False}
-    monkeypatch.setattr(run, "judged", lambda bug, form, seed: {**row, "bug": bug, "form": form, "seed": seed})
-    pairs, out = run.chosen(0, 3, 2), tmp_path / "rows.jsonl"
-    first = run.measured(pairs[:2], out, seed=4)
-    assert run.measured(pairs, out, seed=4)[:2] == first
-    assert len(out.read_text().splitlines()) == len(pairs) == 6
+    """What is in the file is not judged again; with another seed, or undeclared, it is another case."""
+    monkeypatch.setattr(run, "judged", lambda case: {**asdict(case), "result": "missed", "check": "", "likely": False})
+    cases, out = [Case(bug, form, 4) for bug, form in run.chosen(0, 3, 2)], tmp_path / "rows.jsonl"
+    first = run.measured(cases[:2], out)
+    assert run.measured(cases, out)[:2] == first
+    assert len(out.read_text().splitlines()) == len(cases) == 6
+    run.measured([replace(cases[0], declared=False)], out)
+    assert len(out.read_text().splitlines()) == 7
 
 
 def test_drawn_bugs_and_forms_are_the_same_each_time():
@@ -102,7 +112,7 @@ def test_the_report_counts_what_was_caught_and_shows_what_was_not():
 
 
 def test_damaged_text_differs_in_one_place():
-    old, new = source_of("llama").splitlines(), damaged("scale-missing", "llama").splitlines()
+    old, new = source_of("llama").splitlines(), Case("scale-missing", "llama").source.splitlines()
     assert [n for n, (a, b) in enumerate(zip(old, new, strict=True)) if a != b] == [
         next(n for n, line in enumerate(old) if "self.scale = " in line)
     ]

@@ -10,7 +10,7 @@ import json
 import random
 import sys
 from collections import Counter
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from power.mutants import bounded
 
 from . import FORMS
 from .edits import all_edits
-from .measure import RESULTS, forms_of, judged
+from .measure import RESULTS, Case, forms_of, judged
 
 SECONDS = 180.0  # for one bug in one form; a full run takes about ten
 DRAWN = 3  # forms for each bug
@@ -26,8 +26,9 @@ DRAWN = 3  # forms for each bug
 
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
-    rows = measured(chosen(options.start, options.bugs, options.forms, options.only), options.out, options.seed)
-    print(report(rows))
+    pairs = chosen(options.start, options.bugs, options.forms, options.only)
+    cases = [Case(bug, form, options.seed, not options.undeclared) for bug, form in pairs]
+    print(report(measured(cases, options.out)))
     return 0
 
 
@@ -38,6 +39,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--forms", type=int, default=DRAWN, help="how many forms of each bug, drawn; 0 is all")
     parser.add_argument("--only", default="", help="bugs by id, separated by commas")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the checks")
+    parser.add_argument("--undeclared", action="store_true", help="without --spec, as most users run the checks")
     parser.add_argument("--out", type=Path, default=Path("out/foreign.jsonl"), help="where the rows go")
     return parser.parse_args(arguments)
 
@@ -54,22 +56,22 @@ def chosen(start: int, count: int | None, forms: int, only: str = "") -> list[tu
     return pairs
 
 
-def measured(pairs: list[tuple[str, str]], out: Path, seed: int) -> list[dict[str, Any]]:
-    """The rows of these pairs: those that the file `out` has not yet are judged and added to it."""
+def measured(cases: list[Case], out: Path) -> list[dict[str, Any]]:
+    """The rows of these cases: those that the file `out` has not yet are judged and added to it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     known = {}
     for row in map(json.loads, out.read_text(encoding="utf-8").splitlines() if out.exists() else ()):
-        known[row["bug"], row["form"], row["seed"]] = row
+        known[Case(row["bug"], row["form"], row["seed"], row["declared"])] = row
     with open(out, "a", encoding="utf-8") as file:
-        for bug, form in pairs:
-            if (bug, form, seed) not in known:
-                row = bounded(partial(judged, seed=seed), bug, form, seconds=SECONDS)
+        for case in cases:
+            if case not in known:
+                row = bounded(judged, case, seconds=SECONDS)
                 if row["result"] not in RESULTS:  # the process crashed or was too slow
-                    row = {"bug": bug, "form": form, "seed": seed, "check": "", "likely": False, **row}
-                known[bug, form, seed] = row
+                    row = {**asdict(case), "check": "", "likely": False, **row}
+                known[case] = row
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
-    return [known[bug, form, seed] for bug, form in pairs]
+    return [known[case] for case in cases]
 
 
 def report(rows: list[dict[str, Any]]) -> str:
