@@ -54,6 +54,12 @@ FOUND: dict[str, Told] = {
         ("18 of 36 outputs", "each of 18 tokens", "a part of 1 of them"),
         "expert-outputs-overwritten",
     ),
+    "weight-of-the-first-expert": (
+        "expert_weights_are_shares",
+        LAYER,
+        ("have one weight", "of token 0 both count"),
+        "weight-of-the-first-expert",
+    ),
     "raw-scores-as-weights": (
         "expert_weights_are_shares",
         LAYER,
@@ -177,6 +183,25 @@ class OtherOrder(Layer):
         return sparse(scores.softmax(-1), 2).roll(1, -1)
 
 
+class Outvoted(Layer):
+    """One expert of each token, which strong biases of the choice may decide against its score."""
+
+    def __init__(self, C: int) -> None:
+        super().__init__(C)
+        self.bias = nn.Parameter(torch.linspace(-1, 1, E))
+
+    def weights(self, scores: Tensor) -> Tensor:
+        share = sparse(scores.sigmoid(), 1, top=scores.sigmoid() + self.bias / 10)
+        return share / share.sum(-1, keepdim=True)
+
+
+class Averaged(Layer):
+    """The mean of the two best: their scores decide which, not how much."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return (sparse(scores.softmax(-1), 2) > 0).to(scores) / 2
+
+
 class InputWeighted(Layer):
     """The weight multiplies the expert's input, as in Llama 4."""
 
@@ -262,7 +287,7 @@ class Batched(Stacked):
 
 
 MET = (
-    Layer, Switch, Sigmoids, PlainSigmoids, Rectified, SoftmaxTwice, SoftmaxOfChosen, OtherOrder,
+    Layer, Switch, Sigmoids, PlainSigmoids, Rectified, SoftmaxTwice, SoftmaxOfChosen, OtherOrder, Outvoted, Averaged,
     InputWeighted, Capacity, DeepRouter, Named, Stacked, Batched,
 )  # fmt: skip
 
@@ -387,7 +412,16 @@ class SlotsSwapped(Layer):
         return torch.zeros_like(scores).scatter(-1, chosen.flip(-1), values)
 
 
+class IndicesSorted(Layer):
+    """The experts are sorted by their numbers, the weights by their size: right for half of the tokens."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        values, chosen = scores.softmax(-1).topk(2, dim=-1)
+        return torch.zeros_like(scores).scatter(-1, chosen.sort(-1).values, values)
+
+
 WRONG = {
+    IndicesSorted: "a_raised_score_gives_its_expert_weight",
     SwitchOverTokens: "other_tokens_leave_a_tokens_weights_alone",
     WeightsOfAnotherToken: "other_tokens_leave_a_tokens_weights_alone",
     SoftmaxOverTime: "other_tokens_leave_a_tokens_weights_alone",

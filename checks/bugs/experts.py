@@ -86,6 +86,18 @@ def expert_outputs_overwritten(model: Transformer) -> None:
     mixtures_with(model, mixed=mixed)
 
 
+@bug(
+    "all experts of a token are weighted by the weight of the first",
+    check_expert_weights_are_shares,
+    of=experts,
+)
+def weight_of_the_first_expert(model: Transformer) -> None:
+    def normalised(self: Experts, weights: Tensor) -> Tensor:
+        return (weights / weights.sum(-1, keepdim=True))[:, :1].expand_as(weights)
+
+    mixtures_with(model, normalised=normalised)
+
+
 @bug("the router's raw scores, also negative ones, weight the experts", check_expert_weights_are_shares, of=experts)
 def raw_scores_as_weights(model: Transformer) -> None:
     mixtures_with(model, probabilities=lambda self, scores: scores, normalised=lambda self, weights: weights)

@@ -70,6 +70,7 @@ class Mixture:
     raised: list[Raised]
     nudged: list[tuple[int, int, Tensor]]  # a token, the expert whose score it was raised by NUDGED, and the parts
     biases: dict[str, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)  # by name: as parts and raised parts
+    firm: bool = False  # the highest score alone decides: no expert fills up, no vector of E numbers may outvote it
     given: list[int] = field(default_factory=list)  # how many tokens each expert was handed, where it is a module
 
 
@@ -124,7 +125,7 @@ def expect_room(subject: Subject, model: nn.Module, tokens: Tensor, way: Way, wh
     set_mode(model, way.training)
     try:
         with torch.no_grad():
-            full = [holder for candidate, holder in held if _fills_up(model, candidate, holder, calls)]
+            full = [holder for candidate, holder in held if _is_full(model, candidate, holder, calls)]
     finally:
         set_mode(model, False)
     if full:
@@ -140,11 +141,20 @@ def router_suspects(model: nn.Module, where: Where | None) -> tuple[str, ...]:
     return "router-normalised-over-tokens", "router-softmax-over-tokens"
 
 
-def _fills_up(model: nn.Module, held: Candidate, holder: str, calls: dict[str, Call]) -> bool:
+def _is_full(model: nn.Module, held: Candidate, holder: str, calls: dict[str, Call]) -> bool:
     replay = _replay(model, held, holder, calls)
     dial = _dials(model, held, replay)[0] if replay is not None else None
-    if replay is None or dial is None:
-        return False
+    return replay is not None and dial is not None and _fills_up(replay, dial)
+
+
+def _outvoted(module: nn.Module, E: int) -> bool:
+    """Whether there may be biases of the choice alone, as DeepSeek-V3 has them; the bias of a product is none."""
+    owners = (owner for owner in module.modules() if not isinstance(owner, nn.Linear))
+    return any(t.shape == (E,) for owner in owners for t in (*owner.parameters(False), *owner.buffers(False)))
+
+
+def _fills_up(replay: Replay, dial: Dial) -> bool:
+    """Whether the first expert passes tokens by when all choose it, and takes each of them when it comes alone."""
 
     def served(crowd: Tensor) -> Tensor:
         """[N, C]: the part of the first expert, its score raised for the tokens of the crowd, lowered for others."""
@@ -319,8 +329,9 @@ def _routed(model: nn.Module, held: Candidate, holder: str, replay: Replay) -> M
         nudged.append((n, e, replay.parts(dial, more)))
     of_biases = {name: (replay.parts(b), [replay.parts(b, bump) for bump in bumps]) for name, b in biases.items()}
     names = held.names if not held.stacked else [f"{held.names[0]}[{e}]" for e in range(held.E)]
+    firm = not _outvoted(replay.module, held.E) and not _fills_up(replay, dial)
     given = [] if held.stacked else _given([model.get_submodule(name) for name in held.names], replay)
-    found = Mixture(locate(model, holder), names, scores, parts, raised, nudged, of_biases, given)
+    found = Mixture(locate(model, holder), names, scores, parts, raised, nudged, of_biases, firm, given)
     return found if _chooses(found) else None
 
 
