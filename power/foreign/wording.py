@@ -62,7 +62,10 @@ def causal(bug: str, square: str, cached: str, fused: str = "", **how: tuple[str
 def hidden_scores(bug: str, line: str) -> list[Edit]:
     """A line that changes `hidden` [.., T, S], true where a query must not see a key, before it is used."""
     fused = "y = F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden"
-    return [Edit(bug, {place: f"{line}\n        {place}"}) for place in (SCORES_MASKED, fused)]
+    return [
+        Edit(bug, {place: f"hidden = hidden.clone()\n        {line}\n        {place}"})
+        for place in (SCORES_MASKED, fused)
+    ]
 
 
 def blocks(

@@ -92,7 +92,7 @@ SOFTMAXES = [
 HEADS = [
     Edit("no-output-projection", {"self.proj(y)": "y"}),
     Edit("heads-view-without-transpose", {
-        f"{x} = {x}.view(B, T, self.n_head, self.head_dim).transpose(1, 2)": f"{x} = {x}.view(B, self.n_head, T, self.head_dim)"
+        f"{x} = {x}.view(B, T, self.n_head, self.head_dim).transpose(1, 2)": f"{x} = {x}.reshape(B, self.n_head, T, self.head_dim)"
         for x in "qkv"
     }),
     Edit("heads-view-without-transpose", {

@@ -22,9 +22,9 @@ def first(bug: str, old: str, new: str) -> list[Edit]:
     return [Edit(bug, {old.format(name): new.format(name)}) for name in ("module.weight", "p")]
 
 
-def padding(bug: str, old: str, new: str) -> list[Edit]:
+def padding(bug: str, old: str, new: str, **how: tuple[str, ...]) -> list[Edit]:
     """Another mask of hidden keys, where a padding mask is given."""
-    return [Edit(bug, {place: place.replace(old, new)}) for place in PADDING]
+    return [Edit(bug, {place: place.replace(old, new)}, **how) for place in PADDING]
 
 
 def read_into_a_cache(bug: str, right: str, wrong: str) -> list[Edit]:
@@ -214,7 +214,7 @@ PADDINGS = [
     *padding("bool-mask-semantics-inverted", "(~", "("),
     *padding("pad-mask-on-queries", "None, None, :]", "None, -T:, None]"),
     *padding("pad-mask-replaces-causal", " | ", " & False | "),
-    *padding("fully-masked-row-nan", " & ~own", ""),
+    *padding("fully-masked-row-nan", " & ~own", "", only_in=("einsum_gpt", "hf_like")),  # the fused kernel gives 0
     *(
         Edit("int-mask-read-otherwise", {f"~{name}[": f"~({name} if {name}.dtype == torch.bool else 1 - {name})["})
         for name in ("mask", "attention_mask")
