@@ -413,7 +413,7 @@ def check_memory_grows_no_faster_than_the_batch(subject: Subject) -> None:
 def check_deterministic_algorithms_repeat_the_step(subject: Subject) -> None:
     """With PyTorch's deterministic algorithms, two steps from the same seed must give exactly the same gradient."""
     needs_numbers(subject)
-    sizes = dict(dropout=0.3) if subject.can_vary("dropout") else {}
+    sizes: dict[str, Any] = dict(dropout=0.3) if subject.can_vary("dropout") else {}
     model, tokens = subject.build(seed=subject.seed, **sizes).train(), tokens_of(subject)
     found = []
     try:

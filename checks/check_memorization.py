@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -165,7 +166,7 @@ def train(subject: Subject, task: Task) -> nn.Module:
     expect_trainable(subject)
     longest = max(map(len, task.strings))
     wanted = {"vocab_size": max(map(max, task.strings)) + 1, "block_size": longest, **SMALL}
-    sizes = {name: value for name, value in wanted.items() if subject.can_vary(name)}
+    sizes: dict[str, Any] = {name: value for name, value in wanted.items() if subject.can_vary(name)}
     if not room(subject, "block_size", longest):
         raise NotApplicable(f"{longest} tokens do not fit in the model's block size of {subject.sizes.block_size}")
     tried = []

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..transformer import checkpoint, data, generation, loss, trainer
 from ..transformer.model import ModelConfig, Transformer
-from .subject import Subject
+from .subject import Option, Subject
 
 
 def reference(**declared: Any) -> Subject:
@@ -24,10 +24,15 @@ def reference_parts(*, spec: str | None = None, **config: Any) -> SimpleNamespac
     """
 
     def build_model(**sizes: Any) -> nn.Module:
-        return Transformer(ModelConfig(**{**sizes, **config}))
+        return Transformer(ModelConfig(**{**config, **sizes}))
 
+    used = ModelConfig(**config).positions != "learned"
     return SimpleNamespace(
         build_model=build_model,
+        options=(
+            Option("norm_eps", ModelConfig.norm_eps, (0.1, 1e-3)),
+            *((Option("rope_base", ModelConfig.rope_base, (100.0, 1e6)),) if used else ()),
+        ),
         loss=loss.next_token_loss,
         generate=generation.generate,
         objective=trainer.next_token_objective,

@@ -14,14 +14,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 from typing import cast as as_type
 
 import torch
 from torch import Tensor, nn
 
-from .expect import NotApplicable
+from .expect import NotApplicable, Where
 
 Made = TypeVar("Made")
 Arguments = ParamSpec("Arguments")
@@ -78,6 +78,23 @@ class MaskForm:
         kind = str(self.dtype).removeprefix("torch.")
         says = "0 keeps, -inf drops" if self.additive else "true keeps" if self.keep else "true drops"
         return f"{self.argument} {self.shape} {kind}, {says}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a model can be asked for beside sizes: its name, its value, and other values to try."""
+
+    name: str
+    value: Any
+    others: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Whether the model's code computes with an option, and the first line that does, or else that declares it."""
+
+    computed: bool
+    where: Where | None = None
 
 
 @dataclass(frozen=True)
@@ -200,8 +217,10 @@ class Subject:
         return self.name
 
     @unwarned()
-    def build(self, *, seed: int = 0, **sizes: Any) -> nn.Module:
+    def build(self, *, seed: int = 0, options: Mapping[str, Any] = MappingProxyType({}), **sizes: Any) -> nn.Module:
         """A fresh model in eval mode, its weights drawn from the seed; sizes not given are those of `self.sizes`.
+
+        `options` are other values for some of `self.options`.
 
         Of a subject that is one instance (`builds_afresh` is False), that instance as it was. Raises NotApplicable for
         a size that the subject cannot take.
@@ -211,7 +230,7 @@ class Subject:
                 raise NotApplicable(f"the model's {name} is fixed at {getattr(self.sizes, name)}", asked=value)
         torch.empty(0, device=self.device)  # an accelerator has a generator to seed once it is in use
         with torch_seeded(seed):
-            model: nn.Module = self.parts.build_model(**vars(replace(self.sizes, **sizes)))
+            model: nn.Module = self.parts.build_model(**vars(replace(self.sizes, **sizes)), **options)
             return model.to(self.device).eval()
 
     def leave(self) -> None:
@@ -375,6 +394,15 @@ class Subject:
     def given_more(self) -> bool:
         """Whether `logits` hands the model's forward more than tokens: targets, say, without which it answers less."""
         return False
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """What the model can be asked for beside sizes; those that need not change any number are left out."""
+        return self.part("options") or ()
+
+    def reading(self, option: str, run: Callable[[], Any]) -> Reading | None:
+        """Where the model's code computes with an option while `run` runs; None if other code may as well."""
+        return Reading(True)
 
     def running(self) -> AbstractContextManager[Any]:
         """Surrounds calls of the subject's code that do not go through `build`, `logits` and its other methods."""

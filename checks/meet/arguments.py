@@ -140,12 +140,20 @@ class Filling:
     optional: frozenset[str] = frozenset()  # configuration keys that the code can do without
     nested: frozenset[str] = frozenset()  # configuration keys that are configurations themselves
     special: Mapping[str, Any] = field(default_factory=dict)  # values of the variant being tried, by name
+    options: Mapping[str, Any] = field(default_factory=dict)  # values asked for, by name
     used: dict[str, str] = field(default_factory=dict)  # parameter -> the size that it was given
     assumed: dict[str, Any] = field(default_factory=dict)  # parameter -> a value that is not a size
     missing: list[str] = field(default_factory=list)
+    offered: dict[str, Any] = field(default_factory=dict)  # parameter -> the value that it has: given, or its default
 
     def value(self, parameter: Parameter, among: Iterable[str]) -> Any:
         """The value for a parameter; MISSING if its default stays."""
+        asked = self.options.get(parameter.name, MISSING)
+        value = self._value(parameter, among) if asked is MISSING else asked
+        self.offered[parameter.name] = parameter.default if value is MISSING else value
+        return value
+
+    def _value(self, parameter: Parameter, among: Iterable[str]) -> Any:
         name, plain = parameter.name, vocabulary.squash(parameter.name)
         if (special := self._special(parameter)) is not MISSING:
             self.assumed[name] = special

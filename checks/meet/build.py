@@ -59,8 +59,10 @@ class Recipe:
     options: dict[str, Option]  # for each parameter that is a configuration
     special: Mapping[str, Any] = field(default_factory=dict)
     choice: int = 0
+    options_asked: Mapping[str, Any] = field(default_factory=dict)
     varies: dict[str, str] = field(default_factory=dict)  # parameter -> size
     assumed: dict[str, Any] = field(default_factory=dict)
+    offered: dict[str, Any] = field(default_factory=dict)  # parameter -> its value, of what was built last
     places: dict[str, str] = field(default_factory=dict)  # settings found in the project's files -> the file
     _sizes: dict[int, tuple[ref[nn.Module], dict[str, Any]]] = field(
         default_factory=dict
@@ -71,7 +73,7 @@ class Recipe:
     def build(self, sizes: Mapping[str, Any]) -> nn.Module:
         """A fresh model. Raises Unfillable, NotAModel, or what the user's code raises."""
         filling = self.filling(sizes)
-        self.varies, self.assumed = filling.used, filling.assumed
+        self.varies, self.assumed, self.offered = filling.used, filling.assumed, filling.offered
         with self.sandbox:
             self.set_globals(sizes, filling)
             model = as_module(self._call(filling), self.sandbox)
@@ -84,11 +86,18 @@ class Recipe:
     def reads(self) -> configs.Reads:
         return configs.reads_of(self.sandbox)
 
+    def with_options(self, options: Mapping[str, Any]) -> Recipe:
+        """The same way with other values for some parameters that are no sizes."""
+        other = replace(self, options_asked=options)
+        other.__dict__["reads"] = self.reads
+        return other
+
     def filling(self, sizes: Mapping[str, Any]) -> Filling:
         reads = self.reads
         return Filling(
             sizes, self.causal, reads.spelled, reads.from_kwargs, reads.choices, self.choice, self._elsewhere,
             reads.optional, reads.nested, self.special,
+            self.options_asked,
         )  # fmt: skip
 
     def _elsewhere(self, name: str) -> Any:

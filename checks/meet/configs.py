@@ -211,7 +211,7 @@ def reads_of(sandbox: Sandbox) -> Reads:
             nested |= _inner(node)
             if isinstance(node, ast.Attribute) and _is_config(node.value):
                 read.add(node.attr)
-            elif (key := _key(node)) is not None and _is_config(key[0]):
+            elif (key := key_of(node)) is not None and _is_config(key[0]):
                 read.add(key[1])
                 from_kwargs |= {key[1]} if isinstance(key[0], ast.Name) and key[0].id.endswith("kwargs") else set()
             elif isinstance(node, ast.Call) and (name_read := _read_softly(node)):
@@ -234,15 +234,15 @@ def _inner(node: ast.AST) -> set[str]:
         return _table(node.value)  # config["presets"][name]
     if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
         return _table(node.comparators[0])
-    outer = node.value if isinstance(node, ast.Attribute) else key[0] if (key := _key(node)) is not None else None
+    outer = node.value if isinstance(node, ast.Attribute) else key[0] if (key := key_of(node)) is not None else None
     if isinstance(outer, ast.Attribute) and _is_config(outer.value):
-        return {outer.attr} if _key(node) is not None or node.attr not in METHODS else set()  # type: ignore[attr-defined]
-    inner = _key(outer) if outer is not None else None
-    return {inner[1]} if inner is not None and _is_config(inner[0]) and _key(node) is not None else set()
+        return {outer.attr} if key_of(node) is not None or node.attr not in METHODS else set()  # type: ignore[attr-defined]
+    inner = key_of(outer) if outer is not None else None
+    return {inner[1]} if inner is not None and _is_config(inner[0]) and key_of(node) is not None else set()
 
 
 def _table(node: ast.expr) -> set[str]:
-    key = _key(node)
+    key = key_of(node)
     return {key[1]} if key is not None and _is_config(key[0]) else set()
 
 
@@ -257,7 +257,7 @@ def _read_softly(node: ast.Call) -> str:
     return str(node.args[1].value) if isinstance(node.args[1], ast.Constant) else ""
 
 
-def _key(node: ast.AST) -> tuple[ast.expr, str] | None:
+def key_of(node: ast.AST) -> tuple[ast.expr, str] | None:
     """`x["key"]`, `x.get("key")`, `x.pop("key")`."""
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
         return node.value, node.slice.value

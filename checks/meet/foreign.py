@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..garbage import nothing_collected
-from ..subject import KeyValueCache, MaskForm, Sizes, Subject, unwarned
+from ..subject import KeyValueCache, MaskForm, Option, Reading, Sizes, Subject, unwarned
 from .header import header_of
 from .load import load
 from .loaded import Loaded
+from .options import reading_of
 
 
 class Foreign(Subject):
@@ -88,6 +89,13 @@ class Foreign(Subject):
     @property
     def given_more(self) -> bool:
         return "," in self.loaded.forward.call.says
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        return self.loaded.options
+
+    def reading(self, option: str, run: Callable[[], Any]) -> Reading | None:
+        return reading_of(option, self.loaded.sandbox, run)
 
     def running(self) -> AbstractContextManager[Any]:
         return self.loaded.sandbox

@@ -21,6 +21,7 @@ from .build import Recipe, Unfillable, recipes
 from .errors import UsageError, place, what_happened
 from .forward import Forward, Uncallable, find_forward
 from .loaded import Loaded, some_tokens
+from .options import options_of
 from .parts import given_parts, parts_of
 from .process import Stopwatch, SubjectHang
 from .refusals import Trial, explain, label_of, no_model, several_models
@@ -224,20 +225,25 @@ def _called(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int |
     if "block_size" not in varies and (longest is None or longest > MOST_TOKENS):
         sizes["block_size"] = vocabulary.DEFAULTS["block_size"] if longest is None else MOST_TOKENS
 
+    options = options_of(recipe.offered, recipe.varies, recipe.reads.choices)
+    names = {option.name for option in options}
+
     def build(wanted: Mapping[str, Any]) -> nn.Module:
         full = {**asked, **wanted}
         full["padding"] = full["vocab_size"]
+        other = {name: value for name, value in wanted.items() if name in names}
+        way = recipe.with_options(other) if other else recipe
         try:
-            return recipe.build({**full, "vocab_size": full["vocab_size"] + (keep is not None)})
+            return way.build({**full, "vocab_size": full["vocab_size"] + (keep is not None)})
         except (ValueError, AssertionError, NotImplementedError) as refusal:  # said on purpose, unlike other errors
-            others = [f"{name}={value}" for name, value in wanted.items() if value != sizes[name]]
+            others = [f"{name}={value}" for name, value in wanted.items() if value != sizes.get(name)]
             if not others:
                 raise
             raise NotApplicable(f"the model refuses {', '.join(others)}: {type(refusal).__name__}: {refusal}") from None
 
     return Loaded(
         recipe.sandbox, "", build, sizes, varies, forward, _constructor(recipe), recipe=recipe, longest=longest,
-        device=device, has_generate=callable(getattr(model, "generate", None)),
+        device=device, has_generate=callable(getattr(model, "generate", None)), options=tuple(options),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ class Project:
         named = rf"""(?<![\w.])\\?["']?{re.escape(name)}\\?["']?\s*"""
         assigned = re.compile(named + ANNOTATION + rf"[ \t]*[:=](?!=)[ \t]*{VALUE}")
         option = re.compile(rf"""add_argument\(\s*["']--?{re.escape(name).replace("_", "[-_]")}["']([^)]*)\)""")
-        for file, text in self._read():
+        for file, text in self.texts():
             for match in option.finditer(text):
                 if (value := _of_option(match[1])) is not vocabulary.MISSING:
                     return value, file
@@ -46,7 +46,8 @@ class Project:
                     return value, file
         return None
 
-    def _read(self) -> list[tuple[str, str]]:
+    def texts(self) -> list[tuple[str, str]]:
+        """The files, as shown, and what is written in them."""
         if self._texts is None:
             self._texts = []
             for path in self._files():
