@@ -112,6 +112,16 @@ class Spec:
 UNDECLARED = Spec()
 
 
+@dataclass(frozen=True)
+class Companion:
+    """What a file has beside its model and the parts of a `Subject`: a schedule, an average of weights, a tokenizer."""
+
+    kind: str  # evaluation, preference loss, distillation loss, schedule, average, optimizer, tokenizer
+    name: str
+    value: Any  # the function or class
+    where: Where
+
+
 class KeyValueCache(Protocol):
     """What `Subject.new_cache` gives and `Subject.logits` fills."""
 
@@ -325,6 +335,13 @@ class Subject:
     def part(self, name: str) -> Any:
         """A part that comes with the model, None where there is none."""
         return getattr(self.parts, name, None)
+
+    def companions(self, *kinds: str) -> list[Companion]:
+        """What the subject's file has of these kinds beside its model. Raises NotApplicable if that is nothing."""
+        found = [one for one in self.part("companions") or () if one.kind in kinds]
+        if not found:
+            raise NotApplicable(f"no {' or '.join(kinds)} was found in your file")
+        return found
 
     def can_vary(self, name: str) -> bool:
         """Whether `build` can be asked for another size of this name (`n_layer`, …)."""

@@ -28,12 +28,18 @@ def header_of(loaded: Loaded) -> str:
         f"generate {'✓' if _generates(loaded) else '✗'}",
         f"cache ✓ ({loaded.protocol.says})" if loaded.protocol else "cache ✗",
         *([f"padding mask: {loaded.mask_forms[0]}"] if loaded.mask_forms else []),
-        *([f"also found: {', '.join(sorted(loaded.parts))}"] if loaded.parts else []),
+        *([f"also found: {', '.join(found)}"] if (found := _found(loaded)) else []),
         *([f"returns {loaded.returns}"] if loaded.returns != "logits" else []),
     ]
     restored = [f"{name} was changed by your code and restored" for name in loaded.sandbox.changed]
     assumed = [*_values(loaded), *loaded.sandbox.remarks, *loaded.forward.assumed, *loaded.assumed, *restored]
     return " · ".join(facts + ([f"assumed: {'; '.join(assumed)}"] if assumed else []))
+
+
+def _found(loaded: Loaded) -> list[str]:
+    """`loss, train_step, get_lr (schedule), EMA (average)`."""
+    parts = [name for name in sorted(loaded.parts) if name != "companions"]
+    return parts + [f"{one.name} ({one.kind})" for one in loaded.parts.get("companions", ())]
 
 
 def _values(loaded: Loaded) -> list[str]:

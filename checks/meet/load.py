@@ -18,6 +18,7 @@ from ..subject import LARGE
 from . import vocabulary, weights
 from .axes import refine
 from .build import Recipe, Unfillable, recipes
+from .companions import companions_in
 from .errors import UsageError, place, what_happened
 from .forward import Forward, Uncallable, find_forward
 from .loaded import Loaded, some_tokens
@@ -66,6 +67,8 @@ def load(
     model = loaded[0] if checkpoint is None else _with_weights(loaded[0], checkpoint, device, causal)
     if found is not None:
         model.parts = {**course, **parts_of(found)}
+        if companions := companions_in(found, model.parts):
+            model.parts["companions"] = companions
     model.parts.update(given_parts(parts or {}))
     return model
 

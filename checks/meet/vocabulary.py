@@ -162,6 +162,10 @@ CACHES = words(
     "presents"
 )
 
+# Of the two answers of a preference loss.
+CHOSEN = words("chosen preferred winner win winning w yw pos positive better accepted")
+REJECTED = words("rejected dispreferred loser lose losing l yl neg negative worse")
+
 # A derived value: (sizes, default or MISSING) -> value, or MISSING to leave the default.
 Rule = Callable[[Mapping[str, Any], Any], Any]
 

@@ -24,7 +24,7 @@ PACKAGE = __name__.removesuffix(".run.order")
 THEMES = (
     "contract", "modes", "causality", "masking", "paths", "positions", "options",
     "initialization", "gradients", "parts", "experts", "numerics", "portability", "devices", "distributed",
-    "loss", "cache", "generation", "sampling", "decoding",
+    "loss", "preference", "cache", "generation", "sampling", "decoding",
     "training", "optimizer", "evaluation", "data", "checkpoint", "spec", "memorization", "sanity",
 )  # fmt: skip
 

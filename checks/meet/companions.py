@@ -1,0 +1,127 @@
+"""What a file has beside its model and is no part by a name of its own: evaluation, schedule, average of weights, …
+
+Each is recognised by its kind, from the words of its name and from what it takes. How it is called is found out by
+whoever judges it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..expect import Where, shown
+from ..subject import Companion
+from . import vocabulary
+from .stubs import Stub
+from .which_model import Found
+
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+STEPS = vocabulary.words("step steps it iter iteration t i epoch n cur current global num index idx")
+
+
+def words_of(name: str) -> frozenset[str]:
+    """`CosineLRSchedule`, `cosine_lr_schedule`: cosine, lr, schedule."""
+    return frozenset(word.lower() for word in WORD.findall(name))
+
+
+def companions_in(found: Found, parts: Mapping[str, Any]) -> tuple[Companion, ...]:
+    """The companions of the model in the file, as written, without what is used as one of its parts."""
+    used = {id(inspect.unwrap(part)) if callable(part) else id(part) for part in parts.values()}
+    companions = []
+    for name, value in found.scope.items():
+        if not _is_own(value, found) or id(value) in used or name in parts:
+            continue
+        kind = next((kind for kind, fits in KINDS.items() if fits(words_of(name), value)), None)
+        if kind is not None and name.lstrip("_") == name:
+            companions.append(Companion(kind, name, value, _where(name, kind, found)))
+    return tuple(sorted(companions, key=lambda one: one.where.line))
+
+
+def _is_own(value: Any, found: Found) -> bool:
+    if not (inspect.isfunction(value) or inspect.isclass(value)) or isinstance(value, Stub):
+        return False
+    return value.__module__ == found.module.__name__
+
+
+def _where(name: str, kind: str, found: Found) -> Where:
+    for source in found.sandbox.sources.values():
+        for tree, filename in zip(source.trees, source.filenames, strict=True):
+            for node in tree.body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+                    return Where(name, kind, shown(filename), node.lineno)
+    return Where(name, kind)
+
+
+# -- kinds
+
+
+def parameters_of(value: Any) -> dict[str, inspect.Parameter]:
+    """By lower-case name; none where the signature cannot be read."""
+    try:
+        return {name.lower(): p for name, p in inspect.signature(value).parameters.items()}
+    except (TypeError, ValueError):
+        return {}
+
+
+def _has(value: Any, *methods: str) -> bool:
+    return inspect.isclass(value) and all(callable(getattr(value, method, None)) for method in methods)
+
+
+def _is_evaluation(words: frozenset[str], value: Any) -> bool:
+    named = words & vocabulary.words("evaluate evaluation eval validate perplexity ppl bpb bpc")
+    return inspect.isfunction(value) and bool(named or {"estimate", "loss"} <= words)
+
+
+def _is_preference_loss(words: frozenset[str], value: Any) -> bool:
+    named = words & vocabulary.words("dpo ipo orpo simpo cpo preference")
+    takes = frozenset[str]().union(*(words_of(name) for name in parameters_of(value)))
+    return inspect.isfunction(value) and bool(named and takes & vocabulary.CHOSEN and takes & vocabulary.REJECTED)
+
+
+def _is_distillation_loss(words: frozenset[str], value: Any) -> bool:
+    named = words & vocabulary.words("distill distil distillation kd kl jsd loss divergence")
+    takes = " ".join(parameters_of(value))
+    return inspect.isfunction(value) and bool(named) and "teacher" in takes and "student" in takes
+
+
+def _is_schedule(words: frozenset[str], value: Any) -> bool:
+    named = (
+        bool(words & vocabulary.words("lr schedule scheduler sched warmup noam wsd")) or {"learning", "rate"} <= words
+    )
+    if inspect.isclass(value):
+        return named and not issubclass(value, nn.Module) and bool({"step", "get_lr", "__call__"} & set(dir(value)))
+    takes = [words_of(name) for name in parameters_of(value)]
+    return inspect.isfunction(value) and named and any(one and one <= STEPS for one in takes)
+
+
+def _is_average(words: frozenset[str], value: Any) -> bool:
+    named = words & vocabulary.words("ema average averaged averager averaging shadow polyak")
+    return bool(named) and _has(value, "update")
+
+
+def _is_optimizer(words: frozenset[str], value: Any) -> bool:
+    if not inspect.isclass(value):
+        return False
+    named = words & vocabulary.words("adam adamw sgd lion muon rmsprop adagrad optimizer momentum")
+    return issubclass(value, torch.optim.Optimizer) or bool(named and _has(value, "step", "zero_grad"))
+
+
+def _is_tokenizer(words: frozenset[str], value: Any) -> bool:
+    return _has(value, "encode", "decode") and not issubclass(value, nn.Module)
+
+
+KINDS: dict[str, Callable[[frozenset[str], Any], bool]] = {
+    "preference loss": _is_preference_loss,
+    "distillation loss": _is_distillation_loss,
+    "evaluation": _is_evaluation,
+    "average": _is_average,
+    "optimizer": _is_optimizer,
+    "schedule": _is_schedule,
+    "tokenizer": _is_tokenizer,
+}
