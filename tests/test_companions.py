@@ -6,7 +6,9 @@ import textwrap
 
 import pytest
 
+from transformer_checks.checks.meet.companions import JUDGED, KINDS
 from transformer_checks.checks.meet.foreign import foreign
+from transformer_checks.checks.run.order import CHECKS as CHECKED
 from transformer_checks.checks.run.order import check_id, checks_in
 from transformer_checks.checks.run.verdict import judge
 
@@ -370,9 +372,26 @@ def test_the_header_names_what_was_found_by_its_kind(tmp_path):
         class EMA:
             def update(self, model): ...
 
-        def val_accuracy(model): ...
+        class CharTokenizer:
+            def encode(self, text): ...
+            def decode(self, ids): ...
+
+        class Lion(torch.optim.Optimizer): ...
+
+        def validate(model, loader): ...
+
+        def helper(model): ...
     """
-    assert "also found: get_lr (schedule), EMA (average)" in subject_of(tmp_path, code).header
+    header = subject_of(tmp_path, code).header
+    assert "also found: validate (evaluation) · " in header
+    left = "get_lr (schedule), EMA (average), CharTokenizer (tokenizer), Lion (optimizer)"
+    assert header.endswith(f"not checked: {left}")
+
+
+def test_every_kind_is_judged_or_said_not_to_be():
+    """The kinds that the header calls judged are those that checks ask for."""
+    asked = "".join((CHECKED / f"check_{theme}.py").read_text() for theme in ("evaluation", "preference"))
+    assert {kind for kind in KINDS if f'"{kind}"' in asked} == set(JUDGED)
 
 
 def test_what_cannot_be_called_is_named_with_the_reason(tmp_path):

@@ -125,3 +125,4 @@ KINDS: dict[str, Callable[[frozenset[str], Any], bool]] = {
     "schedule": _is_schedule,
     "tokenizer": _is_tokenizer,
 }
+JUDGED = ("preference loss", "distillation loss", "evaluation")  # of the others the header says that no check is made

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import vocabulary
+from .companions import JUDGED
 from .sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def header_of(loaded: Loaded) -> str:
         f"generate {'✓' if _generates(loaded) else '✗'}",
         f"cache ✓ ({loaded.protocol.says})" if loaded.protocol else "cache ✗",
         *([f"padding mask: {loaded.mask_forms[0]}"] if loaded.mask_forms else []),
-        *([f"also found: {', '.join(found)}"] if (found := _found(loaded)) else []),
+        *_found(loaded),
         *([f"returns {loaded.returns}"] if loaded.returns != "logits" else []),
     ]
     restored = [f"{name} was changed by your code and restored" for name in loaded.sandbox.changed]
@@ -37,9 +38,13 @@ def header_of(loaded: Loaded) -> str:
 
 
 def _found(loaded: Loaded) -> list[str]:
-    """`loss, train_step, get_lr (schedule), EMA (average)`."""
+    """`also found: loss, perplexity (evaluation)` and `not checked: get_lr (schedule), EMA (average)`."""
     parts = [name for name in sorted(loaded.parts) if name != "companions"]
-    return parts + [f"{one.name} ({one.kind})" for one in loaded.parts.get("companions", ())]
+    companions = loaded.parts.get("companions", ())
+    looked_at = parts + [f"{one.name} ({one.kind})" for one in companions if one.kind in JUDGED]
+    left = [f"{one.name} ({one.kind})" for one in companions if one.kind not in JUDGED]
+    lines = (("also found", looked_at), ("not checked", left))
+    return [f"{title}: {', '.join(names)}" for title, names in lines if names]
 
 
 def _values(loaded: Loaded) -> list[str]:
