@@ -60,7 +60,7 @@ def not_looked_at(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
                 root = waits[root]
             reason = f"they wait for {root}, which did not pass"
         found[reason] = found.get(reason, 0) + 1
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _needed(says: str) -> str:
