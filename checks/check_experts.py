@@ -40,7 +40,7 @@ def _expect_others_alone(mixture: Mixture, n: int, e: int, parts: Tensor) -> Non
     moved = ((parts - mixture.parts).norm(dim=-1) > APART * before) & (was | is_now)
     moved[:, n] = False
     full = moved & ~(was & is_now)
-    if bool(full.any()):  # an expert takes so many tokens, or chooses its tokens: the rules of rows and causality judge
+    if bool(full.any()):  # an expert takes a limited number of tokens, or chooses them: the rules of rows judge
         advise(
             f"in {mixture.where.module}, the tokens compete for places in the experts: what one of them scores decides "
             "whether another one is dropped"

@@ -53,7 +53,7 @@ def test_where_to_start_is_no_expected_failure():
 
 
 def whole_run(executed: int, says: str = "there is none") -> Session:
-    """Over all checks, of which so many passed and the others were not applicable."""
+    """Over all checks: the first `executed` passed, the others were not applicable."""
     known = list(all_listed())
     return session(
         *(record(c, "passed") if i < executed else record(c, "not_applicable", says) for i, c in enumerate(known))

@@ -159,7 +159,7 @@ def test_the_summary_says_why_nothing_was_seen_most_first():
     ]
     assert terminal.not_looked_at(reasons)[:2] == ["not looked at, by 6 checks:", "    3  no cache was found"]
     many = terminal.not_looked_at({f"reason {i}": 2 for i in range(terminal.REASONS + 3)})
-    assert len(many) == terminal.REASONS + 2 and many[-1] == "    6  3 other reasons, which -v lists"
+    assert len(many) == terminal.REASONS + 2 and many[-1] == "    6  3 other reasons, each in its verdict (-v)"
     assert terminal.not_looked_at({}) == []
 
 

@@ -28,7 +28,7 @@ def flat(on: Stage) -> Script:
 
 
 def best(on: Stage, prompts: Tensor, n: int, beams: int) -> Tensor:
-    """The likeliest text [B, n] that a search with so many beams finds after each prompt [B, T]."""
+    """The likeliest text [B, n] that a search with `beams` beams finds after each prompt [B, T]."""
     return torch.cat([_search(on, prompt, n, beams) for prompt in prompts])
 
 

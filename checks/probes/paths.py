@@ -200,7 +200,7 @@ def long(subject: Subject, T: int, rows: int, way: Way) -> Path:
 
 def with_many_rows(subject: Subject, way: Way) -> Path:
     if subject.affordable(MANY * 3, 3) < 3:
-        raise NoSuchPath("so many rows take too long")
+        raise NoSuchPath(f"{MANY} rows take too long")
     return Path(subject, way, precise(subject), MANY, min(3, length(subject)))
 
 

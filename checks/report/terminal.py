@@ -80,7 +80,7 @@ def not_looked_at(reasons: Mapping[str, int]) -> list[str]:
     lines = [f"not looked at, by {sum(reasons.values())} checks:"]
     lines += [f"{checks:>5}  {_short(reason)}" for reason, checks in first]
     if others:
-        lines.append(f"{sum(others):>5}  {len(others)} other reasons, which -v lists")
+        lines.append(f"{sum(others):>5}  {len(others)} other reasons, each in its verdict (-v)")
     return lines
 
 
