@@ -13,7 +13,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.controls import CONTROLS, Called
-from transformer_checks.checks.bugs.designs import BalancedTransformer, Experts, StackedExperts, changed
+from transformer_checks.checks.bugs.designs import (
+    BalancedTransformer,
+    Experts,
+    StackedExperts,
+    StochasticBlock,
+    changed,
+)
 from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.model import (
     Attention,
@@ -337,6 +343,22 @@ def parallel_blocks(model: Transformer) -> None:
 @variant("shared-layers", cache=False)
 def shared_layers(model: Transformer) -> None:
     model.blocks = nn.ModuleList([model.blocks[0]] * len(model.blocks))
+
+
+@variant("stochastic-depth-by-rows")
+def stochastic_depth_by_rows(model: Transformer) -> None:
+    swap(model.blocks, StochasticBlock)
+
+
+@variant("stochastic-depth-by-rows-scaled-in-evaluation")
+def stochastic_depth_by_rows_scaled_in_evaluation(model: Transformer) -> None:
+    """As in Huang et al. 2016."""
+
+    class ScaledDown(StochasticBlock):
+        def scale(self) -> float:
+            return 1.0 if self.training else 1 - self.left_out
+
+    swap(model.blocks, ScaledDown)
 
 
 @variant("residual-gates-from-zero")

@@ -13,9 +13,11 @@ from ..check_contract import check_every_block_matters
 from ..check_gradients import check_every_parameter_gets_a_gradient
 from ..check_initialization import check_depth_does_not_blow_up
 from ..check_parts import check_tokens_get_past_a_silent_part
+from ..check_randomness import check_random_branches_keep_their_mean
 from ..check_spec import check_logits_agree
 from . import bug
 from .damage import GPT2, blocks, redefine
+from .designs import stochastic_depth
 
 # -- the residual connection
 
@@ -195,3 +197,16 @@ def block_output_discarded(model: Transformer) -> None:
             return x
 
     model.blocks[-1].__class__ = Discards
+
+
+# -- stochastic depth
+
+
+@bug(
+    "stochastic depth leaves out branches of some rows in training and rescales them in neither mode",
+    check_random_branches_keep_their_mean,
+    of=stochastic_depth,
+)
+def stochastic_depth_not_rescaled(model: Transformer) -> None:
+    for block in blocks(model):
+        redefine(block, scale=lambda self: 1.0)

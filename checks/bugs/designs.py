@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...transformer.model import ExplicitAttention, KeyValueCache, LearnedPositions, Rotation, Transformer, causal_mask
+from ...transformer.model import (
+    Block,
+    ExplicitAttention,
+    KeyValueCache,
+    LearnedPositions,
+    Rotation,
+    Transformer,
+    causal_mask,
+)
 from ..reference import reference_parts
 
 WINDOW = 4
@@ -443,3 +451,27 @@ def a_step(
 def parts_with_a_step(**config: Any) -> SimpleNamespace:
     """The reference's model and a train_step, without its trainer."""
     return SimpleNamespace(build_model=reference_parts(**config).build_model, train_step=train_step)
+
+
+# -- stochastic depth (Huang et al. 2016), row by row
+
+
+class StochasticBlock(Block):
+    left_out = 0.2  # of the branches, in training
+
+    def residual(self, x: Tensor, update: Tensor) -> Tensor:
+        update = self.dropout(update) * self.scale()
+        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.left_out
+        return x + update * kept if self.training else x + update
+
+    def scale(self) -> float:
+        """Of an update that is kept."""
+        return 1 / (1 - self.left_out) if self.training else 1.0
+
+
+def stochastic_depth(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        for block in model.blocks:
+            block.__class__ = StochasticBlock
+
+    return changed(change, **config)
