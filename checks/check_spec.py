@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 
 from .expect import READABLE, NotApplicable, Where, advise, fail, needs, note
-from .family.aspects.constants import ScoreScales, norm_form, remarks, scale_that_differs, unusual_epsilon
+from .family.aspects.constants import norm_form, remarks, scale_that_differs, unusual_epsilon
 from .family.aspects.decoding import draws, last_positions
 from .family.aspects.learning import (
     SITES,
@@ -28,6 +28,7 @@ from .family.specimen import Fit, specimen_of
 from .family.trace import FirstDifference
 from .subject import Subject
 from .watch.location import locate
+from .watch.scales import ScoreScales
 
 NAMES = {"gpt2": "GPT-2", "llama": "Llama"}
 SIMULATION_SECONDS = 5.0  # of processor time for trying known bugs
@@ -395,7 +396,7 @@ def check_attention_scale_is_usual(subject: Subject) -> None:
     """Attention scores must be divided by the square root of the head width before the softmax."""
     specimen = specimen_of(subject)
     tokens = specimen.tokens[:2].contiguous()
-    with torch.no_grad(), specimen.running(), ScoreScales(tokens.shape[1]) as scales:
+    with torch.no_grad(), specimen.running(), ScoreScales(specimen.model, tokens.shape[1]) as scales:
         specimen.subject.logits(specimen.model, tokens)
     known = [scale for scale in scales.found if scale.factor != 1.0]
     if not known:

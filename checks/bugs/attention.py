@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...transformer.model import Attention, ExplicitAttention, KeyValueCache, Rotation, Transformer
+from ..check_attention import check_scores_are_scaled_by_their_own_width
 from ..check_causality import check_future_cannot_change_past, check_prefix_gives_the_same_logits
 from ..check_contract import check_every_head_matters, check_nothing_projected_is_thrown_away
 from ..check_devices import check_memory_grows_no_faster_than_the_batch
@@ -35,6 +36,7 @@ def scale_multiplied(model: Transformer) -> None:
 @bug(
     "attention scores are divided by the square root of the model width instead of the head width",
     check_logits_agree,
+    check_scores_are_scaled_by_their_own_width,
     check_attention_scale_is_usual,
     **GPT2,
 )

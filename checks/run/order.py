@@ -23,7 +23,7 @@ PACKAGE = __name__.removesuffix(".run.order")
 # Themes in the order in which a report shows them: each may need those before it.
 THEMES = (
     "contract", "modes", "causality", "masking", "paths", "positions", "options", "randomness",
-    "initialization", "gradients", "parts", "experts", "numerics", "portability", "devices", "distributed",
+    "initialization", "gradients", "parts", "attention", "experts", "numerics", "portability", "devices", "distributed",
     "loss", "preference", "cache", "generation", "sampling", "decoding",
     "training", "optimizer", "evaluation", "data", "checkpoint", "spec", "memorization", "sanity",
 )  # fmt: skip

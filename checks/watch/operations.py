@@ -88,6 +88,12 @@ class Attention:
     value: Tensor
     mask: Tensor | None
     causal: bool
+    scale: float | None = None  # None: 1/√D
+
+    @property
+    def factor(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
 
 
 def fused_attention(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Attention | None:
@@ -100,7 +106,9 @@ def fused_attention(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         return None
     given.apply_defaults()
     found = given.arguments
-    return Attention(found["query"], found["key"], found["value"], found["attn_mask"], bool(found["is_causal"]))
+    return Attention(
+        found["query"], found["key"], found["value"], found["attn_mask"], bool(found["is_causal"]), found["scale"]
+    )
 
 
 def softmax_axis(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

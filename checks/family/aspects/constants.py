@@ -5,18 +5,12 @@ Also what is unusual but correct in a model that agrees: the order of its fused 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from ...expect import Where
-from ...watch.location import line_now
-from ...watch.operations import product
 from ..closeness import STAGES, disagreement, scaled, silenced
 from ..reference import norms_of
 from ..specimen import Fit, Specimen
@@ -188,65 +182,6 @@ def _module(plan: Plan, name: str) -> str:
         return ""
     gain = norm.gain if isinstance(norm.gain, Weight) else plan.inventory.layers[0][norm.gain]
     return gain.name.rpartition(".")[0]
-
-
-# -- the scale of attention scores
-
-
-@dataclass(frozen=True)
-class ScoreScale:
-    """The factor of one attention's scores, and the line that applies the softmax."""
-
-    factor: float
-    head_width: int
-    where: Where | None
-
-    @property
-    def of_usual(self) -> float:
-        """The factor as a multiple of 1/√D."""
-        return self.factor * math.sqrt(self.head_width)
-
-
-class ScoreScales(TorchFunctionMode):
-    """Records the factor of every attention's scores: what a fused kernel is given, or what is measured.
-
-    It is measured by regressing the input of a softmax on the last product of queries and keys.
-    """
-
-    def __init__(self, T: int) -> None:
-        super().__init__()
-        self.T = T
-        self.found: list[ScoreScale] = []
-        self.product: tuple[Tensor, int] | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "softmax" and self.product is not None:
-            self._regress(args[0] if args else kwargs["input"], *self.product)
-            self.product = None
-        result = func(*args, **kwargs)
-        if name == "scaled_dot_product_attention":
-            q = args[0] if args else kwargs["query"]
-            factor = kwargs.get("scale")
-            factor = q.shape[-1] ** -0.5 if factor is None else float(factor)
-            self.found.append(ScoreScale(factor, q.shape[-1], line_now()))
-        elif (factors := product(func, args, kwargs)) is not None and result.shape[-2:] == (self.T, self.T):
-            width = factors.left.shape[-1]
-            if factors.left.dim() > 2 < factors.right.dim() and width != self.T:
-                self.product = (result.detach().clone(), width)
-        return result
-
-    def _regress(self, scores: Tensor, product: Tensor, width: int) -> None:
-        if scores.shape != product.shape:
-            return
-        seen = torch.ones(self.T, self.T, dtype=torch.bool, device=scores.device).tril().expand_as(scores)
-        x, y = product[seen].double(), scores.detach()[seen].double()
-        if not bool(y.isfinite().all()):
-            return
-        factor = (x * y).sum() / x.square().sum()
-        if float((y - factor * x).square().sum()) <= FITS**2 * float(y.square().sum()) * len(y):
-            self.found.append(ScoreScale(float(factor), width, line_now()))
 
 
 # -- unusual but correct
