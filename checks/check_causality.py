@@ -26,7 +26,7 @@ from .expect import (
 )
 from .probes.ablation import one_block
 from .probes.embeddings import jacobian_sizes, watched_embeddings
-from .probes.extra_arguments import TARGETS, taken
+from .probes.extra_arguments import targets_of
 from .probes.influence import (
     Changes,
     call,
@@ -280,7 +280,7 @@ def rewritten(subject: Subject, tokens: Tensor, case: dict[str, Any]) -> Tensor:
 @needs(*STEADY)
 def check_targets_change_no_logits(subject: Subject) -> None:
     """If the forward takes targets for a loss, other targets must not change any logit."""
-    parameter = taken(subject, TARGETS)
+    parameter = targets_of(subject)
     if parameter is None or parameter.default is not None:  # a required one may be a decoder's input
         raise NotApplicable("forward takes no targets")
     name = parameter.name

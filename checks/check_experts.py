@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .expect import STEADY, NotApplicable, advise, fail, needs, note
 from .loss.returned import leaves, slots
 from .probes.experts import NOTHING, ROUTED, Mixture, mixtures, used
-from .probes.extra_arguments import TARGETS, taken
+from .probes.extra_arguments import targets_of
 from .probes.influence import length
 from .probes.precision import precise
 from .subject import EXISTENCE, Subject
@@ -268,7 +268,7 @@ def check_what_balances_experts_has_a_gradient(subject: Subject) -> None:
     """What a mixture of experts adds to the loss that forward returns must have a gradient."""
     found = mixtures(subject)
     model = precise(subject, EXISTENCE[1]).train()
-    parameter = taken(subject, TARGETS)
+    parameter = targets_of(subject)
     if parameter is None:
         raise NotApplicable("forward takes no targets")
     holders = [model.get_submodule(mixture.where.module) for mixture in found]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -10,9 +12,12 @@ from tests.controls_training import LOSSES, loss_subject, of_transformers
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import changed
 from transformer_checks.checks.bugs.loss import ReturnsItsLoss, losses
+from transformer_checks.checks.check_loss import check_a_place_is_trained_on_its_own_target
 from transformer_checks.checks.loss.met_loss import met_loss
+from transformer_checks.checks.meet.roles import named_otherwise, targets_of
 from transformer_checks.checks.reference import reference_parts
 from transformer_checks.checks.run.order import check_id, checks_in
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
 
@@ -336,3 +341,37 @@ def test_another_position_than_the_last_is_told(place):
         RETURNED[1], answering(lambda x: (x[:, [place]], None), lambda logits, loss: (logits, loss.mean())), {}
     )
     assert found.outcome == "failed" and "for the last position" in found.says
+
+
+CONVENTIONS = Path(__file__).parent / "conventions"
+
+
+@pytest.mark.parametrize("name", ["truth", "gold", "ys", "target_ids", "y_true", "next_tokens"])
+@pytest.mark.parametrize("shown", ["truth.flatten()", "truth.roll(1, 0).flatten()"])
+def test_the_loss_of_a_model_is_judged_whatever_its_targets_are_called(name, shown, tmp_path):
+    source = (CONVENTIONS / "targets_of_another_name.py").read_text().replace("truth.flatten()", shown)
+    (tmp_path / "model.py").write_text(source.replace("truth", name))
+    subject = subject_of(str(tmp_path / "model.py"))
+    verdict = judge(check_a_place_is_trained_on_its_own_target, subject, {})
+    assert verdict.outcome == ("failed" if "roll" in shown else "passed")
+    if "roll" in shown:
+        assert "row 1's target 0" in verdict.says
+    assert (f"{name} takes the targets" in subject.header) == (name == "truth")
+
+
+def test_targets_are_recognised_by_what_they_do_and_other_ids_are_not():
+    class Ids(nn.Module):
+        """Other ids there move the logits."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 5)
+
+        def forward(self, idx, kinds=None, aux=None, truth=None):
+            logits = self.table(idx) + (0 if kinds is None else self.table(kinds))
+            size = logits.square().mean()  # a number that comes whatever aux is
+            return logits, size if truth is None else size + nn.functional.cross_entropy(logits.mT, truth), size
+
+    tokens = torch.arange(6).view(2, 3) % 5
+    assert targets_of(Ids(), tokens, 5) is None  # a number comes without them as well: it need be no loss
+    assert not named_otherwise(None)

@@ -13,7 +13,7 @@ from transformer_checks.checks.check_masking import (
     check_mask_types_agree,
     check_pad_contents_change_nothing,
 )
-from transformer_checks.checks.probes.extra_arguments import DOCUMENTS, TARGETS, taken
+from transformer_checks.checks.probes.extra_arguments import DOCUMENTS, taken
 from transformer_checks.checks.reference import reference
 from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
@@ -106,5 +106,5 @@ def test_tokens_called_a_sequence_are_no_document_ids():
             return sequence
 
     subject = SimpleNamespace(build=lambda seed: Named(), seed=0)
-    assert taken(subject, DOCUMENTS).name == "segment_ids" and taken(subject, TARGETS).name == "targets"
+    assert taken(subject, DOCUMENTS).name == "segment_ids"
     assert taken(SimpleNamespace(build=lambda seed: torch.nn.Identity(), seed=0), DOCUMENTS) is None

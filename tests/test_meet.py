@@ -129,6 +129,8 @@ FACTS = {
     "rows_of_ids.py": ("one row of ids at a time",),
     "script_that_trains.py": ("script_that_trains.py is a script", "not lines"),
     "start_position.py": ("forward(tokens, start_pos) → logits",),
+    "targets_of_another_name.py": ("forward(idx) → (logits, None)", "truth takes the targets: it changes the loss"),
+    "targets_required.py": ("forward(idx, truth) → (logits, loss)", "truth takes the targets: it changes the loss"),
     "time_first.py": ("forward([T, B] src) → logits", "the time axis comes first"),
     "tokenizer_argument.py": ("GPT(", "vocab_size"),
     "width_named_twice.py": ("hidden_size=32",),

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..expect import NotApplicable
+from ..meet.roles import role_among
+from ..meet.vocabulary import squash
+from ..probes.extra_arguments import targets_of
 from ..subject import Subject
 from ..watch.calls import recorded
 from .reading import Loss
@@ -25,15 +28,8 @@ VOCABULARY = 17
 PLACES = 7  # targets in a row of a reading
 SPARE = 2  # more, in case the loss shifts them itself
 
-NAMES = {
-    "logits": "logits logit input inputs output outputs out pred preds prediction predictions x y_pred y_hat yhat "
-    "log_probs logprobs log_prob scores probs source input_batch idx data",
-    "targets": "targets target labels label y y_true gold tgt trg tokens token_ids ids target_ids target_batch",
-    "model": "model net network",
-    "batch": "batch",
-    "vocabulary": "vocab_size n_vocab vocab num_classes n_classes",
-    "device": "device",
-}
+ROLES = ("logits", "targets", "model", "batch", "vocabulary", "device")
+ALSO_TARGETS = ("tokens", "tokenids", "ids")  # loss(logits, tokens)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "[B, T, V]": lambda x: x,
     "[B·T, V]": lambda x: x.flatten(0, 1),
@@ -41,7 +37,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 IGNORED = (-100, -1)
 KINDS = (torch.bool, torch.float32, torch.int64)  # of a mask argument
-MODEL_TARGETS = ("targets", "target", "labels", "label", "y", "tgt", "lm_labels")
 LOSS_NAME = re.compile(r"(^|_)(loss|nll|cross_?entropy)(_|$)", re.IGNORECASE)
 NO_LOSS_NAME = re.compile(
     r"plot|log|print|eval|estim|train|valid|test|record|save|aux|balanc|distil|contrast|triplet|reward"
@@ -139,13 +134,13 @@ def requires(function: Any, role: str, roles: dict[str, str]) -> bool:
 
 
 def role_of(name: str, taken: list[str]) -> str:
-    if "mask" in name or name in ("loss_weights", "token_weights", "keep"):
+    if "mask" in name or name in ("loss_weights", "token_weights", "keep", "m"):
         return "mask"
     if "ignore" in name or ("pad" in name and any(word in name for word in ("id", "index", "token"))):
         return "ignore"
     if name == "tokens" and "model" in taken and "logits" not in taken:
         return "logits"  # loss(model, tokens, targets): what the model reads
-    return next((role for role, names in NAMES.items() if name in names.split()), "")
+    return role_among(name, ROLES) or ("targets" if squash(name) in ALSO_TARGETS else "")
 
 
 class Scripted(nn.Module):
@@ -190,10 +185,10 @@ def _roles(function: Any) -> list[str]:
 def model_form(subject: Subject) -> Form:
     """`model(tokens, targets)` with the output of its head replaced by the given logits."""
     model = subject.build()
-    parameters = inspect.signature(model.forward).parameters
-    name = next((name for name in MODEL_TARGETS if name in parameters), None)
-    if name is None:
+    parameter = targets_of(subject)
+    if parameter is None:
         raise NotApplicable("no loss was found, and the model takes no targets", unless="--with loss=FILE.py:NAME")
+    name = parameter.name
     try:
         inspect.signature(model.forward).bind(None, **{name: None})
     except TypeError as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..expect import NotApplicable, Where, shown
 from ..meet.logits import standing_for
-from ..probes.extra_arguments import TARGETS, taken
+from ..probes.extra_arguments import targets_of
 from ..subject import EXISTENCE, Subject
 from ..watch.draws import seeded
 
@@ -97,8 +97,8 @@ class Answers:
 
 def answers(subject: Subject, *, batch: int = 0) -> Answers:
     """On tokens of one draw or another. Raises NotApplicable for a model that takes no targets, or needs more."""
-    parameter = taken(subject, TARGETS)
-    if parameter is None or parameter.default not in (None, parameter.empty):
+    parameter = targets_of(subject)
+    if parameter is None:
         raise NotApplicable("forward takes no targets")
     optional = parameter.default is None
     model = subject.amplified(EXISTENCE[1], seed=subject.seed, dtype=torch.float32)

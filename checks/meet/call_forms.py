@@ -32,6 +32,7 @@ class CallForm:
     assumed: str = ""
     from_loss: bool = False  # the logits are those that the model passes to its loss
     padded: bool = False  # shorter sequences are padded to the block size on the right
+    guessed: tuple[str, ...] = ()  # required parameters of unknown meaning, which are given the tokens
 
 
 def parameters_of(model: nn.Module) -> list[Parameter]:
@@ -99,7 +100,8 @@ def _direct(parameters: list[Parameter], vocab_size: int) -> Iterator[CallForm]:
     for more, chosen in product(extra, product(*choices)):
         given = [*zip(required, chosen, strict=True), *more]
         says = ", ".join([first.name, *(p.name for p, _ in given)])
-        yield CallForm(f"forward({says})", _caller(first, given))
+        guessed = tuple(p.name for p, make in given if make is _the_tokens)
+        yield CallForm(f"forward({says})", _caller(first, given), guessed=guessed)
 
 
 def _is_source(plain: str) -> bool:
@@ -134,6 +136,12 @@ def _choices(parameter: Parameter) -> Iterator[Argument]:
         if size == "block_size":
             yield lambda x, m: x.shape[1]
         yield lambda x, m: None
+        yield _the_tokens
+
+
+def _the_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
+    """For targets under an unknown name, which change no logit: `find_forward` tries that."""
+    return tokens.clone()
 
 
 def _asks_logits(parameter: Parameter) -> bool:

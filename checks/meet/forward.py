@@ -83,6 +83,11 @@ def _attempt(
         layout, logits = recognise(output, B, T, vocab_size)
         if logits.device.type != tokens.device.type:
             raise Unreadable(f"the logits are on {logits.device}, the tokens on {tokens.device}")
+        for name in form.guessed:
+            with torch.no_grad():
+                other = form.run(model, tokens, **{name: (tokens + 1) % (keep or vocab_size or 2)})
+            if not torch.equal(pick(other, layout, B, T), logits):
+                raise Unreadable(f"forward requires {name}, and no check knows what it is")
     except Unreadable as problem:
         attempts.append((form, problem))
         if isinstance(output, Tensor) and output.dim() == 0 and not form.from_loss:

@@ -10,6 +10,7 @@ import torch
 
 from . import vocabulary
 from .companions import JUDGED
+from .roles import named_otherwise
 from .sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def header_of(loaded: Loaded) -> str:
         *([f"returns {loaded.returns}"] if loaded.returns != "logits" else []),
     ]
     restored = [f"{name} was changed by your code and restored" for name in loaded.sandbox.changed]
-    assumed = [*_values(loaded), *loaded.sandbox.remarks, *loaded.forward.assumed, *loaded.assumed, *restored]
+    read = [*loaded.forward.assumed, *loaded.assumed, *_targets(loaded)]
+    assumed = [*_values(loaded), *loaded.sandbox.remarks, *read, *restored]
     return " · ".join(facts + ([f"assumed: {'; '.join(assumed)}"] if assumed else []))
 
 
@@ -56,6 +58,13 @@ def _values(loaded: Loaded) -> list[str]:
     places = loaded.recipe.places if loaded.recipe is not None else {}
     as_there = [f"{name} is taken from {places[name]}" for name in given if name in places]
     return ([", ".join(told[:8]) + ", …" * (len(told) > 8)] if told else []) + unused + as_there
+
+
+def _targets(loaded: Loaded) -> list[str]:
+    """Targets under a name that says nothing."""
+    if loaded.targets is None or not named_otherwise(loaded.targets):
+        return []
+    return [f"{loaded.targets.name} takes the targets: it changes the loss and no logit"]
 
 
 def _generates(loaded: Loaded) -> bool:

@@ -26,6 +26,7 @@ from .options import options_of
 from .parts import given_parts, parts_of
 from .process import Stopwatch, SubjectHang
 from .refusals import Trial, explain, label_of, no_model, several_models
+from .roles import targets_of
 from .sandbox import Sandbox
 from .sizes import Restored, head_place, longest_input, sizes_of
 from .which_model import COURSE, Found, candidates, fallbacks, find
@@ -224,6 +225,7 @@ def _called(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int |
         forward, sizes["vocab_size"] = _forward(recipe, model, vocab_size, sizes, keep, asked, device)
         tokens = some_tokens(sizes, device)
         forward = refine(forward, model, tokens, sizes["vocab_size"], is_causal=recipe.causal)
+        targets = targets_of(model, tokens, sizes["vocab_size"])
     longest = sizes["block_size"] if "block_size" in varies else measured.get("block_size")
     if "block_size" not in varies and (longest is None or longest > MOST_TOKENS):
         sizes["block_size"] = vocabulary.DEFAULTS["block_size"] if longest is None else MOST_TOKENS
@@ -247,6 +249,7 @@ def _called(recipe: Recipe, model: nn.Module, asked: dict[str, Any], keep: int |
     return Loaded(
         recipe.sandbox, "", build, sizes, varies, forward, _constructor(recipe), recipe=recipe, longest=longest,
         device=device, has_generate=callable(getattr(model, "generate", None)), options=tuple(options),
+        targets=targets,
     )  # fmt: skip
 
 
@@ -324,10 +327,11 @@ def _try_instance(model: nn.Module, sandbox: Sandbox, device: Any, causal: bool,
             forward = find_forward(model.eval(), measured.get("vocab_size"), lambda m: int(sizes["block_size"]), device)
             sizes["vocab_size"] = forward.vocab_size
             forward = refine(forward, model, some_tokens(sizes, device), forward.vocab_size, is_causal=causal)
+            targets = targets_of(model, some_tokens(sizes, device), forward.vocab_size)
     except Exception as error:
         trials.append(Trial(model, None, error, True))
         return None
     return Loaded(
         sandbox, "", lambda wanted: again(), sizes, frozenset(), forward, "one instance, at its own sizes",
-        fresh=False, longest=longest, device=device, leave=again.leave,
+        fresh=False, longest=longest, device=device, leave=again.leave, targets=targets,
     )  # fmt: skip

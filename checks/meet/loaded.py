@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..expect import NotApplicable
 from ..subject import KeyValueCache, MaskForm, Option
+from .arguments import Parameter
 from .build import Recipe
 from .cache import Cache, Protocol, find_protocol, step
 from .forward import LENGTH, ROWS, Forward
@@ -38,6 +39,7 @@ class Loaded:
     longest: int | None = None  # the most tokens that the model can read; None if it has no such limit
     device: Any = "cpu"
     has_generate: bool = False  # as a method of the model
+    targets: Parameter | None = None  # of forward, for a loss
     options: tuple[Option, ...] = ()  # that `build` takes beside sizes
     assumed: list[str] = field(default_factory=list)
     leave: Callable[[], None] = lambda: None  # puts an instance back to what it was given as

@@ -146,7 +146,9 @@ def _by_words(plain: str) -> str | None:
 
 
 # Names of forward's parameters.
-TARGETS = words("targets target labels label y ys lmlabels targetids targettokens targetseq gold tgts")
+TARGETS = _spelled("lm train y next output", "targets target labels label gold tgts", "ids tokens seq batch") | words(
+    "y ys yb ytrue ytrain ybatch tgtids nexttokens nextids goldids goldlabels goldtokens"
+)
 SOURCES = words(
     "src source srcids srcseq srctokens srctokenids sourceids encinput encoderinput encoderinputs inputseq encinputs "
     "srcsequence encoderinputids x"

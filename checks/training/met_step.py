@@ -17,26 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..expect import NotApplicable
+from ..meet.roles import role_among
 from ..subject import Subject
 from .explained import parallel
 from .runs import Example, Losses, Step, examples, flat, model_of
 
-NAMES = {
-    "model": "model net network m gpt lm transformer",
-    "optimizer": "optimizer optimiser optim opt",
-    "batch": "batch data sample minibatch mini_batch",
-    "tokens": "x xb inputs input input_ids tokens idx ids src input_batch x_batch context token_ids",
-    "targets": "y yb targets target labels label tgt trg target_batch y_batch",
-    "mask": "mask attention_mask loss_mask attn_mask",
-    "loss": "loss_fn criterion loss_function loss_func crit lossfn loss",
-    "scheduler": "scheduler lr_scheduler sched",
-    "scaler": "scaler grad_scaler",
-    "device": "device",
-    "clip": "clip max_norm grad_clip clip_norm max_grad_norm grad_clip_norm clip_value clip_grad",
-    "count": "step it iteration i epoch global_step iter step_num iter_num",
-    "vocabulary": "vocab_size n_vocab",
-}
-ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
+ROLES = (
+    "model", "optimizer", "batch", "tokens", "targets", "mask", "loss", "scheduler", "scaler", "device", "clip",
+    "count", "vocabulary",
+)  # fmt: skip
 ALWAYS = ("model", "optimizer", "batch", "tokens", "targets")  # passed even if they have a default
 FORMS = ("(tokens, targets)", "{input_ids, labels}, both alike", "{tokens, targets, …}", "tokens alone")
 IGNORED = -100  # the target id of padding, as in PyTorch's cross entropy
@@ -180,10 +169,10 @@ def parameter_roles(function: Callable[..., Any]) -> dict[str, str] | str:
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        role, required = ROLES.get(parameter.name.lower()), parameter.default is parameter.empty
-        if role is None and required:
+        role, required = role_among(parameter.name, ROLES), parameter.default is parameter.empty
+        if not role and required:
             return f"train_step has a required parameter {parameter.name!r} that is not recognized"
-        if role is not None and (required or role in ALWAYS):
+        if role and (required or role in ALWAYS):
             roles[parameter.name] = role
     missing = {"model", "optimizer"} - set(roles.values())
     return f"train_step has no parameter for {' or '.join(sorted(missing))}" if missing else roles
@@ -192,7 +181,7 @@ def parameter_roles(function: Callable[..., Any]) -> dict[str, str] | str:
 def every_role(function: Callable[..., Any]) -> dict[str, str]:
     """The role of each parameter with a known name, including those with a default."""
     named = inspect.signature(function).parameters
-    return {name: ROLES[name.lower()] for name in named if name.lower() in ROLES}
+    return {name: role for name in named if (role := role_among(name, ROLES))}
 
 
 def call(
