@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .expect import NotApplicable, advise, fail, needs, note
+from .expect import NotApplicable, Where, advise, fail, needs, note, shown
 from .loss.explained import misread_mask, named, spans
 from .subject import Subject
+from .training.pairing import batches, reader
 from .training.runs import Example, TrainerRun, examples, flat, model_of, needs_trainer, step_of_rank
 from .training.steps import step_leaves_random_states
 from .watch.draws import seeded
@@ -75,6 +76,28 @@ def check_a_target_is_the_next_token(subject: Subject) -> None:
                 got=found,
                 want=sequence[1:],
             )
+
+
+@needs("check_loss.check_a_place_is_trained_on_its_own_target")
+def check_batch_and_loss_train_on_the_next_token(subject: Subject) -> None:
+    """What makes batches and what trains on them must shift the targets by one place in all."""
+    made, trains = batches(subject), reader(subject)
+    note(batches={batch.maker: batch.shift for batch in made}, trains=trains.says, shift=trains.shift)
+    if any(batch.shift + trains.shift == 1 for batch in made if batch.shift is not None):
+        return
+    batch = made[0]
+    row, later = batch.tokens[0].tolist(), trains.shift
+    targets = batch.targets[0].tolist()
+    fail(
+        f"{batch.maker} shifts its targets by {batch.shift} and {trains.says} shifts them by {later}, should be 1 in "
+        f"all: the logits of each token are trained on {trains.meaning(batch)}",
+        where=Where(batch.maker, "batch", shown(batch.file), batch.line) if batch.file else None,
+        likely=("dataset-target-off-by-one",) if later == 0 else ("batch-and-loss-both-shift",),
+        advice="Shift once: either in the batch (x = data[i : i + T], y = data[i + 1 : i + 1 + T]) with a loss of "
+        "logits and targets as they are, or in the loss (logits[:, :-1], targets[:, 1:]) with targets = tokens.",
+        tokens=row,
+        targets=targets,
+    )
 
 
 @needs(ALIGNED)

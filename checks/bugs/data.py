@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...transformer.data import Batch, DataOrder
 from ...transformer.loss import loss_mask
@@ -18,6 +18,7 @@ from ..check_data import (
     check_a_target_is_the_next_token,
     check_an_end_token_counts_though_it_pads,
     check_an_epoch_has_every_example_once,
+    check_batch_and_loss_train_on_the_next_token,
     check_the_loss_mask_drops_what_was_asked,
     check_the_order_changes_with_the_epoch,
 )
@@ -41,11 +42,23 @@ def batches(parts: SimpleNamespace, change: Callable[[Batch, int], Batch]) -> No
 @bug(
     "targets are the tokens just read instead of the next ones",
     check_a_target_is_the_next_token,
+    check_batch_and_loss_train_on_the_next_token,
     check_a_uniform_stream_is_never_learned,
     source="https://github.com/tamangmilan/llama3/pull/1",
 )
 def dataset_target_off_by_one(parts: SimpleNamespace) -> None:
     batches(parts, lambda batch, skip: replace(batch, targets=batch.tokens.clone()))
+
+
+@bug("the batch shifts the targets and the loss shifts them again", check_batch_and_loss_train_on_the_next_token)
+def batch_and_loss_both_shift(parts: SimpleNamespace) -> None:
+    right = parts.loss
+
+    def loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        value: Tensor = right(logits[:, :-1], targets[:, 1:], None if mask is None else mask[:, 1:])
+        return value
+
+    parts.loss, parts.declares = loss, {**parts.declares, "shift": 1}
 
 
 @bug(

@@ -31,6 +31,7 @@ def header_of(loaded: Loaded) -> str:
         f"cache ✓ ({loaded.protocol.says})" if loaded.protocol else "cache ✗",
         *([f"padding mask: {loaded.mask_forms[0]}"] if loaded.mask_forms else []),
         *_found(loaded),
+        *_batches(loaded),
         *([f"returns {loaded.returns}"] if loaded.returns != "logits" else []),
     ]
     restored = [f"{name} was changed by your code and restored" for name in loaded.sandbox.changed]
@@ -41,7 +42,7 @@ def header_of(loaded: Loaded) -> str:
 
 def _found(loaded: Loaded) -> list[str]:
     """`also found: loss, perplexity (evaluation)` and `not checked: get_lr (schedule), EMA (average)`."""
-    parts = [name for name in sorted(loaded.parts) if name != "companions"]
+    parts = [name for name in sorted(loaded.parts) if name not in ("companions", "batches")]
     companions = loaded.parts.get("companions", ())
     looked_at = parts + [f"{one.name} ({one.kind})" for one in companions if one.kind in JUDGED]
     left = [f"{one.name} ({one.kind})" for one in companions if one.kind not in JUDGED]
@@ -58,6 +59,12 @@ def _values(loaded: Loaded) -> list[str]:
     places = loaded.recipe.places if loaded.recipe is not None else {}
     as_there = [f"{name} is taken from {places[name]}" for name in given if name in places]
     return ([", ".join(told[:8]) + ", …" * (len(told) > 8)] if told else []) + unused + as_there
+
+
+def _batches(loaded: Loaded) -> list[str]:
+    """What makes batches, and by how much its targets are shifted."""
+    batches = loaded.parts.get("batches", list)()
+    return [f"{b.maker}: targets shifted by {b.shift}" for b in batches if b.shift is not None]
 
 
 def _targets(loaded: Loaded) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..loss.forms import loss_in
+from .batches import batches_in, makes
 from .errors import UsageError
 from .sandbox import Sandbox
 from .stubs import Stub
@@ -49,6 +50,9 @@ def parts_of(found: Found) -> dict[str, Any]:
     if other is not None:
         parts["loss"] = _sandboxed(found.scope[other], found.sandbox)
         found.sandbox.remark(f"{other} is used as the loss")
+    module = found.module.__name__
+    if any(makes(name, value, module) for name, value in list(found.scope.items())):
+        parts["batches"] = functools.cache(lambda: batches_in(found.scope, module, found.sandbox))
     return parts
 
 
