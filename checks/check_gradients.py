@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .expect import GRADIENTS, READABLE, ROWS_APART, NotApplicable, Where, advise, fail, needs, note
+from .loss.returned import trained_by_its_loss
 from .probes.ablation import blocks_of
 from .probes.embeddings import watched_embeddings
 from .probes.influence import block_of_tokens
@@ -89,6 +90,9 @@ def check_every_parameter_gets_a_gradient(subject: Subject) -> None:
     if scalars := sorted(lone & set(missing or {})):
         advise(f"the scalar {', '.join(scalars)} gets no gradient")
     left = {name: why for name, why in (missing or {}).items() if name not in lone}
+    if left:
+        trained = trained_by_its_loss(subject, model, block_of_tokens(subject, ROWS, seed=0))  # a further head, say
+        left = {name: why for name, why in left.items() if name not in trained}
     if left:
         _blame_missing(model, left)
 

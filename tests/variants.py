@@ -20,6 +20,7 @@ from transformer_checks.checks.bugs.designs import (
     StochasticBlock,
     changed,
 )
+from transformer_checks.checks.bugs.targets import LooksFromOnePlace, LooksFurther
 from transformer_checks.checks.subject import Subject
 from transformer_checks.transformer.model import (
     Attention,
@@ -574,3 +575,16 @@ def misspelled(model: Transformer) -> None:
     """On a buffer the misspelled attribute has no effect, so the model is still correct."""
     sinusoidal(model)
     model.positions.waves.require_grad = False
+
+
+# -- more predictions than the next token, for the training loss alone
+
+
+@variant("second-head-reads-the-next-token", cache=False)
+def second_head_reads_the_next_token(model):
+    model.__class__ = LooksFurther
+
+
+@variant("second-head-from-one-place", cache=False)
+def second_head_from_one_place(model):
+    model.__class__ = LooksFromOnePlace

@@ -194,15 +194,22 @@ def model_form(subject: Subject) -> Form:
     except TypeError as error:
         raise NotApplicable(f"forward cannot be called with tokens and {name} alone: {error}") from None
     head, plain = find_head(subject, model, name)
+    own = head.forward
 
     def raw(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         # Restored afterwards: this may be the only instance.
-        with patch.object(head, "forward", lambda *args, **kwargs: logits):
+        with patch.object(head, "forward", lambda *args, **kwargs: _replaced(own(*args, **kwargs), logits)):
             return returned_loss(model, model(torch.zeros_like(labels), **{name: labels}))
 
     longest = min(PLACES + SPARE, subject.sizes.block_size)
     V, says = subject.sizes.vocab_size, f"model(tokens, {name}=…)"
     return Form(raw, says, V, longest, inside_model=True, changes_logits=not plain)
+
+
+def _replaced(output: Any, logits: Tensor) -> Any:
+    """The given logits for those of every position; a head that is used again, for fewer of them, keeps its own."""
+    shorter = isinstance(output, Tensor) and output.dim() == 3 and output.shape[1] < logits.shape[1]
+    return output if shorter else logits
 
 
 def find_head(subject: Subject, model: nn.Module, name: str) -> tuple[nn.Module, bool]:

@@ -204,6 +204,22 @@ def slopes(model: nn.Module, value: Tensor) -> dict[str, float]:
     return {name: 0.0 if g is None else float(g.abs().max()) for name, g in zip(parameters, found, strict=True)}
 
 
+def trained_by_its_loss(subject: Subject, model: nn.Module, tokens: Tensor) -> set[str]:
+    """The weights with a gradient from the loss that the model returns in train mode; none where it returns no loss."""
+    parameter = targets_of(subject)
+    if parameter is None:
+        return set()
+    try:
+        output = model.train()(tokens, **{parameter.name: tokens.roll(-1, dims=1)})
+        losses = [x for x in leaves([*slots(output).values()]) if isinstance(x, Tensor) and x.dim() == 0]
+        losses = [x for x in losses if x.is_floating_point() and x.requires_grad]
+        return {name for loss in losses[:1] for name, slope in slopes(model, loss).items() if slope}
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError):
+        return set()  # it needs more than tokens and targets
+    finally:
+        model.eval()
+
+
 def untrained(found: Answers) -> list[str]:
     """The weights that the logits depend on and the loss does not."""
     losses = [x for x in found.losses if isinstance(x, Tensor) and x.requires_grad]

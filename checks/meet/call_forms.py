@@ -78,9 +78,8 @@ Argument = Callable[[Tensor, nn.Module], Any]
 
 def _direct(parameters: list[Parameter], vocab_size: int) -> Iterator[CallForm]:
     first, rest = parameters[0], parameters[1:]
-    plain = [vocabulary.squash(p.name) for p in parameters]
-    second = next((i for i, name in enumerate(plain[1:], 1) if _is_decoded(name)), None)
-    if _is_source(plain[0]) and second is not None and parameters[second].default is vocabulary.MISSING:
+    second = _second(parameters)
+    if second is not None:
         yield from _encoder_decoder(parameters, second, vocab_size)
     required = [p for p in rest if p.default is vocabulary.MISSING]
     choices = [list(_choices(p)) for p in required]
@@ -104,12 +103,26 @@ def _direct(parameters: list[Parameter], vocab_size: int) -> Iterator[CallForm]:
         yield CallForm(f"forward({says})", _caller(first, given), guessed=guessed)
 
 
+def _second(parameters: list[Parameter]) -> int | None:
+    """Which parameter takes the decoder's input in an encoder-decoder; None in any other model."""
+    plain = [vocabulary.squash(p.name) for p in parameters]
+    decoded = next((i for i, name in enumerate(plain[1:], 1) if _is_decoded(name)), None)
+    if decoded is not None and _is_source(plain[0]) and parameters[decoded].default is vocabulary.MISSING:
+        return decoded
+    return next((i for i, name in enumerate(plain[1:], 1) if _is_decoders(name)), None)
+
+
 def _is_source(plain: str) -> bool:
     return plain in vocabulary.SOURCES or (plain.startswith(("src", "source", "enc")) and "mask" not in plain)
 
 
 def _is_decoded(plain: str) -> bool:
     return plain in vocabulary.DECODED or (plain.startswith(("tgt", "trg", "target", "dec")) and "mask" not in plain)
+
+
+def _is_decoders(plain: str) -> bool:
+    """Whether the name says that a decoder reads it, so that there is an encoder: decoder_input_ids=None."""
+    return plain in vocabulary.DECODED and plain.startswith("dec")
 
 
 def _choices(parameter: Parameter) -> Iterator[Argument]:

@@ -155,7 +155,8 @@ SOURCES = words(
 )
 DECODED = words(
     "tgt trg target targets trgseq tgtseq trgtokenids trgtokens tgttokens decinput decoderinput decoderinputs "
-    "decinputs targetseq outputseq y decoderinputids tgtids inputs input"
+    "decinputs decoderids decodertokens decodertokenids decinputids decids decoderinputtokens "
+    "targetseq outputseq y decoderinputids tgtids inputs input"
 )
 STARTS = words("startpos startposition pos position offset curpos pastlength startidx tokenoffset")
 POSITIONS = words("positions positionids inputpos tokenpositions posids inputpositions")

@@ -24,7 +24,7 @@ PACKAGE = __name__.removesuffix(".run.order")
 THEMES = (
     "contract", "modes", "causality", "masking", "paths", "positions", "options", "randomness",
     "initialization", "gradients", "parts", "attention", "experts", "numerics", "portability", "devices", "distributed",
-    "loss", "preference", "cache", "generation", "sampling", "decoding",
+    "loss", "targets", "preference", "cache", "generation", "sampling", "decoding",
     "training", "optimizer", "evaluation", "data", "checkpoint", "spec", "memorization", "sanity",
 )  # fmt: skip
 
