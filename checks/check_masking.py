@@ -17,7 +17,7 @@ from .probes.extra_arguments import DOCUMENTS, POSITIONS, taken
 from .probes.influence import call, every_id, length, moved, reads_one_token, some_of
 from .probes.magnified import EXTREME, magnified, within_reach
 from .probes.padding import SIDES, padded, ragged
-from .probes.precision import precise, precision, shared, spread
+from .probes.precision import precise, precision, precision_of_positions, shared, spread
 from .probes.preconditions import expect_takes_mask
 from .subject import Subject
 from .watch.calls import first_bad, first_breaking
@@ -208,7 +208,9 @@ def check_left_padding_changes_nothing(subject: Subject, case: dict[str, Any]) -
 
 
 def expect_as_alone(subject: Subject, case: dict[str, Any], side: str, **finding: Any) -> None:
+    """On the left, padding shifts the positions of a row's tokens."""
     model, real, T = shared(subject), torch.tensor(case["real"]), case["length"]
+    exact = precision_of_positions(subject) if side == "left" else precision(subject)
     mask = padded(real, T, side).to(subject.device)
     tokens = subject.tokens(len(real), T, seed=case["seed"])
     got = call(subject, model, tokens, mask)
@@ -217,7 +219,7 @@ def expect_as_alone(subject: Subject, case: dict[str, Any], side: str, **finding
         expect_close(
             got[row, mask[row]],
             want[0],
-            bound=precision(subject).bound(want),
+            bound=exact.bound(want),
             says=f"a row of length {n}, padded on the {side} to length {T}, gets different logits than alone (row "
             f"{row} "
             f"of {len(real)})",

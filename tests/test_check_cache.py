@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import changed
 from transformer_checks.checks.check_cache import check_cached_decoding_equals_full
-from transformer_checks.checks.probes.cached import Coarsest, distances, first_wrong
+from transformer_checks.checks.probes.cached import distances, first_wrong
+from transformer_checks.checks.probes.precision import Coarsest
 from transformer_checks.checks.reference import reference_parts
 from transformer_checks.checks.run.order import check_id, checks_in
 from transformer_checks.checks.run.subjects import subject_of
@@ -202,3 +205,22 @@ def test_a_cache_that_cannot_be_read_again_is_a_fault_if_it_surely_is_one(tmp_pa
     if outcome == "failed":
         assert "cannot read a text with its cache" in verdict.says and "RuntimeError" in verdict.says
         assert verdict.where is not None and verdict.where.line == 18
+
+
+CONVENTIONS = Path(__file__).parent / "conventions"
+
+
+def test_a_cache_that_the_caller_appends_to_is_read_so():
+    assert findings(subject_of(str(CONVENTIONS / "past_appended_by_the_caller.py"), seed=SEED)) == []
+
+
+def test_a_cache_returned_under_the_name_of_its_argument_is_all_that_the_model_gets(tmp_path):
+    """The same code, but forward returns {"past": …}: handed back as it is, it has forgotten the prompt."""
+    text = (CONVENTIONS / "past_appended_by_the_caller.py").read_text()
+    returned = "return self.head(x + weights @ every), x"
+    assert returned in text
+    (tmp_path / "model.py").write_text(
+        text.replace(returned, 'return {"logits": self.head(x + weights @ every), "past": x}')
+    )
+    found = judge(check_cached_decoding_equals_full, subject_of(str(tmp_path / "model.py"), seed=SEED), {})
+    assert found.outcome == "failed" and "written but not read" in found.says

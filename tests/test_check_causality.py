@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import alibi, changed, no_positions, sinusoidal, sliding_window
+from transformer_checks.checks.check_gradients import check_rows_get_their_own_gradient
 from transformer_checks.checks.probes.influence import Changes, call, changes, every_id
 from transformer_checks.checks.probes.leak_search import LeakSearch, moves_before
 from transformer_checks.checks.probes.leaks import pattern
@@ -270,6 +271,16 @@ def test_a_past_that_is_not_read_is_told_by_its_first_pair():
     assert found.evidence["first"] == {"t": 1, "s": 0} and "12 of 91" in found.says
     found = verdict("check_past_reaches_every_later_position", "attention-sees-itself-only")
     assert "no earlier token is read" in found.says
+
+
+def test_an_embedding_that_is_scaled_in_place_is_read_as_any_other():
+    def scale(model):
+        model.embedding.register_forward_hook(lambda module, given, out: out.mul_(2.0))
+
+    subject = Subject("scaled in place", changed(scale), seed=3)
+    for check in (CHECKS["check_later_tokens_get_no_gradient"], check_rows_get_their_own_gradient):
+        found = judge(check, subject, {})
+        assert found.outcome == "passed", found.says
 
 
 def test_a_prefix_is_told_by_its_length():

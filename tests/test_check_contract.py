@@ -9,7 +9,11 @@ import torch
 
 from tests.messages import BUGS, Told, expect_told
 from transformer_checks.checks.bugs.designs import changed
-from transformer_checks.checks.check_contract import check_earlier_calls_leave_no_trace, check_every_head_matters
+from transformer_checks.checks.check_contract import (
+    check_earlier_calls_leave_no_trace,
+    check_every_block_matters,
+    check_every_head_matters,
+)
 from transformer_checks.checks.probes.ablation import head_projections, passed_by
 from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
@@ -191,3 +195,24 @@ def test_a_block_that_hands_on_what_it_was_given_is_passed_by_in_what_is_new():
     streams, latest = passed_by(lambda streams, latest: (streams, latest + 1))([first, newest], newest)
     assert torch.equal(streams[0], first) and torch.equal(streams[1], newest)
     assert torch.equal(latest, first), "only its own output is replaced by its input, not what it hands on"
+
+
+def test_a_block_is_passed_by_in_its_output_and_not_in_the_cache_beside_it():
+    x, cache = torch.zeros(2, 3, 4), torch.ones(2, 5, 4)
+    kept, output = passed_by(lambda x: (cache, x + 1))(x)
+    assert torch.equal(kept, cache) and torch.equal(output, x)
+
+
+def test_blocks_that_return_dataclasses_matter(tmp_path):
+    """And one whose result is dropped is still found."""
+    text = (Path(__file__).parent / "conventions" / "blocks_of_dataclasses.py").read_text()
+    used = "            x = step.output\n"
+    assert used in text
+    for name, source, outcome in (
+        ("used", text, "passed"),
+        ("dropped", text.replace(used, "            x = step.output if i else x\n"), "failed"),
+    ):
+        (tmp_path / f"{name}.py").write_text(source)
+        found = judge(check_every_block_matters, subject_of(str(tmp_path / f"{name}.py"), seed=3), {})
+        assert found.outcome == outcome, found.says
+        assert outcome == "passed" or "leaving out blocks.0" in found.says

@@ -194,6 +194,21 @@ def test_the_loops_of_libraries_pass(name):
     assert cached == ("not_applicable" if name.startswith("x-") else "passed")
 
 
+def test_a_generate_that_calls_the_models_parts_is_judged_without_their_tokens(tmp_path):
+    """Its head is given vectors, so the script cannot know the token just read; a wrong position is still found."""
+    text = (Path(__file__).parent / "conventions" / "blocks_of_dataclasses.py").read_text()
+    latest = "(self.head(x)[:, -1] / temperature)"
+    assert latest in text
+    for name, source, outcome in (
+        ("right", text, "passed"),
+        ("wrong", text.replace(latest, "(self.head(x)[:, -2] / temperature)"), "failed"),
+    ):
+        (tmp_path / f"{name}.py").write_text(source)
+        found = judge(CHECKS[GREEDY], subject_of(str(tmp_path / f"{name}.py"), seed=SEED), {})
+        assert found.outcome == outcome, found.says
+        assert outcome == "passed" or "position 1, expected the last position, 2" in found.says
+
+
 def test_a_banned_token_and_a_prompt_with_an_end_token_get_advice():
     def stops_at_once(model, prompt, max_new_tokens, eos_id=None):
         if eos_id is not None and bool((prompt == eos_id).any()):

@@ -15,6 +15,7 @@ from transformer_checks.checks.check_masking import (
 )
 from transformer_checks.checks.probes.extra_arguments import DOCUMENTS, taken
 from transformer_checks.checks.reference import reference
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
 
@@ -108,3 +109,46 @@ def test_tokens_called_a_sequence_are_no_document_ids():
     subject = SimpleNamespace(build=lambda seed: Named(), seed=0)
     assert taken(subject, DOCUMENTS).name == "segment_ids"
     assert taken(SimpleNamespace(build=lambda seed: torch.nn.Identity(), seed=0), DOCUMENTS) is None
+
+
+ROTARY = """
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self, vocab_size, block_size, n_embd):
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(vocab_size, n_embd), nn.Linear(n_embd, vocab_size)
+        self.query, self.key = nn.Linear(n_embd, n_embd), nn.Linear(n_embd, n_embd)
+        angles = torch.outer(torch.arange(block_size), 100.0 ** (-torch.arange(n_embd // 2) / n_embd))
+        self.register_buffer("sines", torch.stack((angles.sin(), angles.cos())){exact})
+
+    def turned(self, x):
+        sin, cos = self.sines[:, : x.shape[1]]{inexact}
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    def forward(self, idx, attention_mask=None):
+        x, T = self.tokens(idx), idx.shape[1]
+        scores = self.turned(self.query(x)) @ self.turned(self.key(x)).transpose(1, 2)
+        hidden = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
+        if attention_mask is not None:
+            hidden = hidden | ~attention_mask.bool()[:, None] & ~torch.eye(T, dtype=torch.bool, device=idx.device)
+        return self.head(x + scores.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ x{added})
+"""
+
+
+@pytest.mark.parametrize(
+    ("exact", "inexact", "added", "outcome"),
+    [
+        ("", "", "", "passed"),
+        ("", ".float()", "", "passed"),
+        (".to(torch.bfloat16).float()", "", "", "failed"),  # coarser than any type that the model computes with
+        ("", "", " + self.sines[0, :T].repeat(1, 2)", "failed"),  # positions that padding moves
+    ],
+)
+def test_a_table_of_sines_is_as_exact_as_the_type_that_it_was_made_in(tmp_path, exact, inexact, added, outcome):
+    (tmp_path / "model.py").write_text(ROTARY.format(exact=exact, inexact=inexact, added=added))
+    found = judge(check_left_padding_changes_nothing, subject_of(str(tmp_path / "model.py"), seed=3), {})
+    assert found.outcome == outcome, found.says

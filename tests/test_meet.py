@@ -112,6 +112,8 @@ FACTS = {
     "own_configuration_breaks.py": ("with GPTConfig as it is", "raises AttributeError", "built another way"),
     "padded_vocabulary.py": ("vocabulary padded from 17 to 24",),
     "padding_id.py": ("pad_idx=17", "pad_idx is an id that no check uses"),
+    "blocks_of_dataclasses.py": ("→ Answer", "cache ✓ (kv_caches=, returned)"),
+    "past_appended_by_the_caller.py": ("cache ✓ (past=, returned for its own tokens, appended by the caller)",),
     "past_given_back.py": ("cache ✓ (past=, returned)",),
     "positional_odd_order.py": ("GPT(heads, emb_dim, ctx_len, num_tokens, depth)",),
     "positions_required.py": ("forward(idx, input_pos) → logits",),

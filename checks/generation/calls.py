@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..expect import NotApplicable
+from ..watch.calls import each
 from .met_generate import NAMES, Decoder
 
 # Logits [..., V] and the tokens they follow, if known, to logits of the same shape.
@@ -35,9 +36,13 @@ class Read:
     training: bool  # whether any module was in train mode
 
 
-def find_logits_module(model: nn.Module, calls: Decoder, V: int) -> str:
-    """The outermost module whose forward returns logits while generate runs."""
+def find_logits_module(model: nn.Module, calls: Decoder, V: int) -> tuple[str, bool]:
+    """The outermost module whose forward returns logits while generate runs, and whether it is given token ids.
+
+    A generate may call the model's parts one by one: its head, then, is given vectors.
+    """
     depth = 0
+    given: dict[str, bool] = {}
     found: dict[str, int] = {}
 
     def wrap(name: str, module: nn.Module) -> None:
@@ -52,6 +57,7 @@ def find_logits_module(model: nn.Module, calls: Decoder, V: int) -> str:
                 depth -= 1
             if find_logits(answer, V) is not None:
                 found[name] = min(depth, found.get(name, depth))
+                given[name] = read_tokens(args, kwargs) is not None
             return answer
 
         module.__dict__["forward"] = wrapped
@@ -66,7 +72,8 @@ def find_logits_module(model: nn.Module, calls: Decoder, V: int) -> str:
             module.__dict__.pop("forward", None)
     if not found:
         raise NotApplicable(f"{calls.name} calls no module of your model that returns logits")
-    return min(found, key=lambda name: found[name])
+    outermost = min(found, key=lambda name: found[name])
+    return outermost, given[outermost]
 
 
 @contextmanager
@@ -176,23 +183,17 @@ def find_logits(answer: Any, V: int) -> Tensor | None:
 
 
 def replace_logits(answer: Any, V: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a module returned, with its logits (the first floating-point tensor [..., V] in it) changed."""
-    if isinstance(answer, Tensor):
-        fits = answer.is_floating_point() and answer.dim() > 0 and answer.shape[-1] == V
-        return change(answer) if fits else answer
-    if isinstance(answer, dict) or hasattr(answer, "logits"):
-        logits = answer.get("logits") if isinstance(answer, dict) else answer.logits
-        if isinstance(logits, Tensor) and logits.shape[-1] == V:
-            if isinstance(answer, dict):
-                answer["logits"] = change(logits)
-            else:
-                answer.logits = change(logits)
-        return answer
-    if isinstance(answer, tuple | list):
-        items = list(answer)
-        for i, item in enumerate(items):
-            if isinstance(item, Tensor) and item.is_floating_point() and item.dim() > 0 and item.shape[-1] == V:
-                items[i] = change(item)
-                break
-        return type(answer)(*items) if hasattr(answer, "_fields") else type(answer)(items)
-    return answer
+    """What a module returned, with its logits changed: those of that name, or the first floats [..., V] in it."""
+    named = answer.get("logits") if isinstance(answer, dict) else getattr(answer, "logits", None)
+    changed = False
+
+    def first(item: Tensor) -> Tensor:
+        nonlocal changed
+        if changed or (isinstance(named, Tensor) and item is not named):
+            return item
+        if not item.is_floating_point() or item.dim() == 0 or item.shape[-1] != V:
+            return item
+        changed = True
+        return change(item)
+
+    return each(answer, first)

@@ -250,7 +250,7 @@ def slides(on: Stage, text: Tensor) -> bool:
 
 
 def follow(on: Stage, text: Tensor) -> Tensor:
-    return on.script(on.ask(text)[:, None], text[:, -1:])[:, -1].argmax(dim=-1)
+    return on.follow(on.ask(text), text)
 
 
 def explains(on: Stage, text: Tensor, new: Tensor) -> bool:

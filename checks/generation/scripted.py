@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..expect import NotApplicable
-from ..probes.cached import Coarsest
-from ..probes.precision import precision
+from ..probes.precision import Coarsest, precision
 from ..subject import Subject
 from .calls import Read, Script, find_logits_module, watched
 from .met_generate import Decoder, Rows, decoder
@@ -72,6 +71,7 @@ class Stage:
     tie: float  # two tokens nearer than this may swap; in standard deviations of the logits
     banned: tuple[int, ...] = ()  # ids that generate never produces: it takes the next likeliest instead
     script: Script = ranked
+    sees_tokens: bool = True  # whether the script is told the tokens that the logits follow
     reads: list[Read] = field(default_factory=list)
 
     @property
@@ -119,9 +119,14 @@ class Stage:
         text, lead = prompts, float("inf")
         for _ in range(n):
             logits = self.ask(text[:, -self.block_size :])
-            lead = min(lead, narrowest(logits, text[:, -1]))
-            text = torch.cat((text, self.script(logits[:, None], text[:, -1:])[:, -1].argmax(dim=-1)[:, None]), dim=1)
+            lead = min(lead, narrowest(logits, text[:, -1] if self.sees_tokens else None))
+            text = torch.cat((text, self.follow(logits, text)[:, None]), dim=1)
         return text[:, prompts.shape[1] :], lead
+
+    def follow(self, logits: Tensor, text: Tensor) -> Tensor:
+        """The token [B] that the script makes the likeliest after the text, from the model's own logits [B, V]."""
+        latest = text[:, -1:] if self.sees_tokens else None
+        return self.script(logits[:, None], latest)[:, -1].argmax(dim=-1)
 
     @torch.no_grad()
     def ask(self, text: Tensor) -> Tensor:
@@ -137,9 +142,9 @@ class Stage:
         raise NotApplicable("after every prompt tried, two tokens are almost equally likely at some step", tried=8)
 
 
-def narrowest(logits: Tensor, latest: Tensor) -> float:
+def narrowest(logits: Tensor, latest: Tensor | None) -> float:
     """The smallest lead of a row's likeliest token over the next, in deviations; the token just read does not count."""
-    others = logits.double().scatter(-1, latest[:, None], -torch.inf)
+    others = logits.double() if latest is None else logits.double().scatter(-1, latest[:, None], -torch.inf)
     top = others.topk(2, dim=-1).values
     return float((top[:, 0] - top[:, 1]).min() / logits.double().std())
 
@@ -155,6 +160,7 @@ def stage(subject: Subject, **sizes: Any) -> Stage:
     script = functools.partial(ranked, banned=known.banned) if known.banned else ranked
     return Stage(
         subject, model, known.decoder, known.logits_module, known.vocab_size, known.tie, known.banned, script,
+        known.sees_tokens,
     )  # fmt: skip
 
 
@@ -169,6 +175,7 @@ class Known:
     tie: float
     banned: tuple[int, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)  # sizes that have to be larger than the subject's
+    sees_tokens: bool = True
 
 
 def learn(subject: Subject) -> Known:
@@ -203,9 +210,9 @@ def meet(subject: Subject, dtype: torch.dtype, inside: torch.dtype, **sizes: Any
     V = logits.shape[-1]
     calls = decoder(subject, model, V)
     with Coarsest(inside) as seen:
-        name = find_logits_module(model, calls, V)
+        name, sees_tokens = find_logits_module(model, calls, V)
     banned = find_banned(subject, model, calls, name, V)
-    return Known(calls, name, V, dtype, TIE[seen.dtype], banned, sizes)
+    return Known(calls, name, V, dtype, TIE[seen.dtype], banned, sizes, sees_tokens)
 
 
 def find_banned(subject: Subject, model: nn.Module, calls: Decoder, name: str, V: int) -> tuple[int, ...]:

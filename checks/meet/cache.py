@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..watch.calls import each
 from . import vocabulary
 from .arguments import Filling, signature_of
 from .build import scope_of
@@ -59,9 +60,9 @@ class Protocol:
     says: str
     fresh: Callable[[nn.Module, int], Any]  # model, batch size -> state
     given: Callable[[Cache, Tensor], dict[str, Any]]  # arguments of forward for these tokens
-    kept: Callable[[Any], Any] | None = None  # output -> state; None: the state is changed in place
+    kept: Callable[[Any, Any], Any] | None = None  # output, state before -> state; None: it is changed in place
     declared: bool = True
-    given_back: bool = False  # the model takes, by a name that only caches have, what it returned itself
+    given_back: str = ""  # the argument, of a name that only caches have, by which the model takes what it returned
     inside: bool = False
     whole_mask: bool = False  # whether the mask argument covers all tokens so far
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +76,7 @@ def step(forward: Forward, model: nn.Module, tokens: Tensor, cache: Cache, more:
     protocol = cache.protocol
     output = forward.call.run(model, tokens, **{**protocol.given(cache, tokens), **more})
     if protocol.kept is not None:
-        cache.state = protocol.kept(output)
+        cache.state = protocol.kept(output, cache.state)
     cache.length += tokens.shape[1]
     try:
         return forward.read(output, *tokens.shape)
@@ -95,9 +96,64 @@ def find_protocol(
             if unreadable is None and protocol.given_back and _gives_back(forward, model, protocol, tokens):
                 unreadable = protocol
             continue
+        if apart > CLOSE and protocol.given_back and (grown := _grown_outside(forward, model, protocol, tokens)):
+            return grown
         if protocol.declared or apart <= CLOSE:
             return protocol
     return unreadable
+
+
+@torch.no_grad()
+def _grown_outside(forward: Forward, model: nn.Module, protocol: Protocol, tokens: Tensor) -> Protocol | None:
+    """The protocol by which each call returns the keys and values of its own tokens only, and the caller appends them.
+
+    None unless the text read so has the logits of the text read at once: a model may return too little by mistake. That
+    is also one that returns them under the name of the argument, which says that they are all that it needs.
+    """
+    output = forward.call.run(model, tokens, **protocol.given(protocol.new(model, len(tokens)), tokens))
+    if (protocol.given_back in output) if isinstance(output, Mapping) else hasattr(output, protocol.given_back):
+        return None
+    two, three = (_first_state(forward, model, protocol, tokens[:, :n].contiguous()) for n in (2, 3))
+    axes = [_time_axis(a, b) for a, b in zip(held_tensors(two), held_tensors(three), strict=False)]
+
+    def appended(output: Any, before: Any) -> Any:
+        new = _returned(output, before)
+        if before is None:
+            return new
+        joined = (
+            a if axis is None else torch.cat((b, a), dim=axis)
+            for b, a, axis in zip(held_tensors(before), held_tensors(new), axes, strict=True)
+        )
+        return each(new, lambda _: next(joined))
+
+    grown = replace(protocol, says=f"{protocol.says} for its own tokens, appended by the caller", kept=appended)
+    try:
+        return grown if _apart(forward, model, grown, tokens) <= CLOSE else None
+    except Exception:
+        return None
+
+
+def _first_state(forward: Forward, model: nn.Module, protocol: Protocol, tokens: Tensor) -> Any:
+    cache = protocol.new(model, len(tokens))
+    step(forward, model, tokens, cache, {})
+    return cache.state
+
+
+def _time_axis(two: Tensor, three: Tensor) -> int | None:
+    """The axis along which the keys of two tokens and of three differ; None where there is none such."""
+    return next((axis for axis, sizes in enumerate(zip(two.shape, three.shape, strict=False)) if sizes == (2, 3)), None)
+
+
+def held_tensors(state: Any) -> list[Tensor]:
+    """Every tensor in a cache, in the order in which `each` meets them."""
+    found: list[Tensor] = []
+
+    def take(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    each(state, take)
+    return found
 
 
 @torch.no_grad()
@@ -150,7 +206,8 @@ def protocols(model: nn.Module, sandbox: Sandbox, sizes: Mapping[str, Any]) -> I
     if argument is not None:
         yield Protocol(
             f"{argument}=, returned", lambda m, B: None, lambda c, x: {argument: c.state, **at(c, x)},
-            kept=_returned, whole_mask=True, given_back=bool(ONLY_CACHES.search(vocabulary.squash(argument))),
+            kept=_returned, whole_mask=True,
+            given_back=argument if ONLY_CACHES.search(vocabulary.squash(argument)) else "",
         )  # fmt: skip
         for cls in _cache_classes(model, sandbox):
             yield Protocol(
@@ -182,16 +239,23 @@ def _made(maker: Callable[..., Any], B: int, capacity: int) -> Any:
     return maker(*(B, capacity)[: max(len(required), 1)])
 
 
-def _returned(output: Any) -> Any:
+def _returned(output: Any, before: Any = None) -> Any:
     """The cache in an output: by its name in an object, or whatever is not the logits."""
     if isinstance(output, Mapping):
-        return next((output[key] for key in KEPT if output.get(key) is not None), None)
+        return next((output[key] for key in _named_as_a_cache(output) if output[key] is not None), None)
     if isinstance(output, tuple | list):
         logits = next((x for _, x in tensors_in(output)), None)
         return next((item for item in output if item is not None and item is not logits and not _scalar(item)), None)
     if isinstance(output, Tensor):
         return None
-    return next((value for key in KEPT if (value := getattr(output, key, None)) is not None), None)
+    names = _named_as_a_cache([*getattr(type(output), "__annotations__", ()), *getattr(output, "__dict__", ())])
+    return next((value for key in names if (value := getattr(output, key, None)) is not None), None)
+
+
+def _named_as_a_cache(names: Iterable[str]) -> list[str]:
+    """Those of the names that a cache has, the surest first."""
+    known = [name for name in KEPT if name in names]
+    return [*known, *(n for n in names if n not in known and ONLY_CACHES.search(vocabulary.squash(n)))]
 
 
 def _scalar(value: Any) -> bool:

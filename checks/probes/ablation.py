@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -60,19 +59,23 @@ def replaced(module: nn.Module, wrap: Wrap) -> Iterator[None]:
 
 
 def passed_by(forward: Forward) -> Forward:
-    """Returns the module's input in place of its first output that is new; zeros if their shapes differ."""
+    """Returns the module's input in place of its first output that is new and has the input's shape.
+
+    If none has that shape, zeros in place of the first that is new.
+    """
 
     def instead(*args: Any, **kwargs: Any) -> Any:
-        given = tensors((args, kwargs))
-        outputs = count()
+        given, result, new = tensors((args, kwargs)), forward(*args, **kwargs), []
 
-        def first(out: Tensor) -> Tensor:
-            handed_on = any(torch.equal(out, x) for x in given)  # one of several residual streams, say
-            if not out.is_floating_point() or handed_on or next(outputs) > 0:
-                return out
-            return given[0] if given and given[0].shape == out.shape else out * 0
+        def look(out: Tensor) -> Tensor:
+            if out.is_floating_point() and not any(torch.equal(out, x) for x in given):  # else a residual stream, say
+                new.append(out)
+            return out
 
-        return each(forward(*args, **kwargs), first)
+        each(result, look)
+        alike = [out for out in new if given and out.shape == given[0].shape]  # rather than a cache beside the output
+        first = next(iter(alike or new), None)
+        return each(result, lambda out: out if out is not first else given[0] if alike else out * 0)
 
     return instead
 

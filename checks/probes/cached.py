@@ -12,28 +12,11 @@ from torch import Tensor, nn
 
 from ..expect import Bound, NotApplicable
 from ..subject import Subject
-from ..watch.dispatch import Dispatch
-from .precision import precision, spread
+from .precision import FINENESS, Coarsest, precision, spread
 
 LONGEST = 24  # tokens
-FINENESS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Standard deviations of the logits, by the coarsest type on the way; correct caches stay below a tenth of it.
 ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 0.1}
-
-
-class Coarsest(Dispatch):
-    """Sees the coarsest floating-point type of all tensors that are made or written to."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for made in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(made, Tensor) and made.dtype in FINENESS:
-                self.dtype = max(self.dtype, made.dtype, key=FINENESS.index)
-        return result
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ def watched_embeddings(model: nn.Module, tokens: Tensor) -> Iterator[list[Tensor
             out = forward(*args, **kwargs)
             given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and not a.is_floating_point()]
             if isinstance(out, Tensor) and out.is_floating_point() and any(same_tokens(a, tokens) for a in given):
-                out = out.detach().requires_grad_()
-                found.append(out)
+                leaf = out.detach().requires_grad_()
+                found.append(leaf)
+                return leaf.clone()  # which the model may scale in place, as it could the module's own output
             return out
 
         return watching

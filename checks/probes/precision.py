@@ -7,7 +7,8 @@ large ones, for which float64 would take twice the time and the memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from ..expect import Bound, farthest
 from ..subject import ABSENCE, Subject
 from ..watch.dispatch import Dispatch
 from .padding import ragged
+
+FINENESS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,14 @@ def clearly_differ(a: Tensor, b: Tensor) -> bool:
 def precision(subject: Subject) -> Precision:
     """The finest type in which the subject runs, found once by running it."""
     return subject.once(_probe)
+
+
+def precision_of_positions(subject: Subject) -> Precision:
+    """The same for laws that shift positions: sines that were rounded to float32 turn by angles that are not exact.
+
+    Elsewhere such a table is a constant like any other, and no reason for a wider bound.
+    """
+    return subject.once(_probe_positions)
 
 
 def precise(
@@ -87,6 +98,33 @@ def _probe(subject: Subject) -> Precision:
     return Precision(torch.float64, torch.float32 if narrow else torch.float64)
 
 
+def _probe_positions(subject: Subject, /) -> Precision:
+    found = precision(subject)
+    if found.inside != torch.float64:
+        return found
+    model = precise(subject)
+    with torch.no_grad(), Coarsest() as seen:
+        subject.logits(model, subject.tokens(1, subject.sizes.block_size))
+    rounded = seen.dtype != torch.float64 or any(map(_rounded, _constants(model)))
+    return replace(found, inside=torch.float32) if rounded else found
+
+
+def _constants(model: nn.Module) -> Iterator[Tensor]:
+    """What a model holds and does not learn: buffers, frozen parameters, tensors that are plain attributes."""
+    yield from model.buffers()
+    yield from (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+def _rounded(constant: Tensor) -> bool:
+    """Whether numbers are exact to float32 only; the few that are exact in any type (0, 1, a power of two) are not."""
+    numbers = torch.view_as_real(constant) if constant.is_complex() else constant
+    if not numbers.is_floating_point() or torch.equal(numbers.bfloat16().to(numbers.dtype), numbers):
+        return False
+    return torch.equal(numbers.float().to(numbers.dtype), numbers)
+
+
 def _overflows_when_cast(subject: Subject) -> bool:
     """Whether padding gives NaN in float64 only: its smallest number becomes -inf when cast to float32.
 
@@ -112,6 +150,21 @@ def _survives_padding(subject: Subject, dtype: torch.dtype) -> bool:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return all(bool(x.isfinite().all()) for x in (logits, *gradients))
+
+
+class Coarsest(Dispatch):
+    """Sees the coarsest floating-point type of all tensors that are made or written to."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(made, Tensor) and made.dtype in FINENESS:
+                self.dtype = max(self.dtype, made.dtype, key=FINENESS.index)
+        return result
 
 
 class _Casts(Dispatch):

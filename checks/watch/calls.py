@@ -6,6 +6,7 @@ output, and before the module that contains it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,15 +83,40 @@ def _recording(
 
 
 def each(value: Any, change: Callable[[Tensor], Tensor], other: Callable[[Any], Any] = lambda thing: thing) -> Any:
-    """The same nested tuples, lists and dicts: `change` applied to every tensor, `other` to everything else."""
+    """The same nested tuples, lists, dicts and output objects: `change` applied to every tensor, `other` to the rest.
+
+    An output object is one of a class of dict, of a dataclass, or with tensors as attributes. What holds something is
+    copied, not changed.
+    """
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: each(item, change, other) for key, item in value.items()}
+    if isinstance(value, dict):
+        same = copy.copy(value)
+        for key, item in value.items():
+            same[key] = each(item, change, other)
+        return same
     if isinstance(value, list | tuple):
         items = [each(item, change, other) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if names := _held_by(value):
+        same = copy.copy(value)
+        for name in names:
+            object.__setattr__(same, name, each(getattr(value, name), change, other))  # which may be frozen
+        return same
     return other(value)
+
+
+def _held_by(value: Any) -> list[str]:
+    """The attributes of an object that holds tensors and little else; none of any other."""
+    if isinstance(value, nn.Module | type) or callable(value):
+        return []
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+        return names if tensors(value) else []
+    held = getattr(value, "__dict__", {})
+    return list(held) if any(isinstance(item, Tensor) for item in held.values()) else []
 
 
 def copied(value: Any) -> Any:
