@@ -26,6 +26,7 @@ FACTS = {
     ),
     "asks_for_logits.py": ("forward(idx, get_logits) → dict with .logits logits",),
     "caches_filled.py": ("forward(idx, kv_caches) → (logits, ",),
+    "keywords_passed_on.py": ("Model(vocab_size, block_size, width, heads)", "tiny=1e-06"),
     "letters.py": ("Model(V, T_max, D, H)", "stretch=0.5", "stretch is taken from", "letters.py"),
     "loss_only.py": ("forward returns only a loss", "drops the last token: one is added"),
     "names_in_words.py": (
@@ -109,6 +110,7 @@ FACTS = {
     "numpy_class.py": ("f(array) → ", "NumPy arrays"),
     "object_with_logits.py": ("→ Output with .logits logits",),
     "one_token_at_a_time.py": ("forward(tokens, start_pos)", "one token at a time"),
+    "one_sequence.py": ("OneSequence(num_tokens, d_model, max_len)", "one sequence [T] at a time"),
     "own_configuration_breaks.py": ("with GPTConfig as it is", "raises AttributeError", "built another way"),
     "padded_vocabulary.py": ("vocabulary padded from 17 to 24",),
     "padding_id.py": ("pad_idx=17", "pad_idx is an id that no check uses"),

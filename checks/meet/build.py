@@ -21,6 +21,7 @@ from . import configs, vocabulary
 from .arguments import CONFIG_NAMES, SPARE, WIDTH, Filling, Parameter, Settings, Signature, is_called, signature_of
 from .configs import Option
 from .definitions import pure
+from .passed_on import passed_on
 from .sandbox import Sandbox
 from .source import Source
 from .stubs import Stub
@@ -121,7 +122,10 @@ class Recipe:
 
     def _call(self, filling: Filling) -> Any:
         scope = self.scope
-        signature = resolved(signature_of(self.target), scope)
+        mine = signature = resolved(signature_of(self.target), scope)
+        if signature.takes_anything:
+            further = (p for p in passed_on(self.target, scope, self.sandbox) if p.name not in signature)
+            signature = resolved(replace(signature, parameters=(*signature.parameters, *further)), scope)
         given = {}
         for parameter in signature.parameters:
             if parameter.name in self.options:
@@ -134,7 +138,7 @@ class Recipe:
         )
         given |= filling.arguments(rest)
         _complete(rest, filling, given, scope)
-        required = [p.name for p in rest.parameters if p.default is vocabulary.MISSING and p.name not in given]
+        required = [p.name for p in mine.parameters if p.default is vocabulary.MISSING and p.name not in given]
         if required:
             raise Unfillable(required)
         return _apply(self.target, given)

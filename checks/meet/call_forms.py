@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import vocabulary
 from .arguments import Parameter
 from .build import FunctionModule
+from .logits import Unreadable, described, tensors_in
 from .sizes import sizes_of
 
 SOURCE_LENGTH = 5  # of an encoder's input; differs from the other lengths of the trial batch
@@ -70,6 +71,8 @@ def call_forms(model: nn.Module, vocab_size: int, block_of: Callable[[nn.Module]
     if isinstance(model, FunctionModule):
         yield CallForm("f(array)", _on_array, "the model is called with NumPy arrays")
         yield _row_by_row()
+    for form in direct[:4]:
+        yield _one_sequence(form)
     yield from _methods(model, vocab_size)
 
 
@@ -343,6 +346,27 @@ def _row_by_row() -> CallForm:
         return torch.stack(rows)
 
     return CallForm("f(ids)", run, "the model is called with one row of ids at a time")
+
+
+def _one_sequence(form: CallForm) -> CallForm:
+    """For a model without a batch axis: it reads token ids [T] and gives logits [T, V]."""
+
+    def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        def of_row(value: Any, i: int) -> Any:
+            return value[i] if isinstance(value, Tensor) and value.dim() and len(value) == len(tokens) else value
+
+        rows = []
+        for i, row in enumerate(tokens):
+            output = form.run(model, row, **{name: of_row(value, i) for name, value in more.items()})
+            found = next((x for _, x in tensors_in(output) if x.dim() == 2 and len(x) == len(row)), None)
+            if found is None:
+                raise Unreadable(f"expected logits [{len(row)}, V] of one sequence, got {described(output)}")
+            rows.append(found)
+        return torch.stack(rows)
+
+    return replace(
+        form, run=run, assumed="the model is called with one sequence [T] at a time, as it has no batch axis"
+    )
 
 
 def _prepared(form: CallForm, block_of: Callable[[nn.Module], int]) -> CallForm:
