@@ -25,6 +25,7 @@ from .expect import (
     note,
 )
 from .probes.ablation import one_block
+from .probes.documents import expect_each_in_its_document, undivided
 from .probes.embeddings import jacobian_sizes, watched_embeddings
 from .probes.extra_arguments import targets_of
 from .probes.influence import (
@@ -347,13 +348,18 @@ def check_later_tokens_get_no_gradient(subject: Subject) -> None:
 
 @needs(*STEADY)
 def check_past_reaches_every_later_position(subject: Subject) -> None:
-    """Changing a token must change the logits at its own and every later position (within a window, if declared)."""
+    """Changing a token must change the logits at its own and every later position of its window, if any, and document.
+
+    Documents are what an id parts that hides all before it from all after it.
+    """
     expect_causal(subject)
     T = length(subject)
+    expect_each_in_its_document(subject)
+    tokens = undivided(subject, subject.tokens(2, T, seed=subject.seed))
     moves = torch.zeros(T, T, dtype=torch.float64)
     for scheme in EXISTENCE:
         model = precise(subject, scheme)
-        tried = changes(subject, subject.tokens(2, T, seed=subject.seed), alternatives=3, alone=True)
+        tried = changes(subject, tokens, alternatives=3, alone=True)
         unit = spread(call(subject, model, tried.plain[:1]))
         moves = moves.maximum(influence(measure(subject, model, tried, EVAL), tried.place).cpu() / unit)
         silent = in_reach(subject, model, T) & ~(moves > SEEN)
@@ -371,7 +377,7 @@ def expect_every_late_token_is_read(subject: Subject) -> None:
     model = precise(subject, EXISTENCE[1], block_size=LONG)
     # Of a large model the last tokens, side by side: a table or a mask ends somewhere, and chunks show as such.
     places = list(range(1, LONG - 1))[-subject.affordable(LONG, LONG - 2, least=LONG // 8) :]
-    tokens = subject.tokens(1, LONG, seed=subject.seed)
+    tokens = undivided(subject, subject.tokens(1, LONG, seed=subject.seed))
     tried = changes(subject, tokens, places=places, alternatives=1, alone=True)
     moves = measure(subject, model, tried, EVAL)
     pairs = influence(moves, tried.place).cpu()

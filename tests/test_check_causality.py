@@ -11,8 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from transformer_checks.checks.bugs import all_bugs
-from transformer_checks.checks.bugs.designs import alibi, changed, no_positions, sinusoidal, sliding_window
+from transformer_checks.checks.bugs.designs import (
+    PartedTransformer,
+    alibi,
+    changed,
+    no_positions,
+    parted,
+    sinusoidal,
+    sliding_window,
+)
 from transformer_checks.checks.check_gradients import check_rows_get_their_own_gradient
+from transformer_checks.checks.probes.documents import partings, undivided
 from transformer_checks.checks.probes.influence import Changes, call, changes, every_id
 from transformer_checks.checks.probes.leak_search import LeakSearch, moves_before
 from transformer_checks.checks.probes.leaks import pattern
@@ -427,3 +436,60 @@ def test_noise_of_as_many_tokens_as_chose_an_expert_is_no_sight_of_the_future():
     assert not torch.equal(first[:, :-1], second[:, :-1])  # or this tests nothing
     found = judge(CHECKS[f"{PAST}_in_training"], subject, {})
     assert found.outcome == "passed", found.says
+
+
+# -- documents that an id parts
+
+
+def parted_by(name: str, *, early: bool) -> Subject:
+    """The reference with documents that id 0 parts: counted to the next (`early`) or its own, held in that setting."""
+
+    def change(model):
+        kept = model.eos_id
+        if early:
+            model.counted = lambda ends: ends.cumsum(dim=1)
+        if name != "eos_id":
+            del model.eos_id
+            type(model).eos_id = kept  # which is no setting of the model's own
+            if name:
+                setattr(model, name, kept)
+
+    parts = parted()
+    build = parts.build_model
+
+    def build_changed(**sizes):
+        model = build(**sizes)
+        model.__class__ = type("Parted", (PartedTransformer,), {})
+        change(model)
+        return model
+
+    parts.build_model = build_changed
+    return Subject("parted", parts, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "early", "says"),
+    [
+        ("eos_id", False, ""),
+        ("eos_id", True, "the end token, id 0 (eos_id), is counted to the next document"),
+        ("bos_token_id", True, ""),
+        ("bos_token_id", False, "the begin token, id 0 (bos_token_id), is counted to the document before it"),
+        ("", True, ""),
+        ("", False, ""),
+    ],
+)
+def test_an_id_that_parts_documents_is_judged_by_its_name(name, early, says):
+    found = judge(CHECKS["check_past_reaches_every_later_position"], parted_by(name, early=early), {})
+    assert found.outcome == ("failed" if says else "passed"), found.says
+    assert says in found.says
+    assert bool(found.remarks) == (not name)
+    assert all("id 0 parts documents" in remark for remark in found.remarks)
+
+
+def test_only_the_id_that_parts_documents_is_found():
+    (parting,) = partings(Subject("parted", parted(), seed=3))
+    assert (parting.id, parting.ends, parting.names) == (0, True, ("eos_id",))
+    assert partings(reference(seed=3)) == ()
+    assert partings(Subject("window", sliding_window(), seed=3)) == ()
+    cut = undivided(Subject("parted", parted(), seed=3), torch.tensor([[0, 1, 16, 0]]))
+    assert cut.tolist() == [[1, 1, 16, 1]]

@@ -15,7 +15,8 @@ SEED = 3
 QUICK = (
     "gpt2", "llama", "mistral-sliding", "bloom", "opt", "mixtral", "gpt-neox", "phi", "torch-encoder-pre-norm",
     "x-alibi", "reference-llama", "sliding-window", "stochastic-depth", "experts-of-one", "embedding-of-limited-norm",
-    "post-norm-with-scaled-embeddings", "ternary-weights",
+    "post-norm-with-scaled-embeddings", "ternary-weights", "documents-parted-by-an-end-token",
+    "embedding-scaled-in-place",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from tests.controls import CONTROLS, Called
 from transformer_checks.checks.bugs.designs import (
     BalancedTransformer,
     Experts,
+    PartedTransformer,
     StackedExperts,
     StochasticBlock,
     changed,
@@ -175,6 +176,20 @@ def dropout_on_positions(model: Transformer) -> None:
 
     model.positions.__class__ = Dropped
     model.positions.dropout = nn.Dropout(model.config.dropout)
+
+
+@variant("embedding-scaled-in-place")
+def embedding_scaled_in_place(model: Transformer) -> None:
+    model.embedding.register_forward_hook(lambda module, given, out: out.mul_(2.0))
+
+
+# -- documents
+
+
+@variant("documents-parted-by-an-end-token", cache=False)
+def documents_parted_by_an_end_token(model: Transformer) -> None:
+    model.__class__ = PartedTransformer
+    model.eos_id = 0
 
 
 # -- attention

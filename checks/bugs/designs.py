@@ -184,6 +184,30 @@ def packed(**config: Any) -> SimpleNamespace:
     return changed(change, **config)
 
 
+class PartedTransformer(PackedTransformer):
+    """Takes no document ids: an end token ends its document. It has no cache."""
+
+    eos_id: int
+    new_cache = None  # type: ignore[assignment]
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(tokens, mask, None, self.counted((tokens == self.eos_id).long()))
+
+    def counted(self, ends: Tensor) -> Tensor:
+        """[B, T]: the number of a token's document; an end belongs to the one that it ends."""
+        return ends.cumsum(dim=1) - ends
+
+
+def parted(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.__class__ = PartedTransformer
+        model.eos_id = 0  # type: ignore[assignment]
+
+    parts = changed(change, **config)
+    parts.generate = None  # the reference's takes a cache
+    return parts
+
+
 # -- targets handed to the forward
 
 

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from ...transformer.model import KeyValueCache, Transformer, causal_mask
-from ..check_causality import check_future_cannot_change_past_under_a_mask
+from ..check_causality import (
+    check_future_cannot_change_past_under_a_mask,
+    check_past_reaches_every_later_position,
+)
 from ..check_contract import check_logits_are_finite
 from ..check_masking import (
     check_mask_of_ones_changes_nothing,
@@ -17,7 +20,7 @@ from ..check_masking import (
     check_rows_of_padding_do_no_harm,
 )
 from . import bug
-from .designs import PackedTransformer, packed
+from .designs import PackedTransformer, PartedTransformer, packed, parted
 
 # -- padding
 
@@ -194,3 +197,16 @@ def packing_positions_not_reset(model: Transformer) -> None:
             return Transformer.token_positions(self, mask, T, S, device)
 
     model.__class__ = RunOn
+
+
+@bug(
+    "an end token is counted to the next document: it sees nothing of the one that it ends",
+    check_past_reaches_every_later_position,
+    of=parted,
+)
+def end_token_in_next_document(model: Transformer) -> None:
+    class Early(PartedTransformer):
+        def counted(self, ends: Tensor) -> Tensor:
+            return ends.cumsum(dim=1)
+
+    model.__class__ = Early
