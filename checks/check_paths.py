@@ -5,9 +5,9 @@ probes/paths.py has the table of the paths; each law here is tried on all that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from .probes.leak_search import LeakSearch
 from .probes.leaks import expect_no_leak
 from .probes.long import LONG
 from .probes.padding import ragged
-from .probes.paths import Path, every_path
+from .probes.paths import Path, costly, every_path
 from .probes.precision import spread
 from .probes.preconditions import expect_causal, expect_takes_mask
 from .probes.prefixes import expect_prefixes_agree
@@ -57,40 +57,65 @@ KEPT = 3  # rows that keep their tokens, one call each, while all others change
 def check_future_cannot_change_past_on_any_path(subject: Subject) -> None:
     """On every code path, changing a token must not change any earlier logit."""
     expect_causal(subject)
-    tried = []
-    for path in every_path(subject):
-        if path.length < 2 or path.way == LONG_SEQUENCE:  # which CAUSAL_PATHS has tried at more places
-            continue
-        cases = changes(subject, path.tokens()[:1], alternatives=1, sweeps=0.1)
-        bound = None if path.dtype is None else path.bound(path.plain)
-        expect_no_leak(LeakSearch(subject, path.model, cases, path.way, bound=bound))
-        tried.append(str(path))
-    note(paths=tried)
+    expect_on_every_path(subject, past_stays)
 
 
 @needs(*STEADY, ROWS_APART)
 def check_rows_do_not_touch_on_any_path(subject: Subject) -> None:
     """On every code path, changing the tokens of the other rows must not change a row's logits."""
-    tried = []
-    for path in every_path(subject):
-        tokens, others = path.tokens(), path.tokens(seed=7)
-        for row in some_of(list(range(path.rows)), KEPT, seed=subject.seed):
-            changed = others.clone()
-            changed[row] = tokens[row]
-            judged = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
-            judged[row] = True
-            expect_unmoved(
-                path,
-                path.plain,
-                (tokens, changed),
-                judged,
-                says="changing the tokens of the other rows changes the logits of row {row}",
-                likely=row_mixers(path),
-                advice="Look for code that runs on this path only and works along the batch axis (axis 0): a roll, a "
-                "reshape, a mean, a buffer that all rows share.",
-            )
-        tried.append(str(path))
-    note(paths=tried)
+    expect_on_every_path(subject, rows_stay)
+
+
+@needs(*STEADY, CONTENT)
+def check_padding_is_unread_on_any_path(subject: Subject) -> None:
+    """On every code path, token ids in the padding must not change the logits of real tokens."""
+    expect_takes_mask(subject)
+    expect_on_every_path(subject, padding_is_unread)
+
+
+@needs(CAUSAL, PREFIX, "check_paths.check_rows_do_not_touch_on_any_path")
+def check_prefixes_agree_on_any_path(subject: Subject) -> None:
+    """On every code path without noise, the first t tokens must have the same logits read alone as with the rest."""
+    expect_causal(subject)
+    expect_on_every_path(subject, prefixes_agree)
+
+
+@needs(REPEATS)
+def check_calls_repeat_on_any_path(subject: Subject) -> None:
+    """On every code path the same call must give the same logits bit for bit; in eval mode for any random state."""
+    expect_on_every_path(subject, calls_repeat)
+
+
+# -- the laws, of one path each: None once tried, or why not
+
+
+def past_stays(path: Path) -> str | None:
+    if path.length < 2 or path.way == LONG_SEQUENCE:
+        return "tried at more places elsewhere"  # CAUSAL_PATHS
+    cases = changes(path.subject, path.tokens()[:1], alternatives=1, sweeps=0.1)
+    bound = None if path.dtype is None else path.bound(path.plain)
+    expect_no_leak(LeakSearch(path.subject, path.model, cases, path.way, bound=bound))
+    return None
+
+
+def rows_stay(path: Path) -> None:
+    tokens, others = path.tokens(), path.tokens(seed=7)
+    kept = path.affordable(KEPT)
+    for row in some_of(list(range(path.rows)), kept, seed=path.subject.seed)[-kept:]:
+        changed = others.clone()
+        changed[row] = tokens[row]
+        judged = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+        judged[row] = True
+        expect_unmoved(
+            path,
+            path.plain,
+            (tokens, changed),
+            judged,
+            says="changing the tokens of the other rows changes the logits of row {row}",
+            likely=row_mixers(path),
+            advice="Look for code that runs on this path only and works along the batch axis (axis 0): a roll, a "
+            "reshape, a mean, a buffer that all rows share.",
+        )
 
 
 def row_mixers(path: Path) -> tuple[str, ...]:
@@ -102,34 +127,103 @@ def row_mixers(path: Path) -> tuple[str, ...]:
     return ("rows-mix-under-autocast",) if "autocast" in path.way.name else ()
 
 
-@needs(*STEADY, CONTENT)
-def check_padding_is_unread_on_any_path(subject: Subject) -> None:
-    """On every code path, token ids in the padding must not change the logits of real tokens."""
-    expect_takes_mask(subject)
-    tried, refused = [], {}
-    for path in every_path(subject):
-        for side in ("left", "right") if path.length <= LONG else ("left",):
-            mask = ragged(path.rows, path.length, side, seed=subject.seed).to(subject.device)
-            tokens, others = path.tokens(), path.tokens(seed=7)
-            try:
-                before = path.run(tokens, mask)
-            except Exception as error:  # a mask is not taken here: with a cache, say, or in bfloat16
-                refused[path.way.name] = f"{type(error).__name__}: {str(error)[:100]}"
+def padding_is_unread(path: Path) -> str | None:
+    for side in ("left", "right")[: path.affordable(2)] if path.length <= LONG else ("left",):
+        mask = ragged(path.rows, path.length, side, seed=path.subject.seed).to(path.subject.device)
+        tokens, others = path.tokens(), path.tokens(seed=7)
+        try:
+            before = path.run(tokens, mask)
+        except Exception as error:  # a mask is not taken here: with a cache, say, or in bfloat16
+            return f"{type(error).__name__}: {str(error)[:100]}"
+        expect_unmoved(
+            path,
+            before,
+            (tokens, torch.where(mask, tokens, others)),
+            mask,
+            mask=mask,
+            says=f"changing the ids in the padding on the {side} changes the logits of real tokens, first in row "
+            "{row} at position {t}",
+            likely=("pad-mask-lost-under-autocast", "pad-mask-ignored"),
+            advice="Pass the mask on where this path leaves the usual one: each branch of attention needs it.",
+        )
+    return None
+
+
+def prefixes_agree(path: Path) -> str | None:
+    T = path.length
+    if path.way.training or path.dtype is not None or T < 3:
+        return "with noise, in a coarse type, or too short"
+    lengths = sorted({max(T // 2, 2), 2, T - 1})
+    expect_prefixes_agree(
+        path.model,
+        path.run,
+        path.tokens(),
+        lengths if path.affordable(3) == 3 else [max(T // 2, 2)],
+        path.bound,
+        whole=path.plain,
+        where=f" ({path.way.name})",
+        likely=("positions-stretched-when-long",),
+        advice="Look for anything on this path that depends on the input's length: a scale, a window, a table.",
+    )
+    return None
+
+
+def calls_repeat(path: Path) -> None:
+    tokens = path.tokens()
+    other = path if path.way.training else replace(path, way=reseeded(path.way, path.subject.seed + 1))
+    expect_same(
+        other.run(tokens),
+        path.plain,
+        says=f"the same call gives different logits ({path.way.name})",
+        where=partial(first_breaking, path.model, partial(path.run, tokens), partial(other.run, tokens), differ),
+        likely=("noise-under-autocast",),
+        advice="Look for random numbers, or for state that forward writes, on this path only.",
+        path=path.way.name,
+    )
+
+
+Law = Callable[[Path], "str | None"]
+LAWS: tuple[Law, ...] = (past_stays, rows_stay, padding_is_unread, prefixes_agree, calls_repeat)
+
+
+def expect_on_every_path(subject: Subject, law: Law) -> None:
+    """Tries the law on every path. Of a model that is costly to bring onto one, all laws are tried at once there."""
+    found = subject.once(every_law) if costly(subject) else Tried.of(subject, (law,))
+    note(paths_it_has_not=found.missing, paths=found.paths[law], refused=found.refused[law])
+    if law in found.ends:
+        raise found.ends[law]
+
+
+@dataclass
+class Tried:
+    """What came of laws on the paths of a subject."""
+
+    missing: dict[str, str]  # paths that it has not
+    paths: dict[Law, list[str]]  # on which the law holds
+    refused: dict[Law, dict[str, str]]  # and those on which it was not tried
+    ends: dict[Law, Exception]  # what stopped it: a finding, for one
+
+    @classmethod
+    def of(cls, subject: Subject, laws: Sequence[Law]) -> Tried:
+        tried = cls({}, {law: [] for law in laws}, {law: {} for law in laws}, {})
+        for path in every_path(subject, tried.missing):
+            for law in (law for law in laws if law not in tried.ends):
+                try:
+                    reason = law(path)
+                except Exception as error:
+                    tried.ends[law] = error
+                    continue
+                if reason is None:
+                    tried.paths[law].append(str(path))
+                else:
+                    tried.refused[law][path.way.name] = reason
+            if len(tried.ends) == len(laws):
                 break
-            expect_unmoved(
-                path,
-                before,
-                (tokens, torch.where(mask, tokens, others)),
-                mask,
-                mask=mask,
-                says=f"changing the ids in the padding on the {side} changes the logits of real tokens, first in row "
-                "{row} at position {t}",
-                likely=("pad-mask-lost-under-autocast", "pad-mask-ignored"),
-                advice="Pass the mask on where this path leaves the usual one: each branch of attention needs it.",
-            )
-        else:
-            tried.append(str(path))
-    note(paths=tried, refused=refused)
+        return tried
+
+
+def every_law(subject: Subject, /) -> Tried:
+    return Tried.of(subject, LAWS)
 
 
 def expect_unmoved(
@@ -180,49 +274,6 @@ def differ_at(judged: Tensor) -> Callable[[Tensor, Tensor], bool]:
         return bool((differ & judged).any())
 
     return breaks
-
-
-@needs(CAUSAL, PREFIX, "check_paths.check_rows_do_not_touch_on_any_path")
-def check_prefixes_agree_on_any_path(subject: Subject) -> None:
-    """On every code path without noise, the first t tokens must have the same logits read alone as with the rest."""
-    expect_causal(subject)
-    tried = []
-    for path in every_path(subject):
-        T = path.length
-        if path.way.training or path.dtype is not None or T < 3:
-            continue
-        expect_prefixes_agree(
-            path.model,
-            path.run,
-            path.tokens(),
-            sorted({2, max(T // 2, 2), T - 1}),
-            path.bound,
-            where=f" ({path.way.name})",
-            likely=("positions-stretched-when-long",),
-            advice="Look for anything on this path that depends on the input's length: a scale, a window, a table.",
-        )
-        tried.append(str(path))
-    note(paths=tried)
-
-
-@needs(REPEATS)
-def check_calls_repeat_on_any_path(subject: Subject) -> None:
-    """On every code path the same call must give the same logits bit for bit; in eval mode for any random state."""
-    tried = []
-    for path in every_path(subject):
-        tokens = path.tokens()
-        other = path if path.way.training else replace(path, way=reseeded(path.way, subject.seed + 1))
-        expect_same(
-            other.run(tokens),
-            path.plain,
-            says=f"the same call gives different logits ({path.way.name})",
-            where=partial(first_breaking, path.model, partial(path.run, tokens), partial(other.run, tokens), differ),
-            likely=("noise-under-autocast",),
-            advice="Look for random numbers, or for state that forward writes, on this path only.",
-            path=path.way.name,
-        )
-        tried.append(str(path))
-    note(paths=tried)
 
 
 def reseeded(way: Way, seed: int) -> Way:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.messages import Told, expect_told
+from transformer_checks.checks import check_paths
+from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.check_causality import check_prefix_gives_the_same_logits
 from transformer_checks.checks.check_contract import check_too_long_a_sequence_is_no_silent_error
 from transformer_checks.checks.check_paths import (
@@ -13,6 +15,7 @@ from transformer_checks.checks.check_paths import (
     check_prefixes_agree_on_any_path,
     check_rows_do_not_touch_on_any_path,
 )
+from transformer_checks.checks.probes import paths
 from transformer_checks.checks.probes.paths import every_path
 from transformer_checks.checks.reference import reference, reference_parts
 from transformer_checks.checks.run.verdict import judge
@@ -75,6 +78,19 @@ def test_a_finding_names_the_path_and_the_place(bug):
     expect_told("paths", bug, FOUND[bug])
 
 
+@pytest.mark.parametrize("bug", FOUND)
+def test_the_same_is_found_where_all_laws_are_tried_on_one_path_before_the_next(bug, monkeypatch):
+    for module in (paths, check_paths):
+        monkeypatch.setattr(module, "costly", lambda subject: True)
+    subject = all_bugs()[bug].subject(seed=3)
+    check, *_ = FOUND[bug]
+    for law in ("rows_do_not_touch_on_any_path", check):
+        found = judge(getattr(check_paths, f"check_{law}"), subject, {})
+    assert found.outcome == "failed"
+    assert bug in found.likely or check == "future_cannot_change_past_on_any_path"
+    assert all(part in found.says for part in FOUND[bug][2])
+
+
 def test_the_paths_that_were_tried_and_those_it_has_not_are_evidence():
     found = judge(check_rows_do_not_touch_on_any_path, reference(), {})
     assert found.outcome == "passed"
@@ -113,7 +129,7 @@ def test_a_model_that_sees_the_future_by_design_is_judged_by_rows_and_not_by_pre
 
 def test_models_on_their_paths_are_built_once():
     subject = reference()
-    one, two = list(every_path(subject)), list(every_path(subject))
+    one, two = list(every_path(subject, {})), list(every_path(subject, {}))
     assert len(one) > 8 and all(a is b for a, b in zip(one, two, strict=True))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..expect import Bound, NotApplicable, note
+from ..expect import Bound, NotApplicable
 from ..subject import Subject
 from ..watch.arithmetic import operations_of, same_arithmetic, same_draws
 from ..ways import (
@@ -65,6 +65,10 @@ class Path:
         """The logits of its tokens, without padding."""
         return self.run(self.tokens())
 
+    def affordable(self, calls: int) -> int:
+        """How many of so many calls are made: at least one."""
+        return self.subject.affordable(self.rows * self.length, calls, sweeps=0.1)
+
     def run(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         return call(self.subject, self.model, tokens, mask, self.way)
 
@@ -88,18 +92,22 @@ class Path:
         return f"{self.way.name}, {self.rows} rows of {self.length} tokens"
 
 
-def every_path(subject: Subject) -> Iterator[Path]:
-    """The paths that the model has, its plain one (eval mode, finest type, short) left out; notes those it has not.
+def every_path(subject: Subject, missing: dict[str, str]) -> Iterator[Path]:
+    """The paths that the model has, its plain one (eval mode, finest type, short) left out.
 
-    Small models are built once for all the laws.
+    `missing` gets why it has not the others. Models are built once for all the laws, unless that is costly.
     """
-    missing: dict[str, str] = {}
-    if subject.builds_afresh and not subject.large:
-        found, missing = subject.once(_all_paths)
-        yield from found
-    else:
+    if costly(subject):
         yield from _found(subject, missing)
-    note(paths_it_has_not=missing)
+    else:
+        found, reasons = subject.once(_all_paths)
+        missing.update(reasons)
+        yield from found
+
+
+def costly(subject: Subject) -> bool:
+    """Whether a model can be on one path at a time only: it is large, or the only one that there is."""
+    return subject.large or not subject.builds_afresh
 
 
 def _all_paths(subject: Subject, /) -> tuple[list[Path], dict[str, str]]:

@@ -23,16 +23,20 @@ def expect_prefixes_agree(
     lengths: Sequence[int],
     bound: Callable[[Tensor], Bound],
     *,
+    whole: Tensor | None = None,
     where: str = "",
     likely: tuple[str, ...],
     advice: str,
 ) -> float:
     """Fails unless the first t tokens have the same logits alone as with the rest. Returns the largest difference.
 
+    `whole`, if at hand: the logits [B, T, V] of all tokens.
+
     A model whose rotary base grows with the length (dynamic NTK) declares a length up to which it does not: there it is
     judged up to that length.
     """
-    T, whole, margin = tokens.shape[1], run(tokens), 0.0
+    T, margin = tokens.shape[1], 0.0
+    whole = run(tokens) if whole is None else whole
     allowed = bound(whole)
     for t in (t for t in lengths if t <= T):
         got = run(tokens[:, :t].contiguous())
