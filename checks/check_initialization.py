@@ -30,6 +30,7 @@ OFF_CENTRE, ODD_CENTRE = 10.0, 1.5  # means, in standard deviations; below 1 in 
 ENOUGH = 2**18  # numbers of a tensor, to see that they are random
 TOO_LARGE, LARGE = 8.0, 4.0  # times as large as its input a projection's output may be; below 2 in public models
 WIDER = 8  # times its width, at which projections are measured: weights that do not scale with width show there
+MANY = 256  # weights, among which the largest is near the bound of what they are drawn from
 FEW = 4  # rows or columns below which a mean is not meaningful
 AROUND_ZERO = 3.0  # standard deviations
 STEPS = 3  # after which the tokens must matter even if some weights start at zero
@@ -47,17 +48,19 @@ def check_loss_starts_near_uniform(subject: Subject) -> None:
     """An untrained model must give all next tokens about the same probability: its loss is near ln V."""
     if not subject.builds_afresh or not _drawn(subject):
         raise NotApplicable("no weight depends on the seed: the weights may already be trained")
-    V, losses = subject.sizes.vocab_size, []
-    for seed in range(SEEDS):
-        model = _fresh(subject, seed)
-        tokens = subject.tokens(4, subject.sizes.block_size, seed=subject.seed + seed)
-        targets = subject.tokens(4, subject.sizes.block_size, seed=subject.seed + seed + SEEDS)
-        with torch.no_grad():
-            logits = subject.logits(model, tokens).double()
-        losses.append(float(F.cross_entropy(logits.flatten(0, 1), targets.flatten())))
-    loss, uniform = median(losses), math.log(V)
+    V, models = subject.sizes.vocab_size, [_fresh(subject, seed) for seed in range(SEEDS)]
+    losses = [_first_loss(subject, model, seed) for seed, model in enumerate(models)]
+    model, loss, uniform = models[-1], median(losses), math.log(V)
     note(loss=loss, uniform=uniform)
     if not loss - uniform <= FAILURE:
+        if _left_to_pytorch(model) and _first_loss(subject, _with_narrow_embeddings(model), SEEDS - 1) <= (
+            uniform + FAILURE
+        ):
+            advise(
+                f"the loss at initialization is {loss:.3g} (ln {V} = {uniform:.3g}): weights are left as PyTorch draws "
+                "them, and nn.Embedding with a standard deviation of 1; with 0.02 training need not first unlearn that"
+            )
+            return
         fail(
             f"at initialization the loss on random tokens is {loss:.3g} (median of {SEEDS} seeds), expected about "
             f"ln {V} = {uniform:.3g}: the model makes confident predictions before it has learned anything",
@@ -74,6 +77,38 @@ def check_loss_starts_near_uniform(subject: Subject) -> None:
         advise(
             f"the loss at initialization is {loss:.3g}, below ln {V}: the weights may be trained, or the logits scaled"
         )
+
+
+def _first_loss(subject: Subject, model: nn.Module, seed: int) -> float:
+    """In nats, of random tokens and random targets."""
+    tokens = subject.tokens(4, subject.sizes.block_size, seed=subject.seed + seed)
+    targets = subject.tokens(4, subject.sizes.block_size, seed=subject.seed + seed + SEEDS)
+    with torch.no_grad():
+        logits = subject.logits(model, tokens).double()
+    return float(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def _left_to_pytorch(model: nn.Module) -> bool:
+    """Whether every nn.Linear has the weights that its constructor draws: uniform up to 1/√fan_in.
+
+    A head may be tied to an embedding.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights = [
+        module.weight.detach()
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and id(module.weight) not in embeddings and module.weight.numel() >= MANY
+    ]
+    return all(0.9 < float(weight.abs().max()) * weight.shape[1] ** 0.5 <= 1.0 + 1e-6 for weight in weights)
+
+
+def _with_narrow_embeddings(model: nn.Module) -> nn.Module:
+    """The model with its embeddings drawn with a standard deviation of 0.02 wherever it is 1. Changes it."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and 0.8 < float(module.weight.std()) < 1.2:
+                module.weight.mul_(0.02)
+    return model
 
 
 def _widest(model: nn.Module) -> dict[str, float]:

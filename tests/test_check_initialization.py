@@ -11,6 +11,7 @@ from transformer_checks.checks.bugs.designs import changed
 from transformer_checks.checks.check_initialization import (
     check_depth_does_not_blow_up,
     check_gains_do_not_start_around_zero,
+    check_loss_starts_near_uniform,
     check_matrices_start_centred,
     check_projections_keep_the_size,
     check_tokens_matter_from_the_start,
@@ -240,3 +241,33 @@ def test_gains_of_a_custom_norm_are_recognized():
 
     found = judge(check_gains_do_not_start_around_zero, Subject("own", changed(change)), {})
     assert found.outcome == "failed" and found.evidence["gains"] == ["norm.scale"]
+
+
+def as_pytorch_draws(*, heads_multiplied: bool = False, linear_std: float | None = None) -> Subject:
+    """The reference, its head tied, with the weights that PyTorch's layers draw, or linear ones of its own."""
+
+    def change(model):
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                tied = module.weight is model.embedding.weight and module is not model.embedding
+                if not tied:
+                    module.reset_parameters()
+                if isinstance(module, nn.Linear) and linear_std is not None and not tied:
+                    nn.init.normal_(module.weight, std=linear_std)
+        if heads_multiplied:
+            model.head.register_forward_hook(lambda module, given, out: out * 1000.0)
+
+    return Subject("as PyTorch draws", changed(change))
+
+
+@pytest.mark.parametrize(
+    ("how", "outcome"),
+    [({}, "passed"), ({"linear_std": 0.02}, "failed"), ({"heads_multiplied": True}, "failed")],
+    ids=["left to PyTorch", "own weights beside an embedding forgotten", "another cause"],
+)
+def test_a_wide_embedding_is_a_remark_where_all_is_left_to_pytorch(how, outcome):
+    found = judge(check_loss_starts_near_uniform, as_pytorch_draws(**how), {})
+    assert found.outcome == outcome
+    if outcome == "passed":
+        (remark,) = found.remarks
+        assert "nn.Embedding with a standard deviation of 1" in remark and "ln 17 = 2.83" in remark

@@ -115,7 +115,9 @@ def test_words_select_by_the_name_of_a_check_or_its_theme(project):
     cache = [check for check in all_listed().values() if "cache" in check.id]
     assert sorted(project.selected("-k", "cache")) == sorted(check.name for check in cache)
     assert set(project.selected("-k", "not cache")) == {c.name for c in all_listed().values() if "cache" not in c.id}
-    assert project.selected("-k", f"{CHECKS.parent.name} or transformer_checks") == []
+    folder = CHECKS.parent.name  # of the checkout: selects only what happens to be called so
+    so_called = {check.name for check in all_listed().values() if folder.lower() in check.id}
+    assert set(project.selected("-k", f"{folder} or transformer_checks")) == so_called
     (one, *_) = listed("masking")
     assert project.selected("-k", f"check_masking and {one.name}") == [one.name]
 
