@@ -385,7 +385,7 @@ def test_the_header_names_what_was_found_by_its_kind(tmp_path):
     header = subject_of(tmp_path, code).header
     assert "also found: validate (evaluation) · " in header
     left = "get_lr (schedule), EMA (average), CharTokenizer (tokenizer), Lion (optimizer)"
-    assert header.endswith(f"not checked: {left}")
+    assert header.endswith(f"not checked: {left}, helper")
 
 
 def test_every_kind_is_judged_or_said_not_to_be():

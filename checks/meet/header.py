@@ -16,6 +16,7 @@ from .sandbox import Sandbox
 if TYPE_CHECKING:
     from .loaded import Loaded
 
+SHOWN = 6  # names of what no check calls
 ASSIGNABLE = (bool, int, float, str, torch.dtype, type(None))
 
 
@@ -41,11 +42,13 @@ def header_of(loaded: Loaded) -> str:
 
 
 def _found(loaded: Loaded) -> list[str]:
-    """`also found: loss, perplexity (evaluation)` and `not checked: get_lr (schedule), EMA (average)`."""
+    """`also found: loss, perplexity (evaluation)` and `not checked: get_lr (schedule), LoRALinear.merge`."""
     parts = [name for name in sorted(loaded.parts) if name not in ("companions", "batches")]
     companions = loaded.parts.get("companions", ())
     looked_at = parts + [f"{one.name} ({one.kind})" for one in companions if one.kind in JUDGED]
     left = [f"{one.name} ({one.kind})" for one in companions if one.kind not in JUDGED]
+    uncalled = list(loaded.uncalled())
+    left += uncalled[:SHOWN] + ([f"{len(uncalled) - SHOWN} more that no check calls"] if uncalled[SHOWN:] else [])
     lines = (("also found", looked_at), ("not checked", left))
     return [f"{title}: {', '.join(names)}" for title, names in lines if names]
 

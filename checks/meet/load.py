@@ -6,6 +6,7 @@ Every class and factory that can be the model is tried; one must work, or a Usag
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from .refusals import Trial, explain, label_of, no_model, several_models
 from .roles import targets_of
 from .sandbox import Sandbox
 from .sizes import Restored, head_place, longest_input, sizes_of
+from .uncalled import uncalled_in
 from .which_model import COURSE, Found, candidates, fallbacks, find
 
 SEARCH_SECONDS = 20.0  # of processor time, for all attempts to build and call
@@ -70,6 +72,9 @@ def load(
         model.parts = {**course, **parts_of(found)}
         if companions := companions_in(found, model.parts):
             model.parts["companions"] = companions
+        source = found.sandbox.sources.get(found.module.__name__)
+        if source is not None and found.sandbox.file is not None:
+            model.uncalled = functools.partial(uncalled_in, model, source)
     model.parts.update(given_parts(parts or {}))
     return model
 

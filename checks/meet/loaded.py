@@ -42,6 +42,7 @@ class Loaded:
     targets: Parameter | None = None  # of forward, for a loss
     options: tuple[Option, ...] = ()  # that `build` takes beside sizes
     assumed: list[str] = field(default_factory=list)
+    uncalled: Callable[[], dict[str, int]] = dict  # what the file defines and no check calls, and its line
     leave: Callable[[], None] = lambda: None  # puts an instance back to what it was given as
 
     def logits(
