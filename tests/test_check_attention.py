@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tests.messages import expect_told
 from transformer_checks.checks.check_attention import check_scores_are_scaled_by_their_own_width
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import Verdict, judge
 from transformer_checks.checks.subject import Subject
 
@@ -117,3 +118,66 @@ def test_the_known_bug_is_told():
         "attention", "scale-by-d-model",
         ("scores_are_scaled_by_their_own_width", "blocks.0.attention", ("1/√32", "width 8"), "scale-by-d-model"),
     )  # fmt: skip
+
+
+PARTS = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Config:
+    vocab_size: int = 50
+    block_size: int = 32
+    width: int = 32
+    n_head: int = 4
+    plain_width: int = 12
+    rotary_width: int = 4
+    scaled_by: int = 12
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.H, self.key = config.n_head, config.plain_width + config.rotary_width
+        self.q, self.k = nn.Linear(config.width, self.H * self.key), nn.Linear(config.width, self.H * self.key)
+        self.v, self.out = nn.Linear(config.width, config.width), nn.Linear(config.width, config.width)
+        self.scale = SCALE
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (part(x).view(B, T, self.H, -1).transpose(1, 2) for part in (self.q, self.k, self.v))
+        scores = q @ k.mT * self.scale
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
+
+
+class Model(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.words, self.places = nn.Embedding(config.vocab_size, config.width), nn.Embedding(32, config.width)
+        self.attention, self.head = Attention(config), nn.Linear(config.width, config.vocab_size)
+
+    def forward(self, tokens):
+        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1]))
+        return self.head(x + self.attention(x))
+"""
+
+
+@pytest.mark.parametrize(
+    ("scale", "says"),
+    [
+        ("config.plain_width**-0.5", "1/√12, where 12 is the plain_width, but the queries and keys"),
+        ("(config.plain_width + config.rotary_width) ** -0.5", ""),
+        ("config.scaled_by**-0.5", ""),
+        ("12**-0.5", ""),
+    ],
+    ids=["of a part", "of the whole", "an option that says so", "a number"],
+)
+def test_the_root_of_a_part_of_the_keys_width_is_found(tmp_path, scale, says):
+    (tmp_path / "model.py").write_text(PARTS.replace("SCALE", scale))
+    found = judge(check_scores_are_scaled_by_their_own_width, subject_of(str(tmp_path / "model.py"), seed=3), {})
+    assert found.outcome == ("failed" if says else "passed"), found.says
+    assert says in found.says
