@@ -28,6 +28,8 @@ MOST = 24  # parameters whose gradient is compared
 FEW_TOKENS, SWEEPS = 8, 3.0  # for a large model, of which fewer are
 STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 RATE = 0.3
+WAITS, STEP = 3, 0.1  # steps of gradient descent, of this size, after which a weight that can learn has a gradient
+FROM_THE_START = "check_initialization.check_tokens_matter_from_the_start"
 
 
 def _value(subject: Subject, model: nn.Module, tokens: Tensor) -> Tensor:
@@ -383,3 +385,46 @@ def check_rows_get_their_own_gradient(subject: Subject) -> None:
                     row=row,
                     other=other,
                 )
+
+
+@needs(*READABLE, "check_gradients.check_every_parameter_gets_a_gradient", FROM_THE_START)
+def check_no_two_zero_factors_wait_for_each_other(subject: Subject) -> None:
+    """Of two weights that are multiplied at most one may start at zero: each one's gradient is a multiple of the other.
+
+    Each is drawn at random in turn: the other gets a gradient then, and got none before.
+    """
+    if not subject.builds_afresh:
+        raise NotApplicable("the model is one instance, and may be trained")
+    model = subject.build(seed=subject.seed)
+    zero = [name for name, p in _trainable(model).items() if p.dim() > 1 and not p.detach().any()]
+    if len(zero) < 2:
+        return
+    tokens, dead = subject.tokens(ROWS, subject.sizes.block_size, seed=subject.seed), zero
+    for _ in range(WAITS):
+        learn = _pulled(subject, model, tokens)
+        dead = [name for name in dead if name not in learn]
+        with torch.no_grad():
+            for name in learn:
+                model.get_parameter(name).sub_(STEP * learn[name])
+    for name in dead:
+        drawn = subject.build(seed=subject.seed)
+        with torch.no_grad(), seeded(subject.seed):
+            nn.init.normal_(drawn.get_parameter(name), std=0.1)
+        if waiting := sorted(_pulled(subject, drawn, tokens).keys() & set(dead) - {name}):
+            fail(
+                f"{name} and {waiting[0]} both start at zero and are multiplied: the gradient of each is zero as long "
+                f"as the other is, so neither ever learns (both are zero after {WAITS} steps; with {name} drawn at "
+                f"random {waiting[0]} gets a gradient)",
+                where=owner_of(model, name),
+                likely=("low-rank-factors-both-zero",),
+                advice="Draw one of the two at random: in a low-rank adaptation the first, and leave zero to the "
+                "second.",
+                waiting=dead,
+            )
+
+
+def _pulled(subject: Subject, model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """The gradients that are not zero, by the names of their parameters."""
+    with torch.enable_grad():
+        grads = _backward(model, lambda: _value(subject, model, tokens))
+    return {name: grad for name, grad in grads.items() if grad is not None and bool(grad.any())}

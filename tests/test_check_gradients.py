@@ -46,6 +46,12 @@ FOUND: dict[str, Told] = {
         ("positions.table.weight gets no gradient",),
         "position-table-detached",
     ),
+    "low-rank-factors-both-zero": (
+        "no_two_zero_factors_wait_for_each_other",
+        "blocks.0.feed_forward.output.down",
+        ("output.down.weight and blocks.0.feed_forward.output.up.weight both start at zero", "neither ever learns"),
+        "low-rank-factors-both-zero",
+    ),
     "inplace-op-breaks-autograd": (
         "every_parameter_gets_a_gradient",
         None,

@@ -45,6 +45,31 @@ def attentions(model: Transformer) -> list[Any]:
     return [block.attention for block in model.blocks]
 
 
+# -- low-rank adaptation (Hu et al. 2021)
+
+
+class LowRank(nn.Module):
+    """A linear layer and an update of low rank: its first factor is drawn at random, its second starts at zero."""
+
+    def __init__(self, inner: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.inner, self.down = inner, nn.Linear(inner.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, inner.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x) + self.up(self.down(x))
+        return out
+
+
+def low_rank(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        for block in model.blocks:
+            block.feed_forward.output = LowRank(block.feed_forward.output)  # type: ignore[union-attr, arg-type]
+
+    return changed(change, **config)
+
+
 # -- sliding windows (Beltagy et al. 2020; as Mistral counts: a token sees itself and window - 1 before it)
 
 

@@ -22,13 +22,14 @@ from ...transformer.model import (
 from ..check_gradients import (
     check_every_parameter_gets_a_gradient,
     check_gradients_equal_finite_differences,
+    check_no_two_zero_factors_wait_for_each_other,
     check_training_gradients_equal_finite_differences,
 )
 from ..check_portability import check_recomputation_changes_nothing
 from ..check_spec import check_gradients_agree
 from . import bug
 from .damage import GPT2, attend_with, blocks
-from .designs import changed
+from .designs import changed, low_rank
 
 # -- detached tensors
 
@@ -279,3 +280,13 @@ def recomputation_under_no_grad(model: Transformer) -> None:
                 return Block.forward(self, x, rotate, visible, cache)
 
     model.blocks[0].__class__ = Forgotten
+
+
+@bug(
+    "both factors of a low-rank update start at zero: neither ever gets a gradient",
+    check_no_two_zero_factors_wait_for_each_other,
+    of=low_rank,
+)
+def low_rank_factors_both_zero(model: Transformer) -> None:
+    for block in blocks(model):
+        nn.init.zeros_(block.feed_forward.output.down.weight)
