@@ -129,8 +129,8 @@ def fail_alike(alike: list[tuple[int, int]], pairs: list[tuple[int, int]], T: in
 def check_rotary_angle_depends_on_distance(subject: Subject) -> None:
     """With rotary positions, the score of two equal tokens must depend only on the distance between them."""
     model, T = precise(subject, None), length(subject)
-    if not mentions_rotary(model):
-        raise NotApplicable("no module mentions rotary positions")
+    if not mentions_rotary(subject, model):
+        raise NotApplicable("no name in the model's code speaks of rotary positions")
     tokens = subject.tokens(1, 1, seed=subject.seed).expand(1, T).contiguous()
     products = key_products(model, blocks_of(model), T, lambda: call(subject, model, tokens))
     if not products or T <= PAST_CONVOLUTION + 2:

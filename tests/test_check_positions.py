@@ -7,7 +7,11 @@ import torch
 
 from tests.messages import Told, expect_told
 from transformer_checks.checks.bugs.designs import NoPositions, changed
-from transformer_checks.checks.check_positions import check_order_of_tokens_matters
+from transformer_checks.checks.check_positions import (
+    check_order_of_tokens_matters,
+    check_rotary_angle_depends_on_distance,
+)
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
 
@@ -62,3 +66,60 @@ def test_unused_position_ids_do_not_count_as_positions():
 
     found = judge(check_order_of_tokens_matters, Subject("ids", changed(change), seed=3), {})
     assert found.outcome == "passed" and "NoPE" in found.remarks[0]
+
+
+TURNING = """
+import torch
+from torch import nn
+
+
+def turn_pairs(x, table):
+    sin, cos = table[: x.shape[-2]].sin(), table[: x.shape[-2]].cos()
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, length):
+        super().__init__()
+        self.heads, half = heads, torch.arange(0, width // heads, 2) / (width // heads)
+        angles = torch.outer(torch.arange(length), 10000.0**-half)
+        self.register_buffer("table", LAYOUT)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        q, k = turn_pairs(q, self.table), turn_pairs(k, self.table)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Model(nn.Module):
+    def __init__(self, vocab_size, width=32, heads=2, layers=2, length=64):
+        super().__init__()
+        self.words, self.head = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size)
+        self.layers = nn.ModuleList(Attention(width, heads, length) for _ in range(layers))
+
+    def forward(self, tokens):
+        x = self.words(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "outcome"),
+    [
+        ("apply_rope", "torch.cat((angles, angles), -1)", "failed"),
+        ("apply_rope", "angles.repeat_interleave(2, -1)", "passed"),
+        ("rotate", "torch.cat((angles, angles), -1)", "failed"),
+        ("turn_pairs", "angles.repeat_interleave(2, -1)", "not_applicable"),
+    ],
+)
+def test_a_rotation_is_met_by_any_name_in_the_file(tmp_path, name, layout, outcome):
+    code = TURNING.replace("LAYOUT", layout).replace("turn_pairs", name)
+    (tmp_path / "model.py").write_text(code)
+    found = judge(check_rotary_angle_depends_on_distance, subject_of(str(tmp_path / "model.py"), seed=3), {})
+    assert found.outcome == outcome, found.says
+    assert outcome != "failed" or "is not relative" in found.says

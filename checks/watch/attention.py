@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +14,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..subject import Subject
 from .calls import Call, recorded
 from .operations import Attention, fused_attention, product, softmax_axis, softmax_input
 
-ROTARY = re.compile(r"rotary|rotate_half|\brope\b|apply_rope|freqs_cis|rotate_every", re.IGNORECASE)
+ROTARY = re.compile(r"(?<![a-z])(rope|rotary|rotate|rotat(ed|ion|or)?|rot|freqs_?cis)(?![a-z])", re.IGNORECASE)
+IN_CAMEL_CASE = re.compile(r"RoPE|Rope(?![a-z])|Rotary|Rotat")
 WIDE = ("no-causal-mask", "bool-mask-added-as-float", "mask-multiplied-after-softmax")
 
 
-def mentions_rotary(model: nn.Module) -> bool:
-    """Whether the class of a module, or its source, names rotary positions."""
-    return any(
-        ROTARY.search(kind.__name__) or ROTARY.search(_source(kind)) for kind in {type(m) for m in model.modules()}
-    )
+def mentions_rotary(subject: Subject, model: nn.Module) -> bool:
+    """Whether a name in the subject's own code, or the class of a module or its source, speaks of rotary positions."""
+    kinds = {type(module) for module in model.modules()}
+    said = [kind.__name__ for kind in kinds] + [_source(kind) for kind in kinds]
+    said += [name for _, nodes in subject.code() for node in nodes for name in _names(node)]
+    return any(ROTARY.search(text) or IN_CAMEL_CASE.search(text) for text in said)
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    for field in ("name", "id", "attr", "arg"):
+        if isinstance(name := getattr(node, field, None), str):
+            yield name
 
 
 def _source(kind: type) -> str:
@@ -32,7 +42,7 @@ def _source(kind: type) -> str:
         return ""
     try:
         return inspect.getsource(kind)
-    except (OSError, TypeError):
+    except (OSError, TypeError):  # of a file that was loaded by its path: Subject.code has it
         return ""
 
 
