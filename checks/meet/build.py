@@ -266,7 +266,8 @@ def recipes(target: Callable[..., Any], sandbox: Sandbox, causal: bool) -> Itera
     """The ways to build with `target`, the surest first: each choice of configuration, then each variant."""
     with sandbox:
         signature, scope = signature_of(target), scope_of(target, sandbox)
-        wants = [p for p in signature.parameters if wants_config(p, scope)]
+        called = configs.configurations(sandbox)
+        wants = [p for p in signature.parameters if wants_config(p, scope, called)]
     found: list[dict[str, Option]] = []
     for options in _configurations(wants, target, scope, sandbox):
         found.append(options)
@@ -294,15 +295,16 @@ def _configurations(
         yield {wants[0].name: option}
 
 
-def wants_config(parameter: Parameter, scope: Mapping[str, Any]) -> bool:
+def wants_config(parameter: Parameter, scope: Mapping[str, Any], called: frozenset[str]) -> bool:
     kind = configs.resolve(parameter.kind, scope)
     if kind is not None and issubclass(kind, nn.Module | str | int | float):
         return False
     annotated = kind is not None and configs.is_config(kind)
+    named = parameter.is_config or parameter.name in called
     given = parameter.default is not vocabulary.MISSING and parameter.default is not None
-    if given and not annotated and not parameter.is_config:
+    if given and not annotated and not named:
         return False
-    return annotated or (parameter.is_config and not isinstance(parameter.default, str | int | float))
+    return annotated or (named and not isinstance(parameter.default, str | int | float))
 
 
 class FunctionModule(nn.Module):

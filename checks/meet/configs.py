@@ -123,16 +123,29 @@ def is_config(cls: type) -> bool:
     if issubclass(cls, nn.Module | BaseException) or cls.__module__ in ("builtins", "typing"):
         return False
     named = any(word in cls.__name__.lower() for word in LIKE_A_CONFIG)
-    return (named or dataclasses.is_dataclass(cls) or hasattr(cls, "model_fields")) and (
-        named or sized(_fields(cls)) >= 2
+    if named or ((dataclasses.is_dataclass(cls) or hasattr(cls, "model_fields")) and sized(_fields(cls)) >= 2):
+        return True
+    needs_nothing = "__init__" in vars(cls) and all(p.default is not vocabulary.MISSING for p in _parameters(cls))
+    return (
+        needs_nothing and sized(_kept(cls)) >= 3 and not {"forward", "__call__", "__len__", "__iter__"} & set(dir(cls))
     )
 
 
 def _fields(cls: type) -> set[str]:
+    declared = {n for c in cls.__mro__[:-1] for n in (*vars(c), *vars(c).get("__annotations__", ()))}
+    return {p.name for p in _parameters(cls)} | declared | _kept(cls)
+
+
+def _parameters(cls: type) -> tuple[Parameter, ...]:
     with contextlib.suppress(TypeError, ValueError):
-        parameters = {p.name for p in signature_of(cls).parameters}
-        return parameters | {n for c in cls.__mro__[:-1] for n in (*vars(c), *vars(c).get("__annotations__", ()))}
-    return set()
+        return signature_of(cls).parameters
+    return ()
+
+
+def _kept(cls: type) -> set[str]:
+    """The attributes that the constructor mentions, which are mostly those that it sets."""
+    code = getattr(vars(cls).get("__init__"), "__code__", None)
+    return set() if code is None or code.co_filename.startswith("<") else {*code.co_names}
 
 
 def sized(given: Iterable[str]) -> int:
@@ -204,17 +217,18 @@ def reads_of(sandbox: Sandbox) -> Reads:
     optional: set[str] = set()
     nested: set[str] = set()
     choices: dict[str, list[str]] = {}
+    called = configurations(sandbox)
     ordered = sorted(sandbox.sources.items(), key=lambda item: item[0] != sandbox.main)  # the model's own file first
     for name, source in ordered:
         scope = vars(sandbox.modules_now().get(name, vocabulary))
         for node in sorted(source.nodes, key=lambda node: getattr(node, "lineno", 0)):
-            nested |= _inner(node)
-            if isinstance(node, ast.Attribute) and _is_config(node.value):
+            nested |= _inner(node, called)
+            if isinstance(node, ast.Attribute) and _is_config(node.value, called):
                 read.add(node.attr)
-            elif (key := key_of(node)) is not None and _is_config(key[0]):
+            elif (key := key_of(node)) is not None and _is_config(key[0], called):
                 read.add(key[1])
                 from_kwargs |= {key[1]} if isinstance(key[0], ast.Name) and key[0].id.endswith("kwargs") else set()
-            elif isinstance(node, ast.Call) and (name_read := _read_softly(node)):
+            elif isinstance(node, ast.Call) and (name_read := _read_softly(node, called)):
                 optional.add(name_read)
             elif isinstance(node, ast.Compare) and (choice := _choice(node, scope)) is not None:
                 choices.setdefault(choice[0], []).append(choice[1])
@@ -228,31 +242,31 @@ def reads_of(sandbox: Sandbox) -> Reads:
     )
 
 
-def _inner(node: ast.AST) -> set[str]:
+def _inner(node: ast.AST, called: frozenset[str]) -> set[str]:
     """The key of a configuration whose value is itself read by keys: a nested configuration."""
     if isinstance(node, ast.Subscript) and not isinstance(node.slice, ast.Constant | ast.Slice):
-        return _table(node.value)  # config["presets"][name]
+        return _table(node.value, called)  # config["presets"][name]
     if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
-        return _table(node.comparators[0])
+        return _table(node.comparators[0], called)
     outer = node.value if isinstance(node, ast.Attribute) else key[0] if (key := key_of(node)) is not None else None
-    if isinstance(outer, ast.Attribute) and _is_config(outer.value):
+    if isinstance(outer, ast.Attribute) and _is_config(outer.value, called):
         return {outer.attr} if key_of(node) is not None or node.attr not in METHODS else set()  # type: ignore[attr-defined]
     inner = key_of(outer) if outer is not None else None
-    return {inner[1]} if inner is not None and _is_config(inner[0]) and key_of(node) is not None else set()
+    return {inner[1]} if inner is not None and _is_config(inner[0], called) and key_of(node) is not None else set()
 
 
-def _table(node: ast.expr) -> set[str]:
+def _table(node: ast.expr, called: frozenset[str]) -> set[str]:
     key = key_of(node)
-    return {key[1]} if key is not None and _is_config(key[0]) else set()
+    return {key[1]} if key is not None and _is_config(key[0], called) else set()
 
 
 METHODS = frozenset(dir(str)) | frozenset(dir(dict)) | {"type", "dtype", "shape", "append"}
 
 
-def _read_softly(node: ast.Call) -> str:
+def _read_softly(node: ast.Call, called: frozenset[str]) -> str:
     """The setting in `getattr(config, "x", …)` or `hasattr(config, "x")`; "" for any other call."""
     soft = isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr") and len(node.args) > 1
-    if not soft or not _is_config(node.args[0]):
+    if not soft or not _is_config(node.args[0], called):
         return ""
     return str(node.args[1].value) if isinstance(node.args[1], ast.Constant) else ""
 
@@ -289,10 +303,24 @@ def _choice(node: ast.Compare, scope: Mapping[str, Any]) -> tuple[str, str] | No
     return (vocabulary.squash(name), value) if isinstance(value, str) and value != "__main__" else None
 
 
-def _is_config(node: ast.expr) -> bool:
+def configurations(sandbox: Sandbox) -> frozenset[str]:
+    """What constructors call an argument of which they read two or more sizes: `s.hidden`, `s["layers"]`."""
+    found = set()
+    for node in (node for source in sandbox.sources.values() for node in source.nodes):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            read: dict[str, set[str]] = {argument.arg: set() for argument in node.args.args[1:]}
+            for inner in ast.walk(node):
+                key = (inner.value, inner.attr) if isinstance(inner, ast.Attribute) else key_of(inner)
+                if key is not None and isinstance(key[0], ast.Name) and key[0].id in read:
+                    read[key[0].id].add(key[1])
+            found |= {name for name, keys in read.items() if sized(keys) >= 2}
+    return frozenset(found)
+
+
+def _is_config(node: ast.expr, called: frozenset[str]) -> bool:
     name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
     plain = vocabulary.squash(name)
-    return plain in CONFIG_NAMES or plain == "kwargs" or plain.endswith(("config", "cfg"))
+    return name in called or plain in CONFIG_NAMES or plain == "kwargs" or plain.endswith(("config", "cfg"))
 
 
 def _dictionaries(sandbox: Sandbox, scope: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -129,7 +129,10 @@ def size_of(name: str, among: Iterable[str] = (), *, required: bool = False) -> 
 
 
 def _by_words(plain: str) -> str | None:
-    """`i_vocab_size`, `max_decoding_length`, `dim_vector`."""
+    """`i_vocab_size`, `max_decoding_length`, `dim_vector`, `n_width`."""
+    for prefix in COUNT.split():
+        if plain.startswith(prefix) and (size := SIZE_OF.get(plain.removeprefix(prefix))) is not None:
+            return size
     counts = plain.startswith(("n", "num")) or plain.endswith(("s", "num", "count"))
     measured = any(word in plain for word in ("dim", "size", "width"))
     if "voc" in plain and (measured or plain.endswith(("len", "length", "count", "num"))):
