@@ -89,6 +89,12 @@ WRONG = {
         "",
         "window",
     ),
+    "a window with the wrong sign, of which only 0 hides anything": (
+        ["window: int = 4"],
+        ["return None if self.config.window > 0 else 2"],
+        "",
+        "window",
+    ),
     "a switch that switches nothing": (
         ["use_window: bool = True", "window: int = 4"],
         ["return self.config.window"],

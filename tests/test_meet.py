@@ -66,6 +66,7 @@ FACTS = {
     "config_from_a_dictionary_or_none.py": ("Config(", "n_layer", "n_embd", "block_size", "vocab_size"),
     "config_class_with_kwargs.py": ("GPTConfig(", "n_layer", "n_head", "n_embd"),
     "settings_by_a_letter.py": ("Knobs(", "hidden", "n_heads", "n_layers", "seq_len"),
+    "configuration_as_a_named_tuple.py": ("NearConfig(", "hidden_size", "num_layers"),
     "course_contract.py": ("also found: tokenizer", "load_model_and_tokenizer(its folder)"),
     "data_is_missing.py": (
         "FileNotFoundError at import",

@@ -97,7 +97,8 @@ def _beside(sandbox: Sandbox) -> Iterator[ModuleType]:
 
 
 def _file(cls: type) -> str:
-    for value in vars(cls).values():
+    own = [value for value in vars(cls).values() if getattr(value, "__module__", cls.__module__) == cls.__module__]
+    for value in own:  # what a NamedTuple gets from the library is not
         code = getattr(inspect.unwrap(value) if inspect.isfunction(value) else value, "__code__", None)
         if code is not None and not code.co_filename.startswith("<"):
             return str(code.co_filename)

@@ -27,6 +27,7 @@ NOT_JUDGED = re.compile(
     r"eval|smooth|loss|aux|coef|std$|init|temperature|top_?[kp]|sampl|generat|penalty",
     re.IGNORECASE,
 )
+WINDOW = re.compile(r"window|sliding", re.IGNORECASE)
 ANYTHING = re.compile(r"\basdict\b|\bvars\(|__dict__|\bfields\(|model_dump|to_dict|\bastuple\b|\.items\(\)")
 FACTORS = (2.0, 0.5, 1e-2, 100.0)  # times the value of an option that is no whole number
 SIZABLE = (0.5, 0.1)  # other values: an epsilon of 1e-12 does not show when it is doubled
@@ -38,6 +39,8 @@ def options_of(offered: Mapping[str, Any], used: Mapping[str, str], choices: Map
     for name, value in offered.items():
         fixed = name in used or NOT_JUDGED.search(name) or vocabulary.causal(name, value) is not None
         others = () if fixed else _others(value, choices.get(vocabulary.squash(name), []))
+        if WINDOW.search(name):  # one of a single token, or none, is another thing than a longer one
+            others = tuple(n for n in others if isinstance(n, bool) or not isinstance(n, int) or n > 1)
         if others:
             found.append(Option(name, value, others))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -179,8 +179,18 @@ def settings(model: nn.Module) -> Iterator[tuple[str, Any]]:
         for key, value in vars(module).items():
             yield f"{place}.{key}".lstrip("."), value
             if key in CONFIGURATIONS:
-                fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-                yield from ((f"{place}.{key}.{name}".lstrip("."), held) for name, held in fields.items())
+                yield from ((f"{place}.{key}.{name}".lstrip("."), held) for name, held in _fields(value).items())
+
+
+def _fields(configuration: Any) -> Mapping[str, Any]:
+    """What a configuration holds, by name: a dictionary, an object, a NamedTuple, or a class with slots."""
+    if isinstance(configuration, Mapping):
+        return configuration
+    if hasattr(configuration, "_asdict"):
+        return dict(configuration._asdict())
+    slots = [name for cls in type(configuration).__mro__ for name in getattr(cls, "__slots__", ())]
+    held = {name: getattr(configuration, name) for name in slots if hasattr(configuration, name)}
+    return {**held, **getattr(configuration, "__dict__", {})}
 
 
 def ties(model: nn.Module) -> list[list[str]]:
