@@ -183,12 +183,15 @@ def _expect_slopes(subject: Subject, model: nn.Module, mode: str) -> None:
         gradients = _backward(model, value)
     parameters = _trainable(model)
     largest = max((float(g.norm()) for g in gradients.values() if g is not None), default=0.0)
+    frozen = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
     names = [name for name in parameters if name not in renormalized(model)]
     names = _some(names, subject.affordable(4 * tokens.numel(), MOST, sweeps=SWEEPS), subject.seed)
     margins = {}
     for name in names:
         gradient, parameter = gradients[name], parameters[name]
         direction = _direction([parameter], subject.seed)
+        if (row := frozen.get(id(parameter))) is not None:  # padding_idx: a row that is read and never trained
+            direction[0][row] = 0
         slope = 0.0 if gradient is None else float((gradient * direction[0]).sum())
         tried = _differences(value, [parameter], direction, slope, largest, exact)
         if tried.wrong:

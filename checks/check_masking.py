@@ -126,42 +126,55 @@ def check_rows_of_padding_do_no_harm(subject: Subject) -> None:
     tokens = every_id(subject, T, rows=5, seed=subject.seed)
     for side in ("right", "left"):
         mask = ragged(len(tokens), T, side, seed=subject.seed).to(subject.device)
-        mask[1] = False
         for training in (False, True):
-            expect_harmless(subject, tokens, mask, side, training)
+            expect_finite(subject, tokens, mask, side, training)
+    mask[1] = False
+    expect_harmless(subject, tokens, mask)
 
 
-def expect_harmless(subject: Subject, tokens: Tensor, mask: Tensor, side: str, training: bool) -> None:
+FULLY_MASKED: dict[str, Any] = dict(
+    likely=("fully-masked-row-nan",),
+    advice="Let every padded token attend to itself: a softmax over no keys is NaN, and NaN times a zero weight is "
+    "still NaN.",
+)
+
+
+def expect_finite(subject: Subject, tokens: Tensor, mask: Tensor, side: str, training: bool) -> None:
     model = precise(subject).train(training)
     logits = subject.logits(model, tokens, mask)
-    case = f"padding on the {side}, row 1 nothing but padding, {'train' if training else 'eval'} mode"
-    finding: dict[str, Any] = dict(
-        likely=("fully-masked-row-nan",),
-        advice="Let every padded token attend to itself: a softmax over no keys is NaN, and NaN times a zero weight is "
-        "still NaN.",
-    )
-    _expect_finite(subject, model, tokens, mask, logits, case, finding)
+    case = f"padding on the {side}, {'train' if training else 'eval'} mode"
+    _expect_finite(subject, model, tokens, mask, logits, case)
     if not training:  # without gradients PyTorch's own layers take another path
         alone = call(subject, model, tokens, mask)
-        _expect_finite(subject, model, tokens, mask, alone, f"{case} under torch.no_grad()", finding)
+        _expect_finite(subject, model, tokens, mask, alone, f"{case} under torch.no_grad()")
+    if (name := not_finite(model, logits, mask)) is not None:
+        fail(
+            f"the gradient of {name} is not finite, for a loss over real tokens ({case})",
+            **FULLY_MASKED,
+            parameter=name,
+        )
+
+
+def not_finite(model: nn.Module, logits: Tensor, mask: Tensor) -> str | None:
+    """The first parameter whose gradient is not finite, for a loss over real tokens."""
     torch.autograd.backward(logits[mask].square().mean())
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            fail(
-                f"the gradient of {name} is not finite, for a loss over real tokens ({case})",
-                **finding,
-                parameter=name,
-            )
-    if not training:
-        rest = [row for row in range(len(tokens)) if row != 1]
-        want = call(subject, model, tokens[rest], mask[rest])
-        says = f"a row of nothing but padding changes the logits of the other rows ({case})"
-        expect_close(logits[rest], want, bound=precision(subject).bound(want), says=says, **finding)
+    grads = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    return next((name for name, grad in grads if grad is not None and not bool(grad.isfinite().all())), None)
 
 
-def _expect_finite(
-    subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor, logits: Tensor, case: str, finding: dict[str, Any]
-) -> None:
+def expect_harmless(subject: Subject, tokens: Tensor, mask: Tensor) -> None:
+    """A row of nothing but padding, row 1, leaves the others alone; what it does to itself and to training is told."""
+    model, rest = precise(subject), [row for row in range(len(tokens)) if row != 1]
+    want, logits = call(subject, model, tokens[rest], mask[rest]), subject.logits(model, tokens, mask)
+    says = "a row of nothing but padding changes the logits of the other rows"
+    expect_close(logits[rest].detach(), want, bound=precision(subject).bound(want), says=says, **FULLY_MASKED)
+    if not bool(logits.isfinite().all()):
+        name = not_finite(model, logits, mask)
+        then = f", and the gradient of {name} NaN: a batch with such a row ends the training" if name else ""
+        advise(f"a row of nothing but padding makes its own logits NaN{then}")
+
+
+def _expect_finite(subject: Subject, model: nn.Module, tokens: Tensor, mask: Tensor, logits: Tensor, case: str) -> None:
     bad = (~logits.isfinite()).nonzero()
     if not len(bad):
         return
@@ -169,7 +182,11 @@ def _expect_finite(
     which = "a real token" if bool(mask[row, t]) else "a padded token"
     with torch.set_grad_enabled(logits.requires_grad):
         where = first_bad(model, lambda: subject.logits(model, tokens, mask), lambda x: bool((~x.isfinite()).any()))
-    fail(f"the logits of {which} are not finite, first in row {row} at position {t} ({case})", where=where, **finding)
+    fail(
+        f"the logits of {which} are not finite, first in row {row} at position {t} ({case})",
+        where=where,
+        **FULLY_MASKED,
+    )
 
 
 @st.composite

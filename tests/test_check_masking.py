@@ -47,7 +47,7 @@ FOUND: dict[str, Told] = {
     "fully-masked-row-nan": (
         "rows_of_padding_do_no_harm",
         "blocks.0.attention",
-        ("nothing but padding", "in row 1 at position 0"),
+        ("a padded token are not finite", "in row 1 at position 0"),
         "fully-masked-row-nan",
     ),
     "float-mask-added": ("mask_types_agree", None, ("as float32", "padding: left"), "float-mask-added"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
@@ -16,6 +17,12 @@ from .header import header_of
 from .load import load
 from .loaded import Loaded
 from .options import reading_of
+
+# Names of models that predict a masked token from both sides, unless they say otherwise.
+BOTH_WAYS = re.compile(
+    r"MaskedLM|MaskedLanguageModel|MLM(?![a-z])|B(ERT|ert)(?![a-z])|(Ro|ro|Al|al|De|de|il)[Bb]ert(?![a-z])"
+)
+ONE_WAY = re.compile(r"Causal|Decoder|LMHead|Generat|GPT")
 
 
 class Foreign(Subject):
@@ -127,4 +134,7 @@ def foreign(
     """
     with unwarned(), nothing_collected():
         loaded = load(what, device=device, causal=causal, checkpoint=checkpoint, parts=parts)
+        if causal and (name := BOTH_WAYS.search(loaded.shown)) and not ONE_WAY.search(loaded.shown):
+            loaded.assumed.append(f"it looks both ways, as {name[0]} in its name says")
+            causal = False
     return Foreign(what if isinstance(what, str) else loaded.shown, loaded, device=device, causal=causal, **declared)

@@ -206,6 +206,9 @@ def _built(recipe: Recipe, asked: dict[str, Any]) -> tuple[nn.Module, int | None
             raise
     if not _has_padding(recipe):
         return model, None
+    if "vocab_size" not in recipe.varies.values() and (fixed := sizes_of(model)["vocab_size"]):
+        asked["padding"] = asked["vocab_size"] = fixed - 1  # the last id of its own
+        return recipe.build(asked), fixed - 1
     keep = asked["vocab_size"]
     return recipe.build({**asked, "vocab_size": keep + 1}), keep
 
