@@ -167,6 +167,18 @@ def test_a_loss_that_is_no_cross_entropy_is_not_judged_as_one(loss):
     assert any("not a cross entropy" in remark for v in found for remark in v.remarks)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_teachers_answer_beside_the_targets_is_not_taken_for_targets(share):
+    answer = torch.randn(17, generator=torch.Generator().manual_seed(3)).mul(2).softmax(-1)
+
+    def loss(logits, targets):
+        soft = -(answer.to(logits) * logits.log_softmax(-1)).sum(-1)
+        return ((1 - share) * losses_of(logits, targets) + share * soft).mean()
+
+    found = [judge(check, Subject("own", vars_of(loss)), {}) for check in CHECKS.values()]
+    assert not [v.says for v in found if v.outcome in ("failed", "error")]
+
+
 def test_an_id_that_is_left_out_is_judged_by_the_tokenizer():
     """A failure only where the tokenizer uses the id in the sentence."""
 

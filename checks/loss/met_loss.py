@@ -21,6 +21,7 @@ from .forms import IGNORED, PLACES, VOCABULARY, Form, forms, model_form
 from .formula import named_reduction
 from .reading import EXACT, ROUGH, Loss, NoGradient, Reading, gradient, read, symbols_that_count
 
+SOFT = 0.3  # of the probability of what is trained on, outside its largest: more than any smoothing
 TRIED = 32  # token ids tried as labels, where the vocabulary is larger
 DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda x: x,
@@ -154,7 +155,9 @@ def takes(form: Form, domain: str) -> bool:
 
 
 def described(trial: Trial) -> MetLoss:
-    form, call, known = trial.form, trial.call, trial.reading.error < ROUGH
+    form, call, reading = trial.form, trial.call, trial.reading
+    soft = reading.smoothing > SOFT and not reading.even  # a teacher's answer, say, beside the targets
+    known = reading.error < ROUGH and not soft
     shift = int(trial.reading.offsets.mode().values) if known and trial.reading.used.any() else 0
     labels = (*IGNORED, *trial.left_out)
     masks = "argument" if form.takes_mask else next((f"label {i}" for i in labels if leaves_out(trial, i)), "")
@@ -165,7 +168,7 @@ def described(trial: Trial) -> MetLoss:
     return MetLoss(
         call, form.says, form.V, places, trial.domain, shift, dropped, masks,
         reduction=reduction(trial, call, places, dropped, bool(masks)),
-        reading=trial.reading if known else None,
+        reading=reading if known else None,
         symbols=trial.symbols, left_out=trial.left_out, weighs_symbols=weighs_symbols(trial),
         inside_model=form.inside_model, changes_logits=form.changes_logits,
     )  # fmt: skip
