@@ -33,6 +33,7 @@ from .probes.backward import (
     tokens_of,
     without_chance,
 )
+from .probes.module_state import buffers_kept
 from .probes.precision import precision
 from .probes.rounding import Promoted, naively
 from .subject import EXISTENCE, Subject, cast
@@ -73,7 +74,7 @@ class Computed:
     def by(cls, subject: Subject, model: nn.Module, kernel: SDPBackend) -> Computed:
         tokens = tokens_of(subject)
         model.zero_grad(set_to_none=True)
-        with sdpa_kernel(kernel):
+        with sdpa_kernel(kernel), buffers_kept(model):
             logits = subject.logits(model, tokens[:, :-1])
             backward(cross_entropy(logits.float(), tokens[:, 1:]).mean())
         return cls(logits.detach().double(), gradient_of(model))
@@ -420,7 +421,7 @@ def check_deterministic_algorithms_repeat_the_step(subject: Subject) -> None:
         with deterministic():
             for _ in range(2):
                 model.zero_grad(set_to_none=True)
-                with seeded(subject.seed):
+                with seeded(subject.seed), buffers_kept(model):
                     backward(loss_of(subject, model, tokens))
                 found.append(gradient_of(model))
     except RuntimeError as error:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from transformer_checks.checks.bugs import all_bugs
+from transformer_checks.checks.bugs.designs import changed
 from transformer_checks.checks.check_devices import expect_agreement
 from transformer_checks.checks.expect import CheckFailed
 from transformer_checks.checks.reference import reference, reference_parts
@@ -213,3 +214,26 @@ class GPT(nn.Module):
     def forward(self, tokens):
         return self.head(self.embedding(tokens).cumsum(1))
 """
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_a_training_forward_counts_into_buffers_is_no_difference_between_steps(anew):
+    """As experts' balancing biases do: in place, or as a new tensor."""
+
+    def change(model):
+        model.register_buffer("balance", torch.zeros(17))
+
+        def count(module, given, logits):
+            out = logits + module.balance
+            if module.training:
+                step = 0.1 * logits.detach().mean((0, 1)).sign()
+                module.balance = module.balance + step if anew else module.balance.add_(step)
+            return out
+
+        model.register_forward_hook(count)
+
+    subject = Subject("balanced", changed(change))
+    for check in ("check_deterministic_algorithms_repeat_the_step", "check_every_attention_kernel_agrees"):
+        found = judge(CHECKS[check], subject, {})
+        assert found.outcome in ("passed", "not_applicable"), found.says
+    assert judge(CHECKS["check_deterministic_algorithms_repeat_the_step"], subject, {}).outcome == "passed"
