@@ -298,14 +298,17 @@ def check_packed_documents_stay_apart(subject: Subject) -> None:
     parameter = taken(subject, DOCUMENTS)
     if parameter is None:
         raise NotApplicable("forward takes no document ids")
+    positions = taken(subject, POSITIONS)  # counted by the caller, then
     model, T = precise(subject), length(subject)
     for cuts in ((T // 2,), (1, T // 3), (2, 3, T - 1)):
         bounds = [0, *cuts, T]
         tokens = subject.tokens(2, T, seed=subject.seed)
-        ids = torch.zeros_like(tokens)
+        ids, counted = torch.zeros_like(tokens), torch.arange(T, device=tokens.device).repeat(len(tokens), 1)
         for cut in cuts:
             ids[:, cut:] += 1
-        got = call(subject, model, tokens, way=Way("with document ids", more={parameter.name: ids}))
+            counted[:, cut:] = torch.arange(T - cut, device=tokens.device)
+        given = {parameter.name: ids, **({positions.name: counted} if positions is not None else {})}
+        got = call(subject, model, tokens, way=Way("with document ids", more=given))
         for document, (start, end) in enumerate(pairwise(bounds)):
             want = call(subject, model, tokens[:, start:end].contiguous())
             expect_close(

@@ -11,6 +11,7 @@ from tests.messages import Told, expect_told, verdict
 from transformer_checks.checks.check_masking import (
     check_left_padding_changes_nothing,
     check_mask_types_agree,
+    check_packed_documents_stay_apart,
     check_pad_contents_change_nothing,
 )
 from transformer_checks.checks.probes.extra_arguments import DOCUMENTS, taken
@@ -151,4 +152,37 @@ class Model(nn.Module):
 def test_a_table_of_sines_is_as_exact_as_the_type_that_it_was_made_in(tmp_path, exact, inexact, added, outcome):
     (tmp_path / "model.py").write_text(ROTARY.format(exact=exact, inexact=inexact, added=added))
     found = judge(check_left_padding_changes_nothing, subject_of(str(tmp_path / "model.py"), seed=3), {})
+    assert found.outcome == outcome, found.says
+
+
+PACKED = """
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self, vocab_size, width=32, length=64):
+        super().__init__()
+        self.words, self.places = nn.Embedding(vocab_size, width), nn.Embedding(length, width)
+        self.qkv, self.head = nn.Linear(width, 3 * width), nn.Linear(width, vocab_size)
+
+    def forward(self, tokens, segment_ids=None, positions=None):
+        T = tokens.shape[1]
+        if segment_ids is None:
+            segment_ids = torch.ones_like(tokens)
+        if positions is None:
+            positions = torch.arange(T).expand_as(tokens)
+        x = self.words(tokens) + self.places(positions)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        past = torch.ones(T, T, dtype=torch.bool).tril()
+        seen = past & (segment_ids[:, :, None] == segment_ids[:, None]) if SEEN else past
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, float("-inf")).softmax(-1)
+        return self.head(x + weights @ v)
+"""
+
+
+@pytest.mark.parametrize(("seen", "outcome"), [("True", "passed"), ("False", "failed")])
+def test_positions_that_the_caller_counts_are_counted_from_each_documents_start(tmp_path, seen, outcome):
+    (tmp_path / "model.py").write_text(PACKED.replace("SEEN", seen))
+    found = judge(check_packed_documents_stay_apart, subject_of(str(tmp_path / "model.py"), seed=0), {})
     assert found.outcome == outcome, found.says
