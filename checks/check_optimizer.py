@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .expect import FOLLOWS, NotApplicable, advise, fail, needs, note
+from .expect import FOLLOWS, NotApplicable, Where, advise, fail, needs, note, shown
 from .probes.module_state import renormalized
 from .subject import Subject
+from .training.met_groups import Groups, met_groups
 from .training.met_step import equal_examples, met_step
 from .training.runs import Losses, TrainerRun, examples, model_of, needs_trainer, pieces
 from .training.steps import at, schedule_ticks_once
@@ -91,6 +93,62 @@ def check_the_optimizer_owns_each_parameter_once(subject: Subject) -> None:
         )
     if frozen is not None and any(p is model.get_parameter(frozen) for p in held):
         advise(f"the optimizer holds {frozen}, which is frozen")
+
+
+def check_the_models_own_optimizer_holds_each_parameter_once(subject: Subject) -> None:
+    """An optimizer that the model makes for itself must hold each of its trainable parameters exactly once."""
+    groups = met_groups(subject)
+    held, trainable = groups.held, {n: p for n, p in groups.model.named_parameters() if p.requires_grad}
+    missing = [name for name, p in trainable.items() if all(p is not q for q in held)]
+    twice = [name for name, p in trainable.items() if sum(p is q for q in held) > 1]
+    note(method=groups.method, held=len(held), parameters=len(trainable))
+    if missing or twice:
+        says = [f"it misses {shortened(missing)}, which will never be trained"] * bool(missing)
+        says += [f"it holds {shortened(twice)} twice"] * bool(twice)
+        fail(
+            f"the optimizer of {groups.method} does not hold each of the {len(trainable)} trainable parameters once: "
+            f"{'; '.join(says)}",
+            where=line_of(groups),
+            likely=("group-forgets-the-last-norm", "optimizer-misses-embeddings")
+            if missing
+            else ("optimizer-holds-twice",),
+            advice="Split list(named_parameters()) by one condition and its opposite, so that none is left out.",
+            missing=missing,
+            twice=twice,
+        )
+
+
+@needs("check_optimizer.check_the_models_own_optimizer_holds_each_parameter_once")
+def check_the_models_own_optimizer_decays_matrices(subject: Subject) -> None:
+    """Where some parameters decay and others do not, it must not be the biases and gains that do.
+
+    Whether embeddings decay is a choice, and so is it to let all parameters decay.
+    """
+    groups = met_groups(subject)
+    tables = {id(module.weight) for module in groups.model.modules() if isinstance(module, nn.Embedding)}
+    named = {n: p for n, p in groups.model.named_parameters() if p.requires_grad and id(p) not in tables}
+    decays = {name: groups.decay_of(p) or 0.0 for name, p in named.items()}
+    vectors = [name for name, p in named.items() if p.dim() < 2]
+    wrongly = [name for name in vectors if decays[name] > 0]
+    spared = [name for name, p in named.items() if p.dim() > 1 and not decays[name]]
+    note(method=groups.method, decaying=sum(decay > 0 for decay in decays.values()), of=len(decays))
+    if wrongly and spared and len(spared) == len(named) - len(vectors):
+        fail(
+            f"in {groups.method} biases and gains decay, {shortened(wrongly)}, and no matrix does: "
+            f"{shortened(spared)}. The two groups are exchanged",
+            where=line_of(groups),
+            likely=("decay-groups-exchanged",),
+            advice="Let matrices decay: p.dim() >= 2 in the group with weight decay, p.dim() < 2 in the one without.",
+            wrongly=wrongly,
+            spared=spared,
+        )
+
+
+def line_of(groups: Groups) -> Where:
+    """Where the method begins."""
+    function = inspect.unwrap(getattr(type(groups.model), groups.method))
+    code = function.__code__
+    return Where(groups.method, type(groups.model).__name__, shown(code.co_filename), code.co_firstlineno)
 
 
 def check_decay_keeps_to_its_groups(subject: Subject) -> None:

@@ -17,11 +17,67 @@ from ..check_optimizer import (
     check_every_parameter_moves,
     check_small_updates_survive_low_precision,
     check_the_learning_rate_follows_its_schedule,
+    check_the_models_own_optimizer_decays_matrices,
+    check_the_models_own_optimizer_holds_each_parameter_once,
     check_the_optimizer_owns_each_parameter_once,
 )
 from . import bug
 from .damage import step_around
-from .designs import SIZE, parts_with_a_step
+from .designs import SIZE, changed, parts_with_a_step
+
+# -- an optimizer that the model makes for itself, in two groups
+
+
+class MakesItsOptimizer(Transformer):
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.Optimizer:
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad and self.is_held(name)]
+        groups = [
+            {"params": [p for _, p in named if self.decays(p)], "weight_decay": weight_decay},
+            {"params": [p for _, p in named if not self.decays(p)], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+
+    def is_held(self, name: str) -> bool:
+        return True
+
+    def decays(self, parameter: nn.Parameter) -> bool:
+        return parameter.dim() >= 2
+
+
+def with_its_optimizer(**config: Any) -> SimpleNamespace:
+    def change(model: Transformer) -> None:
+        model.__class__ = MakesItsOptimizer
+
+    return changed(change, **config)
+
+
+@bug(
+    "biases and gains are in the group that decays, and matrices in the other",
+    check_the_models_own_optimizer_decays_matrices,
+    of=with_its_optimizer,
+)
+def decay_groups_exchanged(model: Transformer) -> None:
+    class Exchanged(MakesItsOptimizer):
+        def decays(self, parameter: nn.Parameter) -> bool:
+            return parameter.dim() < 2
+
+    model.__class__ = Exchanged
+
+
+@bug(
+    "the groups of the model's optimizer are chosen by the names of projections, which the last norm has not",
+    check_the_models_own_optimizer_holds_each_parameter_once,
+    of=with_its_optimizer,
+)
+def group_forgets_the_last_norm(model: Transformer) -> None:
+    class Forgets(MakesItsOptimizer):
+        def is_held(self, name: str) -> bool:
+            return not name.startswith("norm")
+
+    model.__class__ = Forgets
+
 
 # -- which parameters
 

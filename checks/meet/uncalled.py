@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 from .definitions import definitions, is_main_guard, is_script
 from .source import Source
+from .vocabulary import MAKES_ITS_OPTIMIZER
 
 if TYPE_CHECKING:
     from .loaded import Loaded
 
 WORD = re.compile(r"\w+")
-CALLED = frozenset({"forward", "generate", "train", "eval", "state_dict", "load_state_dict", "reset_parameters"})
+CALLED = frozenset(
+    {"forward", "generate", "train", "eval", "state_dict", "load_state_dict", "reset_parameters", *MAKES_ITS_OPTIMIZER}
+)
 ENTRY = frozenset({"main", "build_model", "extra_repr"})  # start a script, or only say something
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -96,6 +96,10 @@ CAUSAL = {"causal": True, "iscausal": True, "autoregressive": True, "isdecoder":
           "isbidirectional": False}  # fmt: skip
 CAUSAL_WORDS = {"noncausal": False, "bidirectional": False, "causal": True, "autoregressive": True}
 
+# Methods of a model that make its optimizer.
+MAKES_ITS_OPTIMIZER = (
+    "configure_optimizers", "configure_optimizer", "get_optimizer", "make_optimizer", "create_optimizer",
+)  # fmt: skip
 
 # What a parameter means that has no default and is in no table above: by its letter, or by words in its name.
 LETTERS = {"V": "vocab_size", "T": "block_size", "L": "n_layer", "H": "n_head", "D": "n_embd", "C": "n_embd"}
