@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from .expect import NotApplicable, Where, advise, fail, needs, note, shown
 from .loss.explained import misread_mask, named, spans
-from .subject import Subject
+from .probes.filled import judged
+from .subject import Companion, Subject
+from .training.met_tokenizer import TEXT, WORDS, MetTokenizer, merged, merges_of, some_words
 from .training.pairing import batches, reader
 from .training.runs import Example, TrainerRun, examples, flat, model_of, needs_trainer, step_of_rank
 from .training.steps import step_leaves_random_states
@@ -277,3 +280,117 @@ def padded(subject: Subject, **options: Any) -> list[tuple[str, Any]]:
     """The batch of SEQUENCES with padding on either side."""
     pad_batch = batches_of(subject)
     return [(side, pad_batch(SEQUENCES, side=side, **options)) for side in ("right", "left")]
+
+
+# -- tokenizers of a file
+
+BACK = "check_data.check_a_tokenizer_gives_back_its_text"
+
+
+def check_a_tokenizer_gives_back_its_text(subject: Subject) -> None:
+    """Decoding what a tokenizer encodes must give the text, from ids below the vocabulary size, the same each time."""
+    note(judged=judged(subject, "tokenizer", judge=lambda one: expect_back(subject, one)))
+
+
+def expect_back(subject: Subject, one: Companion) -> int:
+    met = subject.once(MetTokenizer, one)
+    if len(met.ids("a")) == len(met.ids("abcba" * 3)):
+        raise NotApplicable("it pads or cuts every text to one length")
+    lossy, (before, after) = "", framed(met)
+    for text in probes(met):
+        ids = met.ids(text)
+        expect_ids(met, text, ids)
+        got = str(met.decode(met.encode(text)))
+        if got in (text, before + text + after):
+            continue
+        if not met.per_character and loose(got) == loose(before + text + after):
+            lossy = lossy or f"{one.name} does not keep spaces and cases: {shortly(text)} comes back as {shortly(got)}"
+            continue
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(got, text, strict=False)))
+        fail(
+            f"{one.name} encodes {shortly(text)} as {ids[:12]}{' …' if len(ids) > 12 else ''} and decodes that as "
+            f"{shortly(got)}, first wrong at character {same}",
+            where=one.where,
+            likely=("tokenizer-decodes-with-spaces", "tokenizer-decodes-off-by-one", "tokenizer-drops-repeats",
+                    "tokenizer-decodes-bytes-one-by-one"),
+            advice="decode must undo encode: build both tables from one list of symbols, join without spaces, and turn "
+            "bytes into text only when all are joined.",
+            text=text,
+            got=got,
+        )  # fmt: skip
+    if lossy:
+        advise(lossy)
+    return len(met.known)
+
+
+def framed(met: MetTokenizer) -> tuple[str, str]:
+    """What it puts around each text, as its decode shows it."""
+    before, a, after = (met.back("a") or "a").partition("a")
+    return (before, after) if a else ("", "")
+
+
+def probes(met: MetTokenizer) -> list[str]:
+    """Texts of what it knows: each character, repeats, spaces at the ends, words that it has and has not seen."""
+    known, draw = met.known, random.Random(met.subject.seed)
+    drawn = ["".join(draw.choices(known, k=24)) for _ in range(6)]
+    ours = ["".join(c for c in text if c in known) for text in (TEXT, "aab  bbb\n\ncc", " a b ", "abba" * 5)]
+    return [text for text in (*known, *ours, *some_words(1, 20), *drawn) if text and set(text) <= set(known)]
+
+
+def expect_ids(met: MetTokenizer, text: str, ids: list[int]) -> None:
+    one, size = met.companion, met.size
+    wrong = [i for i in ids if i < 0 or (size is not None and i >= size)]
+    if wrong:
+        fail(
+            f"{one.name} encodes {shortly(text)} with the id {wrong[0]}, should be below its vocabulary size {size}",
+            where=one.where,
+            likely=("tokenizer-vocabulary-too-small",),
+            advice="Count every symbol into vocab_size, special tokens too: it is the size of the embedding.",
+            id=wrong[0],
+            size=size,
+        )
+    again = met.ids(text)
+    if again != ids:
+        fail(
+            f"{one.name} encodes {shortly(text)} as {ids[:12]}, and the next time as {again[:12]}",
+            where=one.where,
+            likely=("tokenizer-remembers",),
+            advice="encode must not change the tables or the merges: work on a copy.",
+        )
+
+
+def loose(text: str) -> str:
+    return "".join(text.split()).lower()
+
+
+def shortly(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+@needs(BACK)
+def check_merges_are_applied_in_the_order_learned(subject: Subject) -> None:
+    """A tokenizer with merges must apply them in the order in which they were learned, each wherever it fits."""
+    note(judged=judged(subject, "tokenizer", judge=lambda one: expect_merges(subject, one)))
+
+
+def expect_merges(subject: Subject, one: Companion) -> int:
+    met = subject.once(MetTokenizer, one)
+    ranked, count = merges_of(met), 0
+    for word in (*WORDS, *some_words(1, 60)):
+        ids = met.ids(word)
+        got: list[Any] = ids if ranked.of_ids else [met.decode([i]) for i in ids]
+        want: list[Any] = [met.ids(c)[0] for c in word] if ranked.of_ids else list(word)
+        for pair, into in ranked.merges:
+            want = merged(want, pair, into)
+        if got != want:
+            right = [met.decode([i]) for i in want] if ranked.of_ids else want
+            fail(
+                f"{one.name} encodes {word!r} as {' + '.join(met.decode([i]) for i in ids)}, should be "
+                f"{' + '.join(right)}: its merges in the order in which they were learned",
+                where=one.where,
+                likely=("merges-from-the-left", "merges-only-once"),
+                advice="Of all neighbours, merge the pair that was learned first, everywhere, until none is left.",
+                word=word,
+            )
+        count += len(got) < len(word)
+    return count

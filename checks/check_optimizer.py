@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .expect import FOLLOWS, NotApplicable, Where, advise, fail, needs, note, shown
+from .probes.filled import judged
 from .probes.module_state import renormalized
 from .subject import Subject
 from .training.met_groups import Groups, met_groups
+from .training.met_optimizer import MetOptimizer, gradients, well_conditioned
 from .training.met_step import equal_examples, met_step
+from .training.rules import RIGHT, UNSCALED, WRONG, Rule
 from .training.runs import Losses, TrainerRun, examples, model_of, needs_trainer, pieces
 from .training.steps import at, schedule_ticks_once
 
@@ -299,3 +303,181 @@ def refuse_low_precision(subject: Subject, model: nn.Module) -> None:
             subject.logits(model, tokens)
     except Exception as error:
         raise NotApplicable("the model does not run under bfloat16 autocast", error=str(error)) from None
+
+
+# -- optimizers of a file: Adam, Lion, Muon, …
+
+RULE = "check_optimizer.check_an_optimizer_follows_the_rule_of_its_name"
+STEPS = 6
+CLOSE = 1e-4  # of the way of a parameter: float32 states lose less
+SHAPES = ((3, 4), (5,), (2, 3))
+SCALES = (1.0, 0.05, 3.0)  # of the gradients of each
+EVEN = 3.0  # largest singular value of a step of Muon over its smallest; of the gradient it is 6
+HIDDEN = (1e-8, 1e-6, 1e-5, 1e-7, 1e-10, 1e-12, 1e-4, 1e-3)  # eps, where it is no parameter
+USUAL = ((0.9, 0.999), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.95, 0.98))  # betas where they are no parameters
+
+
+def check_an_optimizer_follows_the_rule_of_its_name(subject: Subject) -> None:
+    """An optimizer must take a parameter where the published rule of its name takes it."""
+    note(judged=judged(subject, "optimizer", judge=lambda one: expect_rule(subject, MetOptimizer(one))))
+
+
+def expect_rule(subject: Subject, met: MetOptimizer) -> str:
+    if met.rule == "muon":
+        return expect_orthogonal(subject, met)
+    one, start, grads = met.companion, starting(0), gradients(SHAPES[0], STEPS, SCALES[0], 0)
+    got = [p for (p,) in run_or_refuse(subject, met, [start], [[g] for g in grads])]
+    if any(follows(rule, met, start, grads, got) for rule in RIGHT[met.rule]):
+        return met.rule
+    if any(follows(rule, met, start, grads, got) for rule in UNSCALED.get(met.rule, ())):
+        advise(
+            f"the weight decay of {one.name} is not multiplied by the learning rate: a common 0.1 is a tenth per step"
+        )
+        return met.rule
+    if met.others:
+        raise NotApplicable(f"it has settings of its own ({', '.join(met.others)}) and is not the published rule")
+    hidden = met.unknown & {"lr", *DECIDE.get(met.rule, ("betas",))}
+    if hidden:
+        raise NotApplicable(f"it chooses {' and '.join(sorted(hidden))} itself")
+    found = (
+        (says, bug) for says, bug, rules in WRONG[met.rule] if any(follows(r, met, start, grads, got) for r in rules)
+    )
+    says, bug = next(found, ("", ""))
+    paths = [rule(start, grads, met.settings) for rule in RIGHT[met.rule]]
+    want = max(paths, key=lambda path: agreeing(path, got, start))
+    k = agreeing(want, got, start)
+    place = int((got[k] - want[k]).abs().nan_to_num(torch.inf).argmax())
+    moved, right = ((p.flatten()[place] - start.flatten()[place]).item() for p in (got[k], want[k]))
+    fail(
+        f"after {k + 1} step{'s' if k else ''}, {one.name} has moved a weight by {moved:+.4g}, should be {right:+.4g}"
+        + (f": {says}" if says else " (the published rule at the same settings)"),
+        where=one.where,
+        likely=(bug,) if bug else (),
+        advice=f"Compare it step by step with torch.optim: {PUBLISHED[met.rule]}.",
+        got=moved,
+        want=right,
+    )
+
+
+DECIDE = {"rmsprop": ("alpha",), "sgd": (), "adagrad": ()}  # what a rule cannot be known without, beside the rate
+PUBLISHED = {
+    "adamw": "p *= 1 - lr * weight_decay; p -= lr * m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)",
+    "adam": "m and v are means of g and g², p -= lr * m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)",
+    "rmsprop": "v = alpha * v + (1 - alpha) * g**2; p -= lr * g / (v.sqrt() + eps)",
+    "adagrad": "v += g**2; p -= lr * g / (v.sqrt() + eps)",
+    "sgd": "buffer = momentum * buffer + g; p -= lr * buffer",
+    "lion": "p -= lr * sign(beta1 * m + (1 - beta1) * g), then m = beta2 * m + (1 - beta2) * g",
+}
+
+
+def starting(i: int) -> Tensor:
+    return torch.linspace(-1, 1.5, math.prod(SHAPES[i]), dtype=torch.float64).view(SHAPES[i])
+
+
+def run_or_refuse(
+    subject: Subject, met: MetOptimizer, starts: list[Tensor], steps: list[list[Any]]
+) -> list[list[Tensor]]:
+    try:
+        return met.run(subject, starts, steps)
+    except NotApplicable:
+        raise
+    except Exception as error:
+        raise NotApplicable(f"stepping it raises {said(error)}") from None
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def follows(rule: Rule, met: MetOptimizer, start: Tensor, grads: list[Tensor], got: list[Tensor]) -> bool:
+    """Whether the rule takes the parameter the same way, at what was given or, if that is hidden, at usual settings."""
+    tried = [met.settings]
+    if "eps" in met.unknown:
+        tried = [replace(h, eps=eps) for h in tried for eps in HIDDEN]
+    if "betas" in met.unknown:
+        tried = [replace(h, betas=betas) for h in tried for betas in USUAL]
+    return any(all(near(g, w, start) for g, w in zip(got, rule(start, grads, h), strict=True)) for h in tried)
+
+
+def near(got: Tensor, want: Tensor, start: Tensor) -> bool:
+    same = torch.where(got.isnan() & want.isnan(), 0.0, (got.double() - want).abs())
+    return bool(same.max() <= CLOSE * (want - start).abs().nan_to_num(0.0).max())
+
+
+def agreeing(path: list[Tensor], got: list[Tensor], start: Tensor) -> int:
+    """How many steps two paths are the same."""
+    return next((k for k in range(STEPS) if not near(got[k], path[k], start)), STEPS - 1)
+
+
+def expect_orthogonal(subject: Subject, met: MetOptimizer) -> str:
+    one = met.companion
+    for shape in ((6, 6), (8, 5), (5, 8)):
+        g, start = well_conditioned(shape, 0), torch.ones(shape)
+        ((after,),) = run_or_refuse(subject, met, [start], [[g]])
+        step = start - after
+        if not step.any() or not step.isfinite().all():
+            raise NotApplicable("its step is 0 or not finite")
+        values = torch.linalg.svdvals(step.double())
+        u, _, v = torch.linalg.svd(g, full_matrices=False)
+        along = float(torch.cosine_similarity(step.flatten(), (u @ v).flatten(), 0))
+        if float(values[0] / values[-1]) > EVEN or along < 0.9:
+            fail(
+                f"the singular values of a step of {one.name} for a {shape[0]}×{shape[1]} gradient go from "
+                f"{values[-1]:.3g} to {values[0]:.3g}, should be about equal (the gradient's go from 1 to 6)"
+                + (f"; its cosine with the orthogonal factor is {along:.2f}" if along < 0.9 else ""),
+                where=one.where,
+                likely=("muon-does-not-orthogonalize",),
+                advice="Divide by the norm, then iterate X = a X + (b A + c A A) X with A = X Xᵀ, five times, on the "
+                "transpose of a tall matrix.",
+                values=[float(x) for x in values],
+            )
+    return "orthogonal"
+
+
+@needs(RULE)
+def check_an_optimizer_keeps_its_parameters_apart(subject: Subject) -> None:
+    """Each parameter must be moved as it is alone, and one without a gradient not at all."""
+    note(judged=judged(subject, "optimizer", judge=lambda one: expect_apart(subject, MetOptimizer(one))))
+
+
+def expect_apart(subject: Subject, met: MetOptimizer) -> int:
+    one, shapes = met.companion, SHAPES if met.rule != "muon" else ((3, 4), (6, 2), (2, 3))
+    starts = [torch.linspace(-1, 1.5, math.prod(s), dtype=torch.float64).view(s) for s in shapes]
+    grads = [gradients(s, STEPS, scale, i) for i, (s, scale) in enumerate(zip(shapes, SCALES, strict=True))]
+    alone = [run_or_refuse(subject, met, [p], [[g] for g in gs])[-1][0] for p, gs in zip(starts, grads, strict=True)]
+    shared = (
+        "what it keeps of one parameter (moments, or the count of its steps) reaches another. Keep it in "
+        "self.state[p], and count steps once a step"
+    )
+    try:
+        together = met.run(subject, starts, [list(g) for g in zip(*grads, strict=True)])[-1]
+    except Exception as error:
+        fail(
+            f"{one.name} steps each of {len(shapes)} parameters alone, but together raises {said(error)}",
+            where=one.where,
+            likely=("optimizer-shares-its-state",),
+            advice=shared[0].upper() + shared[1:] + ".",
+        )
+    for i, (a, b) in enumerate(zip(alone, together, strict=True)):
+        if not near(b, a.double(), starts[i]):
+            fail(
+                f"{one.name} moves parameter {i} of {len(shapes)} by up to {float((b - starts[i]).abs().max()):.4g} in "
+                f"{STEPS} steps together with the others, and by {float((a - starts[i]).abs().max()):.4g} alone",
+                where=one.where,
+                likely=("optimizer-shares-its-state",),
+                advice=shared[0].upper() + shared[1:] + ".",
+            )
+    try:
+        without = met.run(subject, starts, [[g, None, h] for g, _, h in zip(*grads, strict=True)])[-1]
+    except Exception as error:
+        advise(f"{one.name} stops at a parameter that has no gradient ({said(error)})")
+        return len(shapes)
+    if not torch.equal(without[1].double(), starts[1]):
+        fail(
+            f"{one.name} moves a parameter that has no gradient, by up to "
+            f"{float((without[1] - starts[1]).abs().max()):.4g} in {STEPS} steps",
+            where=one.where,
+            likely=("optimizer-decays-without-a-gradient",),
+            advice="Skip it before anything else: if p.grad is None: continue.",
+        )
+    return len(shapes)

@@ -10,6 +10,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ from .which_model import Found
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 STEPS = vocabulary.words("step steps it iter iteration t i epoch n cur current global num index idx")
+LENGTHS = vocabulary.words("step steps iters iterations epochs warmup")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two functions of a file that are a tokenizer together."""
+
+    encode: Any
+    decode: Any
 
 
 def words_of(name: str) -> frozenset[str]:
@@ -40,6 +50,9 @@ def companions_in(found: Found, parts: Mapping[str, Any]) -> tuple[Companion, ..
         kind = next((kind for kind, fits in KINDS.items() if fits(words_of(name), value)), None)
         if kind is not None and name.lstrip("_") == name:
             companions.append(Companion(kind, name, value, _where(name, kind, found)))
+    pair = [found.scope.get(name) for name in ("encode", "decode")]
+    if all(inspect.isfunction(one) and _is_own(one, found) and len(parameters_of(one)) == 1 for one in pair):
+        companions.append(Companion("tokenizer", "encode", Pair(*pair), _where("encode", "tokenizer", found)))
     return tuple(sorted(companions, key=lambda one: one.where.line))
 
 
@@ -53,7 +66,10 @@ def _where(name: str, kind: str, found: Found) -> Where:
     for source in found.sandbox.sources.values():
         for tree, filename in zip(source.trees, source.filenames, strict=True):
             for node in tree.body:
-                if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+                named = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+                if isinstance(node, ast.Assign):
+                    named = [target.id for target in node.targets if isinstance(target, ast.Name)]
+                if name in named:
                     return Where(name, kind, shown(filename), node.lineno)
     return Where(name, kind)
 
@@ -91,24 +107,36 @@ def _is_distillation_loss(words: frozenset[str], value: Any) -> bool:
 
 
 def _is_schedule(words: frozenset[str], value: Any) -> bool:
-    named = (
-        bool(words & vocabulary.words("lr schedule scheduler sched warmup noam wsd")) or {"learning", "rate"} <= words
-    )
+    of_the_rate = "lr" in words or {"learning", "rate"} <= words
+    other = words & vocabulary.words("beta momentum wd weight temperature dropout noise mask kl")
+    decays = "decay" in words and words & vocabulary.words("cosine linear polynomial exponential sqrt")
+    plan = words & vocabulary.words("schedule scheduler sched scheduled warmup noam wsd annealing anneal") or decays
+    if not of_the_rate and (other or not plan):
+        return False
     if inspect.isclass(value):
-        return named and not issubclass(value, nn.Module) and bool({"step", "get_lr", "__call__"} & set(dir(value)))
+        refused = (nn.Module, torch.optim.Optimizer)
+        return not issubclass(value, refused) and bool(
+            {"step", "get_lr", "__call__", "step_and_update_lr"} & set(dir(value))
+        )
     takes = [words_of(name) for name in parameters_of(value)]
-    return inspect.isfunction(value) and named and any(one and one <= STEPS for one in takes)
+    told = frozenset[str]().union(*takes)
+    makes = plan and told & vocabulary.words("warmup total training max decay") and told & LENGTHS
+    return inspect.isfunction(value) and bool(any(one and one <= STEPS for one in takes) or makes)
 
 
 def _is_average(words: frozenset[str], value: Any) -> bool:
     named = words & vocabulary.words("ema average averaged averager averaging shadow polyak")
-    return bool(named) and _has(value, "update")
+    meters = words & vocabulary.words("meter meters metric loss scalar")
+    updates = _has(value, "update") or _has(value, "update_parameters") or _has(value, "copy_to", "forward")
+    return bool(named) and not meters and updates
 
 
 def _is_optimizer(words: frozenset[str], value: Any) -> bool:
     if not inspect.isclass(value):
         return False
-    named = words & vocabulary.words("adam adamw sgd lion muon rmsprop adagrad optimizer momentum")
+    named = (
+        words & vocabulary.words("adam adamw sgd lion muon adagrad ada optimizer momentum") or {"rms", "prop"} <= words
+    )
     return issubclass(value, torch.optim.Optimizer) or bool(named and _has(value, "step", "zero_grad"))
 
 
@@ -121,8 +149,7 @@ KINDS: dict[str, Callable[[frozenset[str], Any], bool]] = {
     "distillation loss": _is_distillation_loss,
     "evaluation": _is_evaluation,
     "average": _is_average,
-    "optimizer": _is_optimizer,
     "schedule": _is_schedule,
+    "optimizer": _is_optimizer,
     "tokenizer": _is_tokenizer,
 }
-JUDGED = ("preference loss", "distillation loss", "evaluation")  # of the others the header says that no check is made

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import vocabulary
-from .companions import JUDGED
 from .roles import named_otherwise
 from .sandbox import Sandbox
 
@@ -42,15 +41,12 @@ def header_of(loaded: Loaded) -> str:
 
 
 def _found(loaded: Loaded) -> list[str]:
-    """`also found: loss, perplexity (evaluation)` and `not checked: get_lr (schedule), LoRALinear.merge`."""
+    """`also found: loss, get_lr (schedule)` and `not checked: LoRALinear.merge, beam_search`."""
     parts = [name for name in sorted(loaded.parts) if name not in ("companions", "batches")]
-    companions = loaded.parts.get("companions", ())
-    looked_at = parts + [f"{one.name} ({one.kind})" for one in companions if one.kind in JUDGED]
-    left = [f"{one.name} ({one.kind})" for one in companions if one.kind not in JUDGED]
-    uncalled = list(loaded.uncalled())
-    left += uncalled[:SHOWN] + ([f"{len(uncalled) - SHOWN} more that no check calls"] if uncalled[SHOWN:] else [])
-    lines = (("also found", looked_at), ("not checked", left))
-    return [f"{title}: {', '.join(names)}" for title, names in lines if names]
+    found = parts + [f"{one.name} ({one.kind})" for one in loaded.parts.get("companions", ())]
+    left = list(loaded.uncalled())
+    left = left[:SHOWN] + ([f"{len(left) - SHOWN} more that no check calls"] if left[SHOWN:] else [])
+    return [f"{title}: {', '.join(names)}" for title, names in (("also found", found), ("not checked", left)) if names]
 
 
 def _values(loaded: Loaded) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..expect import NotApplicable, advise
+from ..meet.vocabulary import squash
 from ..subject import Companion, Subject
 
 Names = Mapping[str, str]  # a role to the names of its parameters
@@ -18,9 +19,9 @@ def roles_of(function: Callable[..., Any], names: Names) -> dict[str, str]:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         raise NotApplicable("its signature cannot be read") from None
-    roles = {word: role for role, words in names.items() for word in words.split()}
+    roles = {squash(word): role for role, words in names.items() for word in words.split()}
     plain = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return {name: roles.get(name.lower().strip("_"), "") for name in plain}
+    return {name: roles.get(squash(name), "") for name in plain}
 
 
 def filled(function: Callable[..., Any], roles: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ THEMES = (
     "contract", "modes", "causality", "masking", "paths", "positions", "options", "randomness",
     "initialization", "gradients", "parts", "attention", "experts", "numerics", "portability", "devices", "distributed",
     "loss", "targets", "preference", "cache", "generation", "sampling", "decoding",
-    "training", "optimizer", "evaluation", "data", "checkpoint", "spec", "memorization", "sanity",
+    "training", "optimizer", "schedule", "average", "evaluation", "data", "checkpoint", "spec",
+    "memorization", "sanity",
 )  # fmt: skip
 
 # The decorators of a check, its name, and the first paragraph of its docstring.
