@@ -11,7 +11,8 @@ from torch import nn
 from tests.controls_training import LOSSES, loss_subject, of_transformers
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import changed
-from transformer_checks.checks.bugs.loss import ReturnsItsLoss, losses
+from transformer_checks.checks.bugs.loss import losses
+from transformer_checks.checks.bugs.losses_in_forward import ReturnsItsLoss
 from transformer_checks.checks.check_loss import check_a_place_is_trained_on_its_own_target
 from transformer_checks.checks.loss.met_loss import met_loss
 from transformer_checks.checks.meet.roles import named_otherwise, targets_of
@@ -24,6 +25,7 @@ from transformer_checks.checks.subject import Subject
 CHECKS = {check_id(check).partition(".")[2]: check for check in checks_in("loss")}
 PLACE, DROPPED = "check_a_place_is_trained_on_its_own_target", "check_no_target_is_dropped"
 MASK, VALUE = "check_mask_drops_its_targets_and_no_others", "check_value_is_the_closed_form"
+IGNORED = "check_ignored_targets_are_not_trained"
 SAME_LOGITS = "check_targets_leave_the_logits_as_they_are"
 
 # bug, check, and facts that its message must hold: positions, numbers, names
@@ -54,6 +56,17 @@ SAID = [
     ("all-masked-batch-nan", "check_nothing_to_learn_is_no_loss", ["all targets masked", "nan"]),
     ("labels-alias-input-ids", "check_loss_leaves_its_inputs_alone", ["its targets", "-100"]),
     ("nll-of-raw-logits", "check_loss_takes_what_the_model_gives", ["returns logits", "expects log-probabilities"]),
+    (
+        "nll-of-raw-logits-in-forward",
+        "check_loss_takes_what_the_model_gives",
+        ["forward passes its loss logits", "expects log-probabilities", "never applied"],
+    ),
+    ("naive-log-of-softmax-in-forward", "check_extreme_logits_stay_finite", ["logits up to 1000", "inf"]),
+    ("loss-without-targets-in-forward", PLACE, ["the same for any targets"]),
+    ("labels-of-transformers-unshifted", PLACE, ["labels[:, t]", "PreTrainedModel"]),
+    ("ignored-label-clamped", IGNORED, ["a target of -100 (no token id) is trained", "as if it were token id 0"]),
+    ("smoothing-trains-ignored-labels", IGNORED, ["a target of -100", "times that of a real target, should be 0"]),
+    ("ignore-index-unused", IGNORED, ["a target of 0 (ignore_index=0 by default)", "as if it were token id 0"]),
     ("loss-detached", PLACE, ["no gradient"]),
     ("loss-of-scaled-logits", VALUE, ["logits multiplied by 0.5"]),
     ("loss-of-other-ids", PLACE, ["a target of token id 1 trains token id 0", "16 of 17"]),
@@ -75,7 +88,7 @@ def test_a_finding_names_the_mistake(bug, check, facts):
     verdict = judge(CHECKS[check], all_bugs()[bug].subject(), {})
     assert verdict.outcome == "failed"
     assert not [fact for fact in facts if fact not in verdict.says], verdict.says
-    assert not verdict.likely or bug in verdict.likely
+    assert not verdict.likely or {bug, bug.removesuffix("-in-forward")} & {*verdict.likely}
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -223,6 +236,62 @@ def test_the_loss_that_a_model_returns_is_judged():
     assert "by 2" in judge(CHECKS[PLACE], twice, {}).says
     divided = Subject("model", vars_of(None, lambda **sizes: TwoReturns(0, True)))
     assert "divided by all positions" in judge(CHECKS[VALUE], divided, {}).says
+
+
+@pytest.mark.parametrize(
+    ("loss", "outcome"),
+    [
+        (lambda logits, targets: nn.functional.cross_entropy(logits.mT, targets), "passed"),
+        (lambda logits, targets: nn.functional.cross_entropy(logits.mT, targets, label_smoothing=0.1), "passed"),
+        (lambda logits, targets: nn.functional.cross_entropy(logits.mT, targets, ignore_index=-1), "passed"),
+        (lambda logits, targets, mask: (losses_of(logits, targets) * mask).sum() / mask.sum(), "passed"),
+        (lambda logits, targets, mask: (losses_of(logits, targets) * (mask + 1e-7)).sum() / mask.sum(), "failed"),
+        # counted from the end, -1 is the last token: nobody said that it is ignored
+        (lambda logits, targets: -logits.log_softmax(-1)[torch.arange(len(targets))[:, None],
+                                                         torch.arange(targets.shape[1]), targets].mean(),
+         "not_applicable"),
+        (lambda logits, targets: -(nn.functional.one_hot(targets, 17) * logits.log_softmax(-1)).sum(-1).mean(),
+         "not_applicable"),
+        # a z-loss that reaches padding is advice
+        (lambda logits, targets: nn.functional.cross_entropy(logits.mT, targets)
+         + 1e-3 * logits.logsumexp(-1).square().mean(), "passed"),
+    ],
+    ids=["cross_entropy", "smoothed", "-1", "mask", "mask of 1e-7", "indexed", "one-hot", "z-loss"],
+)  # fmt: skip
+def test_only_labels_that_a_loss_accepts_as_ignored_are_judged(loss, outcome):
+    """A mask that is not quite 0 fails; an index from the end and a crash are no claim to ignore anything."""
+    verdict = judge(CHECKS[IGNORED], Subject("own", vars_of(loss)), {})
+    assert verdict.outcome == outcome, verdict.says
+
+
+class TakesLabels(nn.Module):
+    """Its arguments are those of the models of transformers; `n` is its own shift."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.embedding, self.head, self.n = nn.Embedding(17, 8), nn.Linear(8, 17), n
+
+    def forward(self, input_ids, labels=None):
+        logits = self.head(self.embedding(input_ids))
+        if labels is None:
+            return logits, None
+        kept = logits[:, : logits.shape[1] - self.n]
+        return logits, nn.functional.cross_entropy(kept.transpose(1, 2), labels[:, self.n :])
+
+
+def test_labels_that_forward_does_not_shift_are_remarked_on_where_nothing_shows_what_is_passed():
+    remarks = {}
+    for n in (0, 1):
+        verdict = judge(CHECKS[PLACE], Subject("model", vars_of(None, lambda n=n, **sizes: TakesLabels(n))), {})
+        assert verdict.outcome == "passed"
+        remarks[n] = " ".join(verdict.remarks)
+    assert "does not shift its labels" in remarks[0] and not remarks[1]
+
+
+def test_a_mean_of_the_means_of_rows_is_remarked_on():
+    """It is a usual choice, so it fails only where another mean is declared."""
+    verdict = judge(CHECKS[VALUE], loss_subject("mean of each row"), {})
+    assert verdict.outcome == "passed" and any("counts 4 times as much" in remark for remark in verdict.remarks)
 
 
 def test_a_loss_that_cannot_be_called_is_not_accused():

@@ -1,17 +1,15 @@
-"""Wrong losses: which target, the loss mask, the mean, the cross entropy, and the loss that a model returns itself."""
+"""Wrong losses: which target, the loss mask, the mean and the cross entropy."""
 
 from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...transformer.loss import next_token_loss
-from ...transformer.model import Transformer
 from ..check_loss import (
     check_a_batch_given_twice_counts_as_declared,
     check_a_place_is_trained_on_its_own_target,
@@ -27,14 +25,10 @@ from ..check_loss import (
     check_no_target_is_dropped,
     check_nothing_to_learn_is_no_loss,
     check_padding_changes_nothing,
-    check_targets_give_a_loss,
-    check_targets_leave_the_logits_as_they_are,
-    check_the_loss_trains_what_makes_the_logits,
     check_value_is_the_closed_form,
 )
 from ..check_sanity import check_learns_only_unmasked_targets
 from . import bug
-from .designs import TaughtTransformer, changed
 
 
 def losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -408,72 +402,3 @@ def loss_detached(parts: SimpleNamespace) -> None:
 @bug("the loss function returns the logits instead of a number", check_a_place_is_trained_on_its_own_target)
 def loss_returns_logits(parts: SimpleNamespace) -> None:
     parts.loss = lambda logits, targets, mask=None: logits.flatten(0, 1)
-
-
-# -- the loss that a model returns
-
-
-class ReturnsItsLoss(TaughtTransformer):
-    """Handed targets, it gives logits and their loss, else the logits."""
-
-    def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
-        return logits, losses(logits, targets).mean()
-
-
-def returning_its_loss(**config: Any) -> SimpleNamespace:
-    def change(model: Transformer) -> None:
-        model.__class__ = ReturnsItsLoss
-
-    parts = changed(change, **config)
-    parts.loss, parts.declares = None, {}
-    return parts
-
-
-@bug("given targets, the model returns flattened logits as its loss", check_targets_give_a_loss, of=returning_its_loss)
-def loss_never_computed(model: Transformer) -> None:
-    class Uncomputed(ReturnsItsLoss):
-        def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
-            return logits, logits.flatten(0, 1)
-
-    model.__class__ = Uncomputed
-
-
-@bug("given targets, the model returns its loss function, uncalled", check_targets_give_a_loss, of=returning_its_loss)
-def loss_is_a_function(model: Transformer) -> None:
-    class Uncalled(ReturnsItsLoss):
-        def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
-            return logits, F.cross_entropy
-
-    model.__class__ = Uncalled
-
-
-@bug("given targets, the model skips its head", check_targets_leave_the_logits_as_they_are, of=returning_its_loss)
-def loss_of_hidden_states(model: Transformer) -> None:
-    class Headless(ReturnsItsLoss):
-        def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
-            return super().taught(hidden, hidden, targets)
-
-    model.__class__ = Headless
-
-
-@bug("given targets, the final norm lacks its bias", check_targets_leave_the_logits_as_they_are, of=returning_its_loss)
-def loss_of_other_logits(model: Transformer) -> None:
-    class Unnormed(ReturnsItsLoss):
-        def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
-            return super().taught(hidden, self.head(hidden - self.norm.bias), targets)
-
-    model.__class__ = Unnormed
-
-
-@bug(
-    "the model's loss is computed from hidden states instead of logits: the head is never trained",
-    check_the_loss_trains_what_makes_the_logits,
-    of=returning_its_loss,
-    tied=False,
-)
-def loss_beside_the_head(model: Transformer) -> None:
-    class Beside(ReturnsItsLoss):
-        def taught(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
-            return logits, losses(hidden, targets).mean()
-
-    model.__class__ = Beside

@@ -159,6 +159,15 @@ def reduction(subject: Subject, loss: MetLoss) -> str:
     return declared if declared in REDUCTIONS else USUAL[0]
 
 
+def remark_on_rows(subject: Subject, loss: MetLoss) -> None:
+    """Says where the mean is first over each row: a usual choice, but not what F.cross_entropy does."""
+    if subject.declared("reduction") is None and loss.masks and "each row's mean" in loss.reduction:
+        advise(
+            f"the loss is {loss.reduction}: a target in a row with 2 unmasked targets counts 4 times as much as one "
+            "in a row with 8, where F.cross_entropy counts all targets alike"
+        )
+
+
 def weights_of(subject: Subject, loss: MetLoss, mask: Tensor) -> Tensor:
     return REDUCTIONS[reduction(subject, loss)](all_kept(loss, mask))
 
@@ -226,8 +235,8 @@ def shown_apart(one: float, other: float) -> tuple[str, str]:
 
 
 def needs_own_softmax(loss: MetLoss) -> None:
-    if loss.domain != "logits" or loss.inside_model:
-        raise NotApplicable("the loss does not apply the softmax itself", takes=loss.domain)
+    if loss.domain != "logits":
+        raise NotApplicable(f"the loss takes {loss.domain}: the softmax is not its own", takes=loss.domain)
 
 
 def padded(loss: MetLoss) -> tuple[Tensor, Tensor, Tensor]:

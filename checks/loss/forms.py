@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..expect import NotApplicable
+from ..meet.logits import standing_for
 from ..meet.roles import role_among
 from ..meet.vocabulary import squash
 from ..probes.extra_arguments import targets_of
@@ -54,6 +55,7 @@ class Form:
     takes_mask: bool = False
     inside_model: bool = False
     changes_logits: bool = False  # the model does so after the module whose output is replaced
+    gives: str = ""  # what that module gives: "logits", "log-probabilities" or "probabilities"
     documented: bool = False  # the subject declares this form: if the call fails, that is its own mistake
 
 
@@ -193,7 +195,7 @@ def model_form(subject: Subject) -> Form:
         inspect.signature(model.forward).bind(None, **{name: None})
     except TypeError as error:
         raise NotApplicable(f"forward cannot be called with tokens and {name} alone: {error}") from None
-    head, plain = find_head(subject, model, name)
+    head, plain, gives = find_head(subject, model, name)
     own = head.forward
 
     def raw(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
@@ -203,7 +205,7 @@ def model_form(subject: Subject) -> Form:
 
     longest = min(PLACES + SPARE, subject.sizes.block_size)
     V, says = subject.sizes.vocab_size, f"model(tokens, {name}=…)"
-    return Form(raw, says, V, longest, inside_model=True, changes_logits=not plain)
+    return Form(raw, says, V, longest, inside_model=True, changes_logits=not plain, gives=gives)
 
 
 def _replaced(output: Any, logits: Tensor) -> Any:
@@ -212,8 +214,8 @@ def _replaced(output: Any, logits: Tensor) -> Any:
     return output if shorter else logits
 
 
-def find_head(subject: Subject, model: nn.Module, name: str) -> tuple[nn.Module, bool]:
-    """The last module whose output is [B, T, V], and whether that output is returned as the logits unchanged.
+def find_head(subject: Subject, model: nn.Module, name: str) -> tuple[nn.Module, bool, str]:
+    """The last module whose output is [B, T, V], whether that output is returned unchanged, and what it stands for.
 
     What the model does afterwards (a softcap, a log-softmax, something added) stays in place.
     """
@@ -226,7 +228,7 @@ def find_head(subject: Subject, model: nn.Module, name: str) -> tuple[nn.Module,
         given = next((output for output in call.outputs if output.shape == wanted), None)
         if call.module != type(model).__name__ and given is not None:
             plain = not logits or any(torch.equal(t, given.flatten()) for t in logits)
-            return model.get_submodule(call.module), plain
+            return model.get_submodule(call.module), plain, standing_for(given)
     raise NotApplicable("the model computes its loss itself, and no module outputs logits that could be replaced")
 
 

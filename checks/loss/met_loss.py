@@ -56,6 +56,7 @@ class MetLoss:
     also_runs: tuple[str, ...] = ()  # other ways to call it that give something else
     inside_model: bool = False
     changes_logits: bool = False  # the model does so between the logits that it is given and its loss
+    gives: str = ""  # what a loss inside the model is given there: "logits", "log-probabilities" or "probabilities"
 
     def __call__(self, logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is not None and not self.masks:
@@ -170,7 +171,7 @@ def described(trial: Trial) -> MetLoss:
         reduction=reduction(trial, call, places, dropped, bool(masks)),
         reading=reading if known else None,
         symbols=trial.symbols, left_out=trial.left_out, weighs_symbols=weighs_symbols(trial),
-        inside_model=form.inside_model, changes_logits=form.changes_logits,
+        inside_model=form.inside_model, changes_logits=form.changes_logits, gives=form.gives,
     )  # fmt: skip
 
 

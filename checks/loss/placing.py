@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 
-from ..expect import fail
+from ..expect import advise, fail
+from ..subject import Subject
+from ..watch.location import locate
 from .met_loss import MetLoss
 from .reading import EXACT, Reading, gradient, read
 
 
-def refuse_what_teaches_nothing(loss: MetLoss) -> None:
-    """Fails if the gradient does not depend on the targets, or is that of minus a cross entropy."""
+def refuse_what_teaches_nothing(loss: MetLoss, *, only: bool) -> None:
+    """Fails if the gradient does not depend on the targets, or is that of minus a cross entropy.
+
+    `only`: nothing else can be meant as the loss; of several numbers that a model returns, one may be auxiliary.
+    """
     logits = torch.randn(2, loss.places, loss.V, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     targets = loss.symbols[torch.arange(2 * loss.places).view(2, -1) % len(loss.symbols)]
     one, other = (gradient(loss, logits, labels, None) for labels in (targets, targets.roll(1, dims=1)))
-    # What a model returns may be an auxiliary loss.
-    if len(loss.symbols) > 1 and not loss.inside_model and torch.equal(one, other):
+    if len(loss.symbols) > 1 and only and bool(one.any() if loss.inside_model else True) and torch.equal(one, other):
         fail(
             "the gradient of the loss is the same for any targets, so nothing is learned from them",
             likely=("loss-without-targets",),
@@ -100,3 +106,29 @@ def refuse_shift(shift: int, declared: int | None) -> None:
         advice="shift once, either in the data (targets = tokens[:, 1:]) or in the loss (logits[:, :-1])",
         shift=shift,
     )
+
+
+def remark_on_an_unshifted_label(subject: Subject, loss: MetLoss) -> None:
+    """Forward takes input_ids and labels, as the models of transformers do, but leaves the shift to its caller.
+
+    A failure for a subclass of that library's models, whose trainers pass labels = input_ids; else a remark, where
+    nothing in the file shows what is passed.
+    """
+    model = subject.build()
+    taken = inspect.signature(model.forward).parameters
+    of_transformers = "input_ids" in taken and "labels" in taken and "decoder_input_ids" not in taken
+    if not (loss.inside_model and loss.shift == 0 and subject.causal and of_transformers):
+        return
+    says = (
+        "forward does not shift its labels: the logits at position t are trained on labels[:, t], which is the token "
+        "just read if labels are input_ids"
+    )
+    if any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
+        fail(
+            f"{says}, and that is what the trainers for a PreTrainedModel pass",
+            where=locate(model, type(model).__name__),
+            likely=("label-shift-missing", "labels-of-transformers-unshifted"),
+            advice="compute the loss of logits[:, :-1] and labels[:, 1:]",
+        )
+    if not any(subject.part(name) for name in ("train_step", "trainer", "pad_batch", "batches")):
+        advise(f"{says} (as the trainers of transformers pass them): right only if your training code shifts them")
