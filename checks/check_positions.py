@@ -107,7 +107,8 @@ def positions_held(model: nn.Module) -> str | None:
 
 def fail_alike(alike: list[tuple[int, int]], pairs: list[tuple[int, int]], T: int, mechanism: str | None) -> None:
     (a, b), all_of_them = alike[0], len(alike) == len(pairs)
-    likely: tuple[str, ...] = ("positions-start-again", "positions-clamped", "rope-half-precision")
+    again = "positions-start-again-at-128" if b - a == 128 else "positions-start-again"
+    likely: tuple[str, ...] = (again, "positions-clamped", "rope-half-precision")
     if all_of_them:
         likely = ("rope-on-the-wrong-axis", "rope-only-on-q", "prefill-all-same-position")
         if not KIND.search(mechanism or ""):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -34,6 +36,12 @@ FOUND: dict[str, Told] = {
         ("tokens 0 and 32 of 40",),
         "positions-start-again",
     ),
+    "positions-start-again-at-128": (
+        "order_of_tokens_matters",
+        None,
+        ("tokens 0 and 128 of 131",),
+        "positions-start-again-at-128",
+    ),
     "positions-clamped": ("order_of_tokens_matters", None, ("of 131", "look the same"), "positions-start-again"),
     "rope-on-the-wrong-axis": (
         "order_of_tokens_matters",
@@ -49,6 +57,19 @@ FOUND: dict[str, Told] = {
     ),
     "rope-only-on-q": ("rotary_angle_depends_on_distance", "blocks.0", ("not relative",), "rope-only-on-q"),
 }
+
+
+HEADS_IN_A_LIST = Path(__file__).parent / "homework" / "heads_in_a_list.py"
+
+
+@pytest.mark.parametrize("positions", ["torch.arange(T)", "torch.arange(T) % 8"])
+def test_the_heads_of_an_only_block_are_no_blocks(positions, tmp_path):
+    """They stand in the model's outermost list, but read the same tensor: none of them is deleted."""
+    path = tmp_path / "model.py"
+    path.write_text(HEADS_IN_A_LIST.read_text().replace("torch.arange(T)", positions))
+    found = judge(check_order_of_tokens_matters, subject_of(str(path)), {})
+    assert found.outcome == ("passed" if positions == "torch.arange(T)" else "failed"), found.says
+    assert "8" not in positions or "tokens 0 and 8 of" in found.says
 
 
 @pytest.mark.parametrize("bug", FOUND)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from power.foreign import source_of
 from tests import variants  # noqa: F401  (adds its controls)
 from tests.controls import CONTROLS
 from transformer_checks.checks.bugs import all_bugs
@@ -126,6 +127,24 @@ def test_every_dropout_is_seen_with_its_place():
         ("feed-forward output", 0),
     ]  # fmt: skip
     assert {site.rate for site in sites} == {0.3} and len(sites) == 1 + 3 * 3
+
+
+KERNEL = (
+    "y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.attn_drop.p if self.training else 0.0)"
+)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_dropouts_of_heads_in_a_list_count_as_one(fused, tmp_path):
+    """Each head drops its own attention weights, by a module or in the kernel."""
+    source = source_of("homework")
+    if fused:
+        source = source.replace("y = weights @ v", KERNEL)
+        source = source.replace("weights = self.attn_drop(weights)", "")
+    path = tmp_path / "model.py"
+    path.write_text(source)
+    sites = dropouts(fit_to(subject_of(str(path), seed=0), "gpt2"))
+    assert [site.block for site in sites if site.part == "attention weights"] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -220,11 +220,22 @@ def best_moves(subject: Subject, trials: dict[str, tuple[str, Wrap]]) -> dict[st
     return best
 
 
+def side_by_side(subject: Subject, model: nn.Module, names: list[str]) -> bool:
+    """Whether these modules read the same tensor, as heads and experts do, and not one another's output."""
+    with torch.no_grad(), recorded(model) as calls:
+        subject.logits(model, subject.tokens(1, 2))
+    read = {done.module: done.inputs[0] for done in reversed(calls) if done.module in names and done.inputs}
+    first, *others = [*read.values()] or [torch.empty(0)]
+    return bool(others) and all(torch.equal(first, other) for other in others)
+
+
 def one_block(subject: Subject, scheme: tuple[float, float] | None, **sizes: Any) -> nn.Module:
     """The subject with a single block: built with one layer, or with the other blocks deleted from their list."""
     layers = dict(n_layer=1) if subject.can_vary("n_layer") else {}
     model = precise(subject, scheme, **layers, **sizes)
     for names in siblings(model)[:1]:
+        if side_by_side(subject, model, names):  # the heads of the only block
+            continue
         blocks = model.get_submodule(names[0].rpartition(".")[0])
         if not isinstance(blocks, nn.ModuleList | nn.Sequential):
             raise NotApplicable("the blocks are not in a list, so none can be removed", blocks=names)

@@ -17,10 +17,6 @@ FORMS = {  # file → the architecture that it declares
     "hf_llama": "llama",
     "rotary_einsum": "llama",
 }
-FALSE_ALARMS = {  # checks that fail on a form though it is right
-    # dropout on the weights of one head, which are not a tensor of the reference: its heads are one tensor
-    "homework": {"check_spec.check_dropout_sites_are_the_familys"},
-}
 FOLDER = Path(__file__).parent / "forms"
 
 

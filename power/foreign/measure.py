@@ -17,7 +17,7 @@ from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import Verdict, judge
 from transformer_checks.checks.subject import Subject
 
-from . import FALSE_ALARMS, FORMS, source_of
+from . import FORMS, source_of
 from .edit import Edit
 from .edits import all_edits
 
@@ -106,10 +106,9 @@ def verdicts(case: Case, source: str, everything: bool) -> list[Verdict]:
 
 def _verdicts(case: Case, subject: Subject, everything: bool) -> Iterator[Verdict]:
     earlier: dict[str, Verdict] = {}
-    silent = FALSE_ALARMS.get(case.form, ())
     for names in (with_needs(case.named), CHECKS if everything else ()):
         for name in names:
-            if name in CHECKS and name not in earlier and name not in silent:
+            if name in CHECKS and name not in earlier:
                 verdict = earlier[name] = judge(CHECKS[name], subject, earlier)
                 yield verdict
                 if verdict.outcome == "failed" and names is CHECKS:

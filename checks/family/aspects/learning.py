@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ...watch.location import line_now
 from ..closeness import apart, explicit
 from ..reference import build
 from ..specimen import Fit, Specimen
-from ..trace import alike, checkpoints, sums
+from ..trace import Checkpoint, alike, checkpoints, sums
 from ..weights.inventory import Weight
 from ..weights.roles import Norm, Plan
 
@@ -230,12 +230,22 @@ class Dropout:
     where: Where | None
 
 
+@dataclass(frozen=True)
+class Drop:
+    """One dropout of a forward: the sums of what it is applied to; None inside a fused kernel, of `scores` scores."""
+
+    sums: Tensor | None
+    rate: float
+    where: Where | None
+    scores: int = 0
+
+
 class DropoutOff(TorchFunctionMode):
     """Every dropout returns its input unchanged, and is recorded."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[Tensor | None, float, Where | None]] = []
+        self.seen: list[Drop] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -244,11 +254,12 @@ class DropoutOff(TorchFunctionMode):
             x = args[0] if args else kwargs["input"]
             rate = float(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
             if kwargs.get("training", args[2] if len(args) > 2 else True):
-                self.seen.append((sums(x), rate, line_now()))
+                self.seen.append(Drop(sums(x), rate, line_now()))
             return x
         if name == "scaled_dot_product_attention":
             rate = float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
-            self.seen += [(None, rate, line_now())] if rate else []
+            q, k = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
+            self.seen += [Drop(None, rate, line_now(), q.shape[:-1].numel() * k.shape[-2])] if rate else []
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             kwargs.pop("dropout_p", None)
         if name == "multi_head_attention_forward":
@@ -269,15 +280,33 @@ def dropouts(fit: Fit) -> list[Dropout]:
     if apart(first, again) > 0 or apart(first, fit.theirs) > specimen.bound.size:
         raise NotApplicable("the model applies dropout in a way that is not seen here", difference=apart(first, again))
     wanted = checkpoints(explicit(fit.plan, fit.variant), tokens)
-    found, kernels = [], 0
-    for given, rate, where in off.seen:
-        if given is None:
-            found.append(Dropout("attention weights", kernels, rate, where))
-            kernels += 1
+    whole = [c for c in wanted if c.part == "attention weights"]
+    found, kernels = [], 0.0
+    for drop in joined(off.seen, whole, specimen.shape.n_head):
+        if drop.sums is None:
+            kernels += drop.scores / float(whole[0].sums[0])  # of one head alone, where heads are modules
+            if round(kernels, 6) >= 1:
+                block = sum(d.part == "attention weights" for d in found)
+                found.append(Dropout("attention weights", block, drop.rate, drop.where))
+                kernels -= 1
             continue
-        same = [c for c in wanted if alike(given, c.sums)]
+        same = [c for c in wanted if alike(drop.sums, c.sums)]
         best = next((c for c in same if c.part in SITES), same[0] if same else None)
-        found.append(Dropout(best.part if best else None, best.block if best else None, rate, where))
+        found.append(Dropout(best.part if best else None, best.block if best else None, drop.rate, drop.where))
+    return found
+
+
+def joined(seen: list[Drop], whole: list[Checkpoint], H: int) -> list[Drop]:
+    """The dropouts with those of H heads as one, where each head applies its own to its attention weights."""
+    found, left = [], list(seen)
+    while left:
+        heads = [drop for drop in left[:H] if drop.sums is not None and drop.where == left[0].where]
+        together = torch.stack([drop.sums for drop in heads if drop.sums is not None]).sum(0) if heads else None
+        if together is not None and len(heads) == H and any(alike(together, c.sums) for c in whole):
+            found.append(replace(left[0], sums=together))
+            left = left[H:]
+        else:
+            found.append(left.pop(0))
     return found
 
 
