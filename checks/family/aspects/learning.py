@@ -281,7 +281,8 @@ def dropouts(fit: Fit) -> list[Dropout]:
         raise NotApplicable("the model applies dropout in a way that is not seen here", difference=apart(first, again))
     wanted = checkpoints(explicit(fit.plan, fit.variant), tokens)
     whole = [c for c in wanted if c.part == "attention weights"]
-    found, kernels = [], 0.0
+    found: list[Dropout] = []
+    kernels = 0.0
     for drop in joined(off.seen, whole, specimen.shape.n_head):
         if drop.sums is None:
             kernels += drop.scores / float(whole[0].sums[0])  # of one head alone, where heads are modules
