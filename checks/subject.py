@@ -303,6 +303,11 @@ class Subject:
         return create(batch_size, self.sizes.block_size) if create else None
 
     @property
+    def without_cache(self) -> str:
+        """Why `new_cache` gives None: the reason for which checks of the cache do not apply."""
+        return "no key-value cache was found in the model"
+
+    @property
     def takes_mask(self) -> bool:
         """Whether `logits` takes a padding mask."""
         return bool(self.mask_forms)

@@ -54,6 +54,8 @@ FACTS = {
     "bidirectional_by_default.py": ("Model(words, dims, heads, layers)", "bidirectional=False"),
     "cache_inside.py": ("cache ✓ (use_cache=True, reset_cache())",),
     "cache_object.py": ("cache ✓ (cache=KVCache())",),
+    "caches_at_a_place.py": ("forward(tokens, start_pos) → logits", "cache ✓ (start_pos=)"),
+    "caches_of_each_block.py": ("cache ✓ (caches=[KVCache(), …])",),
     "caches_set_up.py": ("setup_caches(B, block size) is called", "cache ✓ (setup_caches, input_pos=)"),
     "causal_by_a_switch.py": ("use_causal_attention=True",),
     "causal_mask_handed.py": (

@@ -59,6 +59,10 @@ class Foreign(Subject):
         return self.loaded.new_cache(model, batch_size)
 
     @property
+    def without_cache(self) -> str:
+        return ": ".join(filter(None, (super().without_cache, self.loaded.cache.why_not)))
+
+    @property
     def mask_forms(self) -> tuple[MaskForm, ...]:
         return self.loaded.mask_forms
 

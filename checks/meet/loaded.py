@@ -15,7 +15,8 @@ from ..expect import NotApplicable
 from ..subject import KeyValueCache, MaskForm, Option
 from .arguments import Parameter
 from .build import Recipe
-from .cache import Cache, Protocol, find_protocol, step
+from .cache import Cache, Protocol, step
+from .cache_search import Found, search
 from .forward import LENGTH, ROWS, Forward
 from .logits import standing_for
 from .padding_mask import find_mask_forms, mask_argument
@@ -91,11 +92,15 @@ class Loaded:
             return find_mask_forms(argument, read, tokens, self.sizes["vocab_size"])
 
     @functools.cached_property
-    def protocol(self) -> Protocol | None:
-        """How the model's cache is used; None if no known way works."""
+    def cache(self) -> Found:
+        """How the model's cache is used, or why no known way works."""
         model = self.build(self.sizes)
         with self.sandbox:
-            return find_protocol(self.forward, model, self.sandbox, self.sizes, self.some_tokens())
+            return search(self.forward, model, self.sandbox, self.sizes, self.some_tokens())
+
+    @property
+    def protocol(self) -> Protocol | None:
+        return self.cache.protocol
 
     def new_cache(self, model: nn.Module, batch_size: int) -> Cache | None:
         if self.protocol is None:

@@ -71,7 +71,7 @@ def _reader(subject: Subject) -> Reader:
         raise NotApplicable("declared as not causal: later tokens change earlier logits, so no cache can be exact")
     T = length(subject)
     if subject.new_cache(fresh(subject, precision(subject).dtype), 1) is None:
-        raise NotApplicable("no key-value cache was found in the model")
+        raise NotApplicable(subject.without_cache)
     for dtype in dict.fromkeys((precision(subject).dtype, torch.float32)):
         made = Reader(subject, fresh(subject, dtype), torch.float32, dtype)
         try:
@@ -83,6 +83,18 @@ def _reader(subject: Subject) -> Reader:
             continue
         return Reader(subject, made.model, seen.dtype, dtype)
     raise AssertionError("unreachable: float32 returns or raises")
+
+
+def expect_cache(subject: Subject, model: nn.Module) -> None:
+    """Raises NotApplicable without a cache, and with one that no text can be read into, which is told elsewhere."""
+    cache = subject.new_cache(model, 1)
+    if cache is None:
+        raise NotApplicable(subject.without_cache)
+    try:
+        with torch.no_grad():
+            subject.logits(model, subject.tokens(1, 2), cache=cache)
+    except Exception as error:
+        raise NotApplicable(f"no text can be read into its cache: {type(error).__name__}: {error}") from None
 
 
 def fresh(subject: Subject, dtype: torch.dtype, **sizes: Any) -> nn.Module:

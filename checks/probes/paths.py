@@ -32,6 +32,7 @@ from ..ways import (
     training_with,
     without_fused_attention,
 )
+from .cached import expect_cache
 from .influence import call, length
 from .long import LONG, LONGER
 from .module_state import renormalized
@@ -190,9 +191,11 @@ def without_fused(subject: Subject, way: Way) -> Path:
 
 def into_a_cache(subject: Subject, way: Way) -> Path:
     path = plainly(subject, way)
-    if (cache := subject.new_cache(path.model, path.rows)) is None:
-        raise NoSuchPath("no key-value cache was found")
-    if getattr(cache, "inside_the_model", False):
+    try:
+        expect_cache(subject, path.model)
+    except NotApplicable as error:
+        raise NoSuchPath(error.reason) from None
+    if getattr(subject.new_cache(path.model, path.rows), "inside_the_model", False):
         raise NoSuchPath("its cache, kept by the model, holds one text")
     return path
 
