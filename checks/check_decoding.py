@@ -1,4 +1,4 @@
-"""Decoding that weighs more than the next token: penalties on tokens already used, and beam search."""
+"""Decoding beyond the next token of one generate: further functions, penalties on tokens used, and beam search."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .expect import APPENDS, GREEDY, NotApplicable, fail, needs, note
+from .expect import APPENDS, GREEDY, REPEATS, SHAPE, NotApplicable, fail, needs, note
 from .generation.beams import END, FIRST, best, chain, flat, log_probability
 from .generation.calls import cached
+from .generation.faults import explain
+from .generation.further import further, on_each, told_of
 from .generation.scripted import Stage, dealt, stage
-from .subject import Subject
+from .probes.filled import judged
+from .subject import Companion, Subject
 from .watch.draws import seeded
 
+CACHED = "check_cache.check_cached_decoding_equals_full"
+FURTHER = "check_decoding.check_further_functions_follow_the_model"
 SHORT = 1e-4  # nats by which a text may fall short of the likelier one
 PROMPTS = 12
 NEW = 4  # tokens after a prompt
@@ -22,10 +27,38 @@ RUN = ((70.0, 40.0), (-40.0, -70.0))  # logits of the token used and of the next
 LOWEST = -400.0
 
 
-@needs(APPENDS, GREEDY)
+@needs(SHAPE, REPEATS, CACHED)
+def check_further_functions_follow_the_model(subject: Subject) -> None:
+    """A function that generates beside generate must append the tokens asked for, each the one the model is sure of."""
+    if not further(subject):
+        raise NotApplicable("your file has no function that generates beside generate")
+
+    def follow(one: Companion) -> int:
+        with told_of(one):
+            on, n = stage(subject, one), NEW
+            prompts = on.prompts(2, min(3, subject.sizes.block_size - n), n)
+            want, got = on.naive(prompts, n).tolist(), on.greedy(prompts, n)
+            for row, new in enumerate(got):
+                if len(new) != n:
+                    fail(
+                        f"asked for {n} new tokens, row {row} has {len(new)}: {new}",
+                        likely=("generate-length-off-by-one",),
+                        advice="Append one token in each of max_new_tokens steps, and return them all.",
+                    )
+            if got != want:
+                explain(on, prompts, got, want, turn=0)
+        return n
+
+    note(new_tokens=judged(subject, "generation", judge=follow))
+
+
+@needs(APPENDS, GREEDY, FURTHER)
 def check_a_penalty_makes_no_used_token_likelier(subject: Subject) -> None:
     """A penalty on tokens already used must make them less likely, whether their logits are positive or negative."""
-    on = stage(subject)
+    on_each(subject, judge_penalties)
+
+
+def judge_penalties(on: Stage) -> None:
     asked: dict[str, Any] = {role: value for role, value in STRONG.items() if role in on.decoder.takes}
     if not asked:
         raise NotApplicable(f"{on.decoder.name} has no parameter for a penalty on repeated tokens")
@@ -77,10 +110,14 @@ def after_used(on: Stage, lead: tuple[float, float], *, greedy: bool = False, **
         return (on.greedy if greedy else on.generate)(prompt, 2, **options)[0]
 
 
-@needs(APPENDS, GREEDY)
+@needs(APPENDS, GREEDY, FURTHER)
 def check_beam_search_finds_the_likeliest(subject: Subject) -> None:
     """Beam search must find a text at least as likely as a search with as many beams that reads every text whole."""
-    on = stage(subject)
+    on_each(subject, judge_search)
+
+
+def judge_search(on: Stage) -> None:
+    subject = on.subject
     on.decoder.wants("beams")
     if on.banned:
         raise NotApplicable(f"{on.decoder.name} never gives {on.banned}, which the naive search would")
@@ -128,10 +165,14 @@ def judge_beams(on: Stage, prompts: Tensor, got: Tensor, want: Tensor, row: int,
     )
 
 
-@needs(APPENDS, GREEDY)
+@needs(APPENDS, GREEDY, FURTHER)
 def check_beam_length_is_that_of_the_new_tokens(subject: Subject) -> None:
     """Among beams of several lengths, the choice must not depend on how often the prompt is repeated in front."""
-    on = stage(subject)
+    on_each(subject, judge_length)
+
+
+def judge_length(on: Stage) -> None:
+    subject = on.subject
     on.decoder.wants("beams", "end")
     long = subject.sizes.block_size - NEW
     if long < 6:

@@ -116,7 +116,7 @@ UNDECLARED = Spec()
 class Companion:
     """What a file has beside its model and the parts of a `Subject`: a schedule, an average of weights, a tokenizer."""
 
-    kind: str  # evaluation, preference loss, distillation loss, schedule, average, optimizer, tokenizer
+    kind: str  # evaluation, generation, preference loss, distillation loss, schedule, average, optimizer, tokenizer
     name: str
     value: Any  # the function or class
     where: Where
@@ -336,6 +336,11 @@ class Subject:
     def brings(self, part: str) -> bool:
         """Whether the subject has its own `loss`, `generate`, `train_step`, `trainer` or `tokenizer`."""
         return self.part(part) is not None
+
+    @property
+    def generates(self) -> bool:
+        """Whether it has a generate, as a part or as a method of its model."""
+        return self.brings("generate") or callable(getattr(self.build(), "generate", None))
 
     def part(self, name: str) -> Any:
         """A part that comes with the model, None where there is none."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from power.foreign import source_of
 from tests.decoding_verdicts import SEED, findings, verdict, verdicts, with_generate
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.search import penalizing, searching
+from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.subject import Subject
 
 PENALTY = "check_a_penalty_makes_no_used_token_likelier"
@@ -111,3 +113,107 @@ def test_a_beam_search_that_stops_at_a_likely_end_is_no_row_that_stops_for_anoth
     found = verdicts(Subject("beams", searching(), seed=SEED))
     assert found["check_end_token_ends_its_row"].outcome == "passed"
     assert found[LENGTH].evidence["new_tokens"][0] == found[LENGTH].evidence["new_tokens"][1]
+
+
+# -- further functions that generate, in a file that has a generate or none
+
+MORE = """
+
+@torch.no_grad()
+def sample(model, idx, max_new_tokens, temperature=1.0):
+    was_training = model.training
+    model.eval()
+    for _ in range(max_new_tokens):
+        logits, _ = model(idx[:, -model.config.block_size :])
+        probs = (logits[:, -1] / temperature).softmax(-1)
+        idx = torch.cat((idx, torch.multinomial(probs, 1)), 1)
+    model.train(was_training)
+    return idx
+
+
+def greedy_decode(model, prompt_ids, max_tokens):
+    ids = prompt_ids
+    for _ in range(max_tokens):
+        ids = torch.cat((ids, model(ids[:, -model.config.block_size :])[0][:, -1].argmax(-1, keepdim=True)), 1)
+    return ids[:, prompt_ids.shape[1] :]
+
+
+def sample_top_p(probs, p):
+    return probs
+
+
+def beam_encoded(model, text, alphabet):
+    return text
+"""
+BEAMS_OF_THE_MODEL = """
+    @torch.no_grad()
+    def beam_generate(self, idx, max_new_tokens, beam_width=3):
+        found = []
+        for prompt in idx:
+            beams = [(0.0, prompt)]
+            for _ in range(max_new_tokens):
+                grown = []
+                for score, ids in beams:
+                    log_p = self(ids[None, -self.config.block_size :])[0][0, -1].log_softmax(-1)
+                    top = log_p.topk(min(beam_width, len(log_p)))
+                    grown += [(score + float(v), torch.cat((ids, t[None]))) for v, t in zip(top.values, top.indices)]
+                beams = sorted(grown, key=lambda beam: -beam[0])[:beam_width]
+            found.append(beams[0][1])
+        return torch.stack(found)
+"""
+FORM = source_of("nanogpt")
+METHOD = FORM.replace(
+    "    @torch.no_grad()\n    def generate(", f"{BEAMS_OF_THE_MODEL}\n    @torch.no_grad()\n    def generate("
+)
+
+
+def of_file(folder, text, old="", new=""):
+    assert old in text
+    (folder / "model.py").write_text(text.replace(old, new) if old else text)
+    return subject_of(str(folder / "model.py"), seed=SEED)
+
+
+FURTHER = "check_further_functions_follow_the_model"
+
+
+@pytest.mark.parametrize("text", [FORM + MORE, METHOD], ids=["functions", "method"])
+def test_right_further_functions_pass(tmp_path, text):
+    subject = of_file(tmp_path, text)
+    found = verdicts(subject)
+    assert {name: v.says for name, v in found.items() if v.outcome in ("failed", "error", "blocked")} == {}
+    assert found[FURTHER].outcome == "passed"
+    assert (found[BEAMS].outcome == "passed") == (text is METHOD)
+    names = "GPT.beam_generate (generation)" if text is METHOD else "sample (generation), greedy_decode (generation)"
+    assert names in subject.header and "sample_top_p" not in subject.header
+    left = [
+        remark for remark in found[FURTHER].remarks if "beam_encoded was found in your file but not checked" in remark
+    ]
+    assert bool(left) == (text is not METHOD)
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new", "check", "facts"),
+    [
+        (FORM + MORE, "logits[:, -1] / temperature).soft", "logits[:, 0] / temperature).soft", FURTHER,
+         ["sample: greedy decoding", "position 0"]),
+        (FORM + MORE, "range(max_tokens)", "range(max_tokens - 1)", FURTHER, ["greedy_decode: asked for 4", "has 3"]),
+        (METHOD, "(score + float(v),", "(float(v),", BEAMS, ["GPT.beam_generate: with 3 beams"]),
+        (METHOD, "topk(min(beam_width, len(log_p)))", "topk(1)", BEAMS, ["what greedy decoding gives"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_further_function_is_named_with_its_line(tmp_path, text, old, new, check, facts):
+    found = verdicts(of_file(tmp_path, text, old, new))
+    wrong = [name for name, v in found.items() if v.outcome in ("failed", "error")]
+    assert wrong == [check]
+    assert not [fact for fact in facts if fact not in found[check].says], found[check].says
+    where = found[check].where
+    assert where is not None and f"def {where.module.rpartition('.')[2]}(" in "".join(
+        (tmp_path / "model.py").read_text().splitlines()[where.line - 1 : where.line + 1]
+    )
+
+
+def test_the_only_function_that_generates_is_used_as_generate(tmp_path):
+    text = FORM.replace("def generate(self", "def _continue(self") + MORE.partition("def greedy_decode")[0]
+    subject = of_file(tmp_path, text.replace("def sample(", "def sample_text("))
+    assert "sample_text is used as generate" in subject.header and "(generation)" not in subject.header
+    assert verdicts(subject)["check_greedy_equals_the_naive_loop"].outcome == "passed"

@@ -1,4 +1,4 @@
-"""Wrong penalties and beam searches, in decoding loops that have them: the reference's has not."""
+"""Wrong penalties, beam searches and further functions that generate: the reference has none of them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from ..check_decoding import (
     check_a_penalty_makes_no_used_token_likelier,
     check_beam_length_is_that_of_the_new_tokens,
     check_beam_search_finds_the_likeliest,
+    check_further_functions_follow_the_model,
 )
 from ..reference import reference_parts
-from . import bug
+from . import bug, toolbox
+from .toolbox import parts_with_companions
 
 # -- a penalty on tokens already used (Keskar et al. 2019)
 
@@ -136,3 +138,32 @@ def beams_all_alike(parts: SimpleNamespace) -> None:
 )
 def beam_length_counts_prompt(parts: SimpleNamespace) -> None:
     parts.generate = searching(counted=lambda prompt, new: prompt + new).generate
+
+
+# -- a further function that generates
+
+
+@bug(
+    "a function that samples, beside generate, reads the logits of the first position",
+    check_further_functions_follow_the_model,
+    of=parts_with_companions,
+)
+def further_sampler_reads_the_first_position(parts: SimpleNamespace) -> None:
+    @torch.no_grad()
+    def sample_text(model: nn.Module, idx: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
+        return toolbox.continued(model, idx, max_new_tokens, temperature, read=0)
+
+    toolbox.replace(parts, "generation", sample_text)
+
+
+@bug(
+    "a function that samples, beside generate, adds one token too few",
+    check_further_functions_follow_the_model,
+    of=parts_with_companions,
+)
+def further_sampler_stops_early(parts: SimpleNamespace) -> None:
+    @torch.no_grad()
+    def sample_text(model: nn.Module, idx: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
+        return toolbox.continued(model, idx, max_new_tokens - 1, temperature, read=-1)
+
+    toolbox.replace(parts, "generation", sample_text)

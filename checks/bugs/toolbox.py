@@ -1,4 +1,4 @@
-"""What files have beside a model, written right: evaluation, losses, schedule, average, optimizer, tokenizer.
+"""What files have beside a model, written right: generation, evaluation, losses, schedule, average, tokenizer, ….
 
 Bugs replace one of them; `parts_with_companions` is the reference's model with all of them.
 """
@@ -39,6 +39,22 @@ def parts_with_companions(**config: Any) -> SimpleNamespace:
 def replace(parts: SimpleNamespace, kind: str, value: Any) -> None:
     """Puts another companion of a kind into the place of the right one."""
     parts.companions = tuple(companion(kind, value) if one.kind == kind else one for one in parts.companions)
+
+
+# -- generation
+
+
+@torch.no_grad()
+def sample_text(model: nn.Module, idx: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
+    """The prompts [B, T], continued."""
+    return continued(model, idx, max_new_tokens, temperature, read=-1)
+
+
+def continued(model: nn.Module, idx: Tensor, n: int, temperature: float, *, read: int) -> Tensor:
+    for _ in range(n):
+        logits = model(idx[:, -model.config.block_size :])[:, read] / temperature  # type: ignore[union-attr,operator]
+        idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1)), dim=1)
+    return idx
 
 
 # -- evaluation
@@ -239,6 +255,7 @@ class Tokenizer:
 
 
 KINDS: dict[str, Any] = {
+    "generation": sample_text,
     "evaluation": perplexity,
     "preference loss": dpo_loss,
     "distillation loss": distillation_loss,

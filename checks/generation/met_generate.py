@@ -5,7 +5,9 @@ A `Decoder` is a subject's generate, function or method, behind one interface. N
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from ..expect import NotApplicable
 from ..meet.arguments import Unset
-from ..subject import Subject
+from ..subject import Companion, Subject
 
 # Role of a parameter → the names it has in public code, in any case.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -195,12 +197,12 @@ class Alphabet:
         return {"input_ids": torch.tensor([self.encode(text)])}
 
 
-def decoder(subject: Subject, model: nn.Module, vocab_size: int) -> Decoder:
-    """The subject's own generate and how to call it, found out by a few short calls.
+def decoder(subject: Subject, model: nn.Module, vocab_size: int, further: Companion | None = None) -> Decoder:
+    """The subject's own generate, or a further function that generates, and how to call it, found out by short calls.
 
     Raises NotApplicable if there is none or its parameters are not understood; its own errors are passed on.
     """
-    name, find = locate_generate(subject, model)
+    name, find = locate_generate(subject, model) if further is None else locate_further(subject, model, further)
     takes, defaults = understand(name, find(model))
     known = Decoder(name, find, takes, defaults, vocab_size, subject.sizes.block_size)
     return learn_forms(known, model)
@@ -216,6 +218,62 @@ def locate_generate(subject: Subject, model: nn.Module) -> tuple[str, Callable[[
         "your file defines no generate, neither as a function nor as a method of the model",
         unless="--with generate=FILE.py:NAME",
     )
+
+
+def locate_further(
+    subject: Subject, model: nn.Module, further: Companion
+) -> tuple[str, Callable[[nn.Module], Callable[..., Any]]]:
+    name = further.name.rpartition(".")[2]
+    if name == further.name:
+        return name, lambda _: inside(subject, further.value)
+    if getattr(type(model), name, None) is not further.value:
+        raise NotApplicable(f"it is no method of {type(model).__name__}")
+    return further.name, lambda model: inside(subject, getattr(model, name))
+
+
+def inside(subject: Subject, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run as the subject's own code is."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with subject.running():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def generate_in(scope: Mapping[str, Any], module: str) -> str | None:
+    """The name of the only function that generates from a model, a prompt and a number of tokens, by those names.
+
+    None where a class has a generate of its own, and where several functions may be meant.
+    """
+    own = {name: value for name, value in scope.items() if getattr(value, "__module__", None) == module}
+    if any(inspect.isclass(value) and callable(getattr(value, "generate", None)) for value in own.values()):
+        return None
+    found = [name for name, value in own.items() if inspect.isfunction(value) and _is_generate(name, value)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_generate(name: str, function: Callable[..., Any]) -> bool:
+    if not re.match(r"(generate|sample|complete)(_|$)", name) or "beam" in name:
+        return False
+    parameters = [p for p in signature(function).parameters.values() if p.kind not in VARIADIC]
+    roles = {p.name: ROLES.get(p.name.lower(), "") for p in parameters}
+    known = all(roles[p.name] for p in parameters if p.default is p.empty)
+    return known and {"model", "prompt", "count"} <= {*roles.values()} and "beams" not in roles.values()
+
+
+def generates(function: Callable[..., Any], *, method: bool) -> bool:
+    """Whether a function of a name that says so continues a prompt: by what its parameters are called.
+
+    A function is handed a model; a method, its model being `self`, a prompt and how many tokens to add.
+    """
+    try:
+        names = [p.name for p in signature(function).parameters.values() if p.kind not in VARIADIC]
+    except (TypeError, ValueError):
+        return False
+    roles = {ROLES.get(name.lower(), "") for name in (names[1:] if method else names)}
+    return roles >= {"prompt", "count"} if method else "model" in roles and bool(roles & {"prompt", "count"})
 
 
 def understand(name: str, function: Callable[..., Any]) -> tuple[dict[str, str], dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..expect import NotApplicable
 from ..probes.precision import Coarsest, precision
-from ..subject import Subject
+from ..subject import Companion, Subject
 from .calls import Read, Script, find_logits_module, watched
 from .met_generate import Decoder, Rows, decoder
 
@@ -149,12 +149,12 @@ def narrowest(logits: Tensor, latest: Tensor | None) -> float:
     return float((top[:, 0] - top[:, 1]).min() / logits.double().std())
 
 
-def stage(subject: Subject, **sizes: Any) -> Stage:
-    """The subject's generate with a model of strong weights, in float64 if the model can.
+def stage(subject: Subject, further: Companion | None = None, **sizes: Any) -> Stage:
+    """The subject's generate, or a further function of its, with a model of strong weights, in float64 if it can.
 
     Raises NotApplicable if there is no generate, or none whose model can be watched.
     """
-    known = subject.once(learn)
+    known = subject.once(learn, further)
     asked: dict[str, Any] = {**known.sizes, **sizes}
     model = subject.amplified(seed=subject.seed, dtype=known.dtype, **asked)
     script = functools.partial(ranked, banned=known.banned) if known.banned else ranked
@@ -178,37 +178,37 @@ class Known:
     sees_tokens: bool = True
 
 
-def learn(subject: Subject) -> Known:
+def learn(subject: Subject, further: Companion | None = None) -> Known:
     """A sampler that always keeps its 50 likeliest tokens is given a larger vocabulary than ours."""
     try:
-        return learn_at(subject)
+        return learn_at(subject, further)
     except RuntimeError as error:
         if TOO_MANY not in str(error) or not subject.can_vary("vocab_size"):
             raise
-        return learn_at(subject, vocab_size=ROOM)
+        return learn_at(subject, further, vocab_size=ROOM)
 
 
-def learn_at(subject: Subject, **sizes: int) -> Known:
+def learn_at(subject: Subject, further: Companion | None = None, **sizes: int) -> Known:
     """A generate that fails in float64 is tried in float32; an error there is passed on."""
     found = precision(subject)
     try:
-        return meet(subject, found.dtype, found.inside, **sizes)
+        return meet(subject, further, found.dtype, found.inside, **sizes)
     except NotApplicable:
         raise
     except Exception as error:
         if found.dtype == torch.float32 or TOO_MANY in str(error):
             raise
-        return meet(subject, torch.float32, torch.float32, **sizes)
+        return meet(subject, further, torch.float32, torch.float32, **sizes)
 
 
-def meet(subject: Subject, dtype: torch.dtype, inside: torch.dtype, **sizes: Any) -> Known:
+def meet(subject: Subject, further: Companion | None, dtype: torch.dtype, inside: torch.dtype, **sizes: Any) -> Known:
     model, text = subject.amplified(seed=subject.seed, dtype=dtype, **sizes), subject.tokens(2, 3)
     with torch.no_grad():
         logits, again = subject.logits(model, text), subject.logits(model, text)
     if not torch.allclose(logits, again, rtol=0, atol=1e-4 * float(logits.std()), equal_nan=True):
         raise NotApplicable(VARIES)
     V = logits.shape[-1]
-    calls = decoder(subject, model, V)
+    calls = decoder(subject, model, V, further)
     with Coarsest(inside) as seen:
         name, sees_tokens = find_logits_module(model, calls, V)
     banned = find_banned(subject, model, calls, name, V)

@@ -17,12 +17,16 @@ import torch
 from torch import nn
 
 from ..expect import Where, shown
+from ..generation.met_generate import generates
 from ..subject import Companion
 from . import vocabulary
 from .stubs import Stub
 from .which_model import Found
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+GENERATES = vocabulary.words(
+    "generate generation sample sampling complete completion decode beam search greedy nucleus"
+)
 STEPS = vocabulary.words("step steps it iter iteration t i epoch n cur current global num index idx")
 LENGTHS = vocabulary.words("step steps iters iterations epochs warmup")
 
@@ -45,11 +49,13 @@ def companions_in(found: Found, parts: Mapping[str, Any]) -> tuple[Companion, ..
     used = {id(inspect.unwrap(part)) if callable(part) else id(part) for part in parts.values()}
     companions = []
     for name, value in found.scope.items():
-        if not _is_own(value, found) or id(value) in used or name in parts:
+        if not _is_own(value, found) or id(inspect.unwrap(value)) in used or name in parts:
             continue
         kind = next((kind for kind, fits in KINDS.items() if fits(words_of(name), value)), None)
         if kind is not None and name.lstrip("_") == name:
             companions.append(Companion(kind, name, value, _where(name, kind, found)))
+        if inspect.isclass(value) and issubclass(value, nn.Module):
+            companions += _methods(name, value, "generate" in parts)
     pair = [found.scope.get(name) for name in ("encode", "decode")]
     if all(inspect.isfunction(one) and _is_own(one, found) and len(parameters_of(one)) == 1 for one in pair):
         companions.append(Companion("tokenizer", "encode", Pair(*pair), _where("encode", "tokenizer", found)))
@@ -60,6 +66,21 @@ def _is_own(value: Any, found: Found) -> bool:
     if not (inspect.isfunction(value) or inspect.isclass(value)) or isinstance(value, Stub):
         return False
     return value.__module__ == found.module.__name__
+
+
+def _methods(name: str, cls: type[nn.Module], beside: bool) -> list[Companion]:
+    """The methods of a module that generate; one called generate is the model's own, unless a function is beside it."""
+    return [
+        Companion("generation", f"{name}.{key}", method, _line(f"{name}.{key}", method))
+        for key, method in vars(cls).items()
+        if inspect.isfunction(method) and not key.startswith("_") and (beside or key != "generate")
+        if words_of(key) & GENERATES and generates(method, method=True)
+    ]
+
+
+def _line(name: str, method: Any) -> Where:
+    code = inspect.unwrap(method).__code__
+    return Where(name, "generation", shown(code.co_filename), code.co_firstlineno)
 
 
 def _where(name: str, kind: str, found: Found) -> Where:
@@ -144,10 +165,15 @@ def _is_tokenizer(words: frozenset[str], value: Any) -> bool:
     return _has(value, "encode", "decode") and not issubclass(value, nn.Module)
 
 
+def _is_generation(words: frozenset[str], value: Any) -> bool:
+    return inspect.isfunction(value) and bool(words & GENERATES) and generates(value, method=False)
+
+
 KINDS: dict[str, Callable[[frozenset[str], Any], bool]] = {
     "preference loss": _is_preference_loss,
     "distillation loss": _is_distillation_loss,
     "evaluation": _is_evaluation,
+    "generation": _is_generation,
     "average": _is_average,
     "schedule": _is_schedule,
     "optimizer": _is_optimizer,

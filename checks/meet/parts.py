@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..generation.met_generate import generate_in
 from ..loss.forms import loss_in
 from .batches import batches_in, makes
 from .errors import UsageError
@@ -50,6 +51,10 @@ def parts_of(found: Found) -> dict[str, Any]:
     if other is not None:
         parts["loss"] = _sandboxed(found.scope[other], found.sandbox)
         found.sandbox.remark(f"{other} is used as the loss")
+    other = None if "generate" in parts else generate_in(found.scope, found.module.__name__)
+    if other is not None:
+        parts["generate"] = _sandboxed(found.scope[other], found.sandbox)
+        found.sandbox.remark(f"{other} is used as generate")
     module = found.module.__name__
     if any(makes(name, value, module) for name, value in list(found.scope.items())):
         parts["batches"] = functools.cache(lambda: batches_in(found.scope, module, found.sandbox))
