@@ -15,7 +15,7 @@ from .loss import cases
 from .loss.cases import Case, mask_for, reduction, shown_apart
 from .loss.explained import misread_mask, named, spans
 from .loss.formula import USUAL, cross_entropy, expected_gradient
-from .loss.ignored import ignored
+from .loss.ignored import ignored, refuse_trained
 from .loss.met_loss import met_loss
 from .loss.placing import (
     refuse_crossings,
@@ -25,7 +25,7 @@ from .loss.placing import (
     refuse_what_teaches_nothing,
     remark_on_an_unshifted_label,
 )
-from .loss.reading import EXACT, NoGradient, gradient, read
+from .loss.reading import NoGradient, gradient, read
 from .loss.returned import answers, cross_entropy_line, described, gives, log_probabilities, untrained
 from .probes.precision import spread
 from .subject import Subject
@@ -305,23 +305,7 @@ def check_ignored_targets_are_not_trained(subject: Subject) -> None:
         raise NotApplicable("the loss takes no mask, and reads -100 and -1 as token ids counted from the end")
     note(labels=[one.label for one in tried])
     for one in tried:
-        if not one.left.any():
-            continue
-        what = "a masked target" if one.label is None else f"a target of {one.label} ({one.why or 'no token id'})"
-        whom = "" if one.trained is None else f", as if it were token id {one.trained}"
-        says = f"{what} is trained{whom}: its gradient is {one.share:.3g} times that of a real target, should be 0"
-        if loss.reading is None or loss.reading.error > EXACT:
-            advise(f"{says}; the checks cannot tell whether the loss is meant to reach padding")
-            continue
-        fail(
-            says,
-            likely=("ignored-label-clamped", "smoothing-trains-ignored-labels", "ignore-index-unused")
-            if one.label is not None
-            else ("loss-mask-ignored",),
-            advice="multiply every term of the loss by labels != -100 before the sum, or use F.cross_entropy with "
-            "ignore_index",
-            label=one.label,
-        )
+        refuse_trained(one, loss)
 
 
 @needs(VALUE)

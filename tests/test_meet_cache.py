@@ -71,7 +71,8 @@ def test_a_cache_that_surely_is_one_and_cannot_be_read_is_a_fault(tmp_path, name
          ["forward takes cache=", "cache=KVCache()", "'store'"]),
         (OBJECT, "def forward(self, idx, cache=None):", "def forward(self, idx):\n        cache = None",
          ["the file defines KVCache", "no argument of forward ("]),
-        (OBJECT, "class KVCache", "class Memory", ["forward takes cache=", "the model returns no cache"]),
+        (OBJECT, "class KVCache", "class Memory",
+         ["forward takes cache=", "the model returns no cache", "no class called a cache"]),
     ],
     ids=["ignored", "another argument", "a class that needs more", "no argument", "another name"],
 )  # fmt: skip

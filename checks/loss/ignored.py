@@ -1,4 +1,4 @@
-"""Labels that a loss accepts though they are no token's: what it does at their positions. Nothing here judges."""
+"""Targets that a loss is to ignore, by its mask or by labels that are no token's: what it does at their positions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..expect import advise, fail
 from ..subject import Subject
 from . import cases
 from .forms import IGNORED, role_of
 from .met_loss import MetLoss
-from .reading import gradient
+from .reading import EXACT, gradient
 
 ONE_TOKEN = 0.4  # of a gradient's absolute sum that its target has at least; it is half for a cross entropy
 
@@ -68,6 +69,27 @@ def ignored(subject: Subject, loss: MetLoss) -> Iterator[Ignored]:
         yield one
     if not found and refused is not None:
         raise refused
+
+
+def refuse_trained(one: Ignored, loss: MetLoss) -> None:
+    """Fails if ignored targets have a gradient; only remarks on it where the loss is more than a cross entropy."""
+    if not one.left.any():
+        return
+    what = "a masked target" if one.label is None else f"a target of {one.label} ({one.why or 'no token id'})"
+    whom = "" if one.trained is None else f", as if it were token id {one.trained}"
+    says = f"{what} is trained{whom}: its gradient is {one.share:.3g} times that of a real target, should be 0"
+    if loss.reading is None or loss.reading.error > EXACT:
+        advise(f"{says}; the checks cannot tell whether the loss is meant to reach padding")
+        return
+    fail(
+        says,
+        likely=("ignored-label-clamped", "smoothing-trains-ignored-labels", "ignore-index-unused")
+        if one.label is not None
+        else ("loss-mask-ignored",),
+        advice="multiply every term of the loss by labels != -100 before the sum, or use F.cross_entropy with "
+        "ignore_index",
+        label=one.label,
+    )
 
 
 def defaults(subject: Subject) -> list[tuple[int, str]]:

@@ -71,7 +71,8 @@ def _why_not(forward: Forward, model: nn.Module, sandbox: Sandbox, tried: list[s
     if tried:
         of = [f"forward takes {given[0]}= ({_line(model)}), but no way to fill it was found"] if given else []
         unfilled = [f"no check fills {name}=" for name in _unfilled(forward, model)]
-        return ": ".join([*of, "; ".join([*tried, *unfilled])])
+        unseen = ["no class called a cache is in the file"] if given and not cache_classes(model, sandbox) else []
+        return ": ".join([*of, "; ".join([*tried, *unseen, *unfilled])])
     if given:
         return f"forward takes {given[0]}= ({_line(model)}), but no way to fill it is known"
     names = [cls.__name__ for cls in cache_classes(model, sandbox)]
@@ -84,7 +85,7 @@ def _line(model: nn.Module) -> str:
 
 
 def _told(error: Exception, sandbox: Sandbox) -> str:
-    line, said = place(error, sandbox), (str(error).splitlines() or [""])[0][:160]
+    line, said = place(error, sandbox), " ".join(str(error).split())[:160]
     if isinstance(error, Unreadable):
         return said
     return f"it raises {type(error).__name__}: {said}" + (f" ({line})" if line else "")
