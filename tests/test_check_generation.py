@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -279,6 +280,55 @@ def test_a_placeholder_tokenizer_is_not_the_models_fault():
     found = judge(CHECKS["check_generate_appends_tokens"], subject, {})
     assert found.outcome == "not_applicable", found.says
     assert "own tokenizer" in found.says and "'encode'" in found.says
+
+
+def library_like(refusing: str, promised: bool):
+    """A generate of the library's signature that refuses one argument, and perhaps names it in its signature."""
+
+    def generate(model, inputs=None, generation_config=None, *, max_new_tokens=20, do_sample=True, temperature=1.0,
+                 top_k=None, **model_kwargs):  # fmt: skip
+        if refusing in model_kwargs:
+            raise ValueError(f"The following arguments are not used by the model: ['{refusing}']")
+        return torch.no_grad()(nanogpt)(model, inputs, max_new_tokens, temperature, top_k or None)
+
+    if promised:
+        mask = inspect.Parameter(refusing, inspect.Parameter.KEYWORD_ONLY, default=None)
+        named = inspect.signature(generate)
+        *before, rest = named.parameters.values()
+        generate.__signature__ = named.replace(parameters=[*before, mask, rest])
+    return generate
+
+
+@pytest.mark.parametrize(("promised", "outcome"), [(False, "passed"), (True, "error")])
+def test_an_argument_of_our_own_choice_is_left_out_where_generate_refuses_it(promised, outcome):
+    """One that its signature names is promised: to refuse that is a fault."""
+    subject = with_generate(library_like("attention_mask", promised), seed=SEED)
+    found = verdicts(subject)["check_generate_appends_tokens"]
+    assert found.outcome == outcome, found.says
+    if promised:
+        assert "attention_mask" in found.says
+    else:
+        assert "mask" not in stage(subject).decoder.takes
+        assert "refuses attention_mask, which its signature does not name" in found.remarks[0]
+        assert verdicts(subject)[GREEDY].outcome == "passed"
+
+
+def test_a_refusal_that_leaving_it_out_does_not_cure_stays_a_fault():
+    def generate(model, inputs=None, generation_config=None, **kwargs):
+        raise ValueError("attention_mask: none is made here, and none is taken")
+
+    assert "error: ValueError: attention_mask" in findings(with_generate(generate))["check_generate_appends_tokens"]
+
+
+def test_a_generate_may_look_up_what_the_forward_takes():
+    """While the model's modules are watched, their forwards keep their signatures."""
+
+    def looks_it_up(model, prompt, max_new_tokens):
+        if "mask" not in inspect.signature(model.forward).parameters:
+            raise ValueError("the model takes no mask")
+        return torch.no_grad()(nanogpt)(model, prompt, max_new_tokens)
+
+    assert findings(with_generate(looks_it_up)) == {}
 
 
 def test_a_generate_that_crashes_is_one_error():

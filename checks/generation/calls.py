@@ -48,6 +48,7 @@ def find_logits_module(model: nn.Module, calls: Decoder, V: int) -> tuple[str, b
     def wrap(name: str, module: nn.Module) -> None:
         forward = module.forward
 
+        @functools.wraps(forward)  # a generate may look up which arguments its model's forward takes: positions, a mask
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             nonlocal depth
             depth += 1
@@ -83,7 +84,7 @@ def watched(model: nn.Module, name: str, V: int, script: Script) -> Iterator[lis
     module = model.get_submodule(name)
     forward = module.forward
 
-    @functools.wraps(forward)  # a generate may look up which arguments its model's forward takes: positions, a mask
+    @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         answer = forward(*args, **kwargs)
         tokens, scripted = read_tokens(args, kwargs), torch.empty(0)

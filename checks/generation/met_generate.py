@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..expect import NotApplicable
+from ..expect import NotApplicable, advise
 from ..meet.arguments import Unset
 from ..subject import Companion, Subject
 
@@ -165,6 +165,10 @@ class Decoder:
             asked |= {"mask": torch.ones_like(prompt), "top_k": 0, "end": None, "pad": self.vocab_size}
         return asked
 
+    def without(self, roles: Iterable[str]) -> Decoder:
+        """The same function, called without the arguments of these roles."""
+        return replace(self, takes={role: name for role, name in self.takes.items() if role not in roles})
+
     def end_value(self, end: int) -> int | tuple[int]:
         """The end token as the function expects it: an id, or a tuple of ids."""
         return (end,) if isinstance(self.defaults.get("end"), tuple | list) else end
@@ -205,7 +209,29 @@ def decoder(subject: Subject, model: nn.Module, vocab_size: int, further: Compan
     name, find = locate_generate(subject, model) if further is None else locate_further(subject, model, further)
     takes, defaults = understand(name, find(model))
     known = Decoder(name, find, takes, defaults, vocab_size, subject.sizes.block_size)
-    return learn_forms(known, model)
+    try:
+        return learn_forms(known, model)
+    except (ValueError, TypeError) as error:
+        less = known.without(unpromised(known, model, str(error)))
+        if less == known:
+            raise
+        try:
+            found = learn_forms(less, model)
+        except Exception:
+            raise error from None
+    left_out = ", ".join(sorted({*takes.values()} - {*found.takes.values()}))
+    advise(f"{name} refuses {left_out}, which its signature does not name: it is called without")
+    return found
+
+
+def unpromised(known: Decoder, model: nn.Module, refusal: str) -> set[str]:
+    """The roles of arguments that a refusal names and the signature does not: these were our choice alone."""
+    promised = signature(known.find(model)).parameters
+    needed = {known.takes[role] for role in IN_ORDER if role in known.takes}
+    return {
+        role for role, name in known.takes.items()
+        if name not in promised and name not in needed and re.search(rf"\b{name}\b", refusal)
+    }  # fmt: skip
 
 
 def locate_generate(subject: Subject, model: nn.Module) -> tuple[str, Callable[[nn.Module], Callable[..., Any]]]:

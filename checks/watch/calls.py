@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ def _recording(
 ) -> Callable[..., Any]:
     numbers = count()
 
+    @functools.wraps(forward)  # some code looks up which arguments a forward takes
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         call = Call(name, next(numbers), copied(args), copied(kwargs), None, watch())
         result = forward(*args, **kwargs)
