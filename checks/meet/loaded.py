@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..expect import NotApplicable
-from ..subject import KeyValueCache, MaskForm, Option
+from ..subject import KeyValueCache, MaskForm, Option, torch_seeded
 from .arguments import Parameter
 from .build import Recipe
 from .cache import Cache, Protocol, step
@@ -82,7 +82,7 @@ class Loaded:
     @functools.cached_property
     def mask_forms(self) -> tuple[MaskForm, ...]:
         """How the model takes a padding mask; () if it takes none."""
-        model = self.build(self.sizes)
+        model = self.sample()
         argument = mask_argument(model, frozenset(self.forward.more))
         if argument is None:
             return ()
@@ -94,7 +94,7 @@ class Loaded:
     @functools.cached_property
     def cache(self) -> Found:
         """How the model's cache is used, or why no known way works."""
-        model = self.build(self.sizes)
+        model = self.sample()
         with self.sandbox:
             return search(self.forward, model, self.sandbox, self.sizes, self.some_tokens())
 
@@ -111,9 +111,14 @@ class Loaded:
     @functools.cached_property
     def returns(self) -> str:
         """What the model returns as logits: "logits", "log-probabilities" or "probabilities"."""
-        model = self.build(self.sizes)
+        model = self.sample()
         with torch.no_grad():
             return standing_for(self.logits(model, self.some_tokens()))
+
+    def sample(self) -> nn.Module:
+        """The model on which these are found out: always with the same weights, so that every run finds the same."""
+        with torch_seeded(0):
+            return self.build(self.sizes)
 
     def some_tokens(self) -> Tensor:
         return some_tokens(self.sizes, self.device)

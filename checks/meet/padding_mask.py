@@ -22,6 +22,8 @@ DECLARED = vocabulary.words(
     "tokenmask seqmask sequencemask tgtmask trgmask srcmask masks ignore xmask tgtpaddingmask padmasks"
 )
 UNREAD = 1e-5  # how much masked tokens may change the logits, relative to real ones
+ROUNDING = 16  # or by rounding, in units of the logits' type: a mixture's experts take their tokens in other groups
+HEARD = 100  # times that rounding which a real token has to change them for the comparison to mean anything
 
 
 def mask_argument(model: nn.Module, taken: frozenset[str] = frozenset()) -> str | None:
@@ -64,7 +66,9 @@ def obeyed(read: Read, form: MaskForm, tokens: Tensor, vocab_size: int) -> bool:
     if not bool(first.isfinite().all()):
         return False
     heard = float((third - first)[1:].abs().max())
-    return heard > 0 and float((other - first).abs().max()) <= UNREAD * heard
+    rounding = ROUNDING * torch.finfo(first.dtype).eps * float(first.abs().max())
+    allowed = max(UNREAD * heard, rounding if heard > HEARD * rounding else 0.0)
+    return heard > 0 and float((other - first).abs().max()) <= allowed
 
 
 def runs(read: Read, form: MaskForm, tokens: Tensor) -> bool:
@@ -89,15 +93,16 @@ def find_mask_forms(argument: str, read: Read, tokens: Tensor, vocab_size: int) 
     if found is None:
         return ()
     if "pad" not in vocabulary.squash(argument) and found.shape == "[B, 1, 1, T]":
-        found = _beside_causal(read, found, tokens, vocab_size) or found
+        found = _beside_causal(read, found, tokens, vocab_size)
     others = [] if found.additive else [replace(found, dtype=d) for d in (torch.bool, torch.int64, torch.float32)]
     return (found, *(form for form in others if form != found and runs(read, form, tokens)))
 
 
-def _beside_causal(read: Read, found: MaskForm, tokens: Tensor, vocab_size: int) -> MaskForm | None:
-    """The same form with the causal mask included, if the found form replaces the model's own causal mask.
+def _beside_causal(read: Read, found: MaskForm, tokens: Tensor, vocab_size: int) -> MaskForm:
+    """What to hand where the found form replaces the model's own causal mask; else the found form.
 
     Such an argument is the mask of attention itself: what is passed is used instead of the mask that the model makes.
+    So the causal mask is included, unless the model combines a [B, T] mask with its own.
     """
     whole = replace(found, shape="[B, 1, T, T]", with_causal=True)
     ones, none = torch.ones_like(tokens, dtype=torch.bool), read(tokens)
@@ -106,7 +111,12 @@ def _beside_causal(read: Read, found: MaskForm, tokens: Tensor, vocab_size: int)
         return not torch.allclose(read(tokens, **{argument: form.encode(ones)}), none, rtol=0, atol=UNREAD)
 
     argument = found.argument
-    return whole if changes(found) and _tried(read, whole, tokens, vocab_size) and not changes(whole) else None
+    if not changes(found):
+        return found
+    if _tried(read, whole, tokens, vocab_size) and not changes(whole):
+        return whole
+    rows = (f for f in forms(argument) if f.shape == "[B, T]" and runs(read, f, tokens) and not changes(f))
+    return next(rows, found)
 
 
 def _tried(read: Read, form: MaskForm, tokens: Tensor, vocab_size: int) -> bool:
