@@ -9,7 +9,7 @@ import torch
 
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import changed
-from transformer_checks.checks.check_cache import check_cached_decoding_equals_full
+from transformer_checks.checks.check_cache import check_cached_decoding_equals_full, without_lone_padding
 from transformer_checks.checks.probes.cached import distances, first_wrong
 from transformer_checks.checks.probes.precision import Coarsest
 from transformer_checks.checks.reference import reference_parts
@@ -94,6 +94,36 @@ def test_padding_forgotten_by_the_cache_is_shown_with_its_mask():
     found = verdict("cache-forgets-padding", "check_cached_padding_equals_full")
     assert 0 in found.evidence["mask"] and found.evidence["mask"][found.evidence["position"]] == 1
     assert {"pieces", "side", "seed"} <= found.example.keys()
+
+
+def takes_short_pieces_for_real(most: int):
+    """Over a cache, pieces of at most so many tokens are taken for generated ones, which are never padding."""
+
+    def change(model: Transformer) -> None:
+        forward = model.forward
+
+        def read(tokens, mask=None, cache=None):
+            if cache is not None and mask is not None and tokens.shape[1] <= most:
+                mask = torch.ones_like(mask)
+            return forward(tokens, mask, cache)
+
+        model.forward = read
+
+    return Subject("short pieces", changed(change), seed=SEED)
+
+
+def test_a_single_padding_token_taken_for_a_generated_one_is_advice_and_padding_in_pieces_a_fault():
+    alone = judge(CHECKS["check_cached_padding_equals_full"], takes_short_pieces_for_real(1), {})
+    assert alone.outcome == "passed" and "in pieces of two tokens or more" in alone.remarks[0]
+    found = judge(CHECKS["check_cached_padding_equals_full"], takes_short_pieces_for_real(3), {})
+    assert found.outcome == "failed" and found.evidence["mask"][found.evidence["position"]] == 1
+
+
+def test_a_lone_padding_token_is_read_with_what_follows():
+    left = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], dtype=torch.bool)
+    assert without_lone_padding([1, 1, 1, 1, 1], left) == [2, 1, 1, 1]
+    assert without_lone_padding([1, 4], left) == [5] and without_lone_padding([2, 3], left) == [2, 3]
+    assert without_lone_padding([3, 1, 1], left.flip(1)) == [3, 2]
 
 
 def test_a_cache_that_stays_on_the_model_is_found_by_the_second_text():
