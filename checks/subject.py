@@ -294,6 +294,10 @@ class Subject:
         given = {name: value for name, value in (("mask", mask), ("cache", cache)) if value is not None}
         return as_type(Tensor, model(tokens, **given, **more))
 
+    def beside(self, model: nn.Module, tokens: Tensor) -> dict[str, Any]:
+        """By name, what `logits` gives the model's forward with these tokens: a check that calls it does the same."""
+        return {}
+
     def new_cache(self, model: nn.Module, batch_size: int) -> KeyValueCache | None:
         """An empty key-value cache for `logits`, which fills it; None if the subject has no cache known here.
 

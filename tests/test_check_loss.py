@@ -440,6 +440,15 @@ def test_the_loss_of_a_model_is_judged_whatever_its_targets_are_called(name, sho
     assert (f"{name} takes the targets" in subject.header) == (name == "truth")
 
 
+@pytest.mark.parametrize("shown", ["labels[:, 1:].flatten()", "labels[:, 1:].roll(1, 0).flatten()"])
+def test_a_model_is_given_with_targets_what_it_is_given_without(shown, tmp_path):
+    """It reads two layers only with its cache switched off; a mistake in its loss is still found."""
+    source = (CONVENTIONS / "cache_of_some_layers.py").read_text()
+    (tmp_path / "model.py").write_text(source.replace("labels[:, 1:].flatten()", shown))
+    verdict = judge(check_a_place_is_trained_on_its_own_target, subject_of(str(tmp_path / "model.py")), {})
+    assert verdict.outcome == ("failed" if "roll" in shown else "passed"), verdict.says
+
+
 def test_targets_are_recognised_by_what_they_do_and_other_ids_are_not():
     class Ids(nn.Module):
         """Other ids there move the logits."""

@@ -201,7 +201,7 @@ def model_form(subject: Subject) -> Form:
     def raw(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         # Restored afterwards: this may be the only instance.
         with patch.object(head, "forward", lambda *args, **kwargs: _replaced(own(*args, **kwargs), logits)):
-            return returned_loss(model, model(torch.zeros_like(labels), **{name: labels}))
+            return returned_loss(model, with_targets(subject, model, torch.zeros_like(labels), {name: labels}))
 
     longest = min(PLACES + SPARE, subject.sizes.block_size)
     V, says = subject.sizes.vocab_size, f"model(tokens, {name}=…)"
@@ -235,18 +235,23 @@ def find_head(subject: Subject, model: nn.Module, name: str) -> tuple[nn.Module,
 def called_with_targets(subject: Subject, model: nn.Module, tokens: Tensor, name: str) -> Any:
     """Raises NotApplicable for a model that takes targets only at its full block size."""
     try:
-        return model(tokens, **{name: tokens})
+        return with_targets(subject, model, tokens, {name: tokens})
     except Exception:
         whole = subject.tokens(2, subject.sizes.block_size)
         if whole.shape == tokens.shape:
             raise
         try:
-            model(whole, **{name: whole})
+            with_targets(subject, model, whole, {name: whole})
         except Exception:
             whole = tokens
         if whole is tokens:
             raise
     raise NotApplicable("the model takes targets only for rows of its full block size")
+
+
+def with_targets(subject: Subject, model: nn.Module, tokens: Tensor, targets: Mapping[str, Tensor]) -> Any:
+    """What forward returns with targets, called as for logits otherwise."""
+    return model(tokens, **{**subject.beside(model, tokens), **targets})
 
 
 def returned_loss(model: nn.Module, result: Any) -> Tensor:

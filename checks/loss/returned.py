@@ -210,7 +210,8 @@ def trained_by_its_loss(subject: Subject, model: nn.Module, tokens: Tensor) -> s
     if parameter is None:
         return set()
     try:
-        output = model.train()(tokens, **{parameter.name: tokens.roll(-1, dims=1)})
+        given = {**subject.beside(model, tokens), parameter.name: tokens.roll(-1, dims=1)}
+        output = model.train()(tokens, **given)
         losses = [x for x in leaves([*slots(output).values()]) if isinstance(x, Tensor) and x.dim() == 0]
         losses = [x for x in losses if x.is_floating_point() and x.requires_grad]
         return {name for loss in losses[:1] for name, slope in slopes(model, loss).items() if slope}

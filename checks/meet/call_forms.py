@@ -34,6 +34,7 @@ class CallForm:
     from_loss: bool = False  # the logits are those that the model passes to its loss
     padded: bool = False  # shorter sequences are padded to the block size on the right
     guessed: tuple[str, ...] = ()  # required parameters of unknown meaning, which are given the tokens
+    beside: Callable[[Tensor, nn.Module], dict[str, Any]] = lambda tokens, model: {}  # what forward gets by name
 
 
 def parameters_of(model: nn.Module) -> list[Parameter]:
@@ -103,7 +104,8 @@ def _direct(parameters: list[Parameter], vocab_size: int) -> Iterator[CallForm]:
         given = [*zip(required, chosen, strict=True), *more]
         says = ", ".join([first.name, *(p.name for p, _ in given)])
         guessed = tuple(p.name for p, make in given if make is _the_tokens)
-        yield CallForm(f"forward({says})", _caller(first, given), guessed=guessed)
+        beside = _arguments(given)
+        yield CallForm(f"forward({says})", _caller(beside), guessed=guessed, beside=beside)
 
 
 def _second(parameters: list[Parameter]) -> int | None:
@@ -188,10 +190,13 @@ def causal(tokens: Tensor) -> Tensor:
     return torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
 
 
-def _caller(first: Parameter, given: list[tuple[Parameter, Argument]]) -> Callable[..., Any]:
+def _arguments(given: list[tuple[Parameter, Argument]]) -> Callable[[Tensor, nn.Module], dict[str, Any]]:
+    return lambda tokens, model: {p.name: make(tokens, model) for p, make in given}
+
+
+def _caller(beside: Callable[[Tensor, nn.Module], dict[str, Any]]) -> Callable[..., Any]:
     def run(model: nn.Module, tokens: Tensor, **more: Any) -> Any:
-        arguments = {p.name: make(tokens, model) for p, make in given}
-        return model(tokens, **{**arguments, **more})
+        return model(tokens, **{**beside(tokens, model), **more})
 
     return run
 

@@ -55,6 +55,9 @@ class Foreign(Subject):
     ) -> Tensor:
         return self.loaded.logits(model, tokens, mask, cache, form, more)
 
+    def beside(self, model: nn.Module, tokens: Tensor) -> dict[str, Any]:
+        return self.loaded.forward.beside(model, tokens)
+
     def new_cache(self, model: nn.Module, batch_size: int) -> KeyValueCache | None:
         return self.loaded.new_cache(model, batch_size)
 

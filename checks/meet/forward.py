@@ -30,8 +30,14 @@ class Forward:
     mask_left_out: str = ""  # the argument by which the model would be causal, were it not left to the caller
 
     def raw(self, model: nn.Module, tokens: Tensor, **more: Any) -> Any:
-        given = {name: make(tokens) for name, make in self.more.items()}
-        return self.call.run(model, tokens, **{**given, **more})
+        return self.call.run(model, tokens, **{**self._added(tokens), **more})
+
+    def beside(self, model: nn.Module, tokens: Tensor) -> dict[str, Any]:
+        """By name, what forward is given with these tokens."""
+        return {**self.call.beside(tokens, model), **self._added(tokens)}
+
+    def _added(self, tokens: Tensor) -> dict[str, Any]:
+        return {name: make(tokens) for name, make in self.more.items()}
 
     def read(self, output: Any, B: int, T: int) -> Tensor:
         logits = pick(output, self.layout, B, T)
