@@ -25,7 +25,7 @@ from .expect import (
     note,
 )
 from .probes.ablation import one_block
-from .probes.cached import expect_cache
+from .probes.cached import with_cache
 from .probes.documents import expect_each_in_its_document, undivided
 from .probes.embeddings import jacobian_sizes, watched_embeddings
 from .probes.extra_arguments import targets_of
@@ -196,8 +196,7 @@ def attention_is_fused(subject: Subject, model: nn.Module) -> bool:
 def check_future_cannot_change_past_into_a_cache(subject: Subject) -> None:
     """With an empty key-value cache, changing a token must not change any earlier logit."""
     expect_causal(subject)
-    model = precise(subject)
-    expect_cache(subject, model)
+    model = with_cache(subject)
     every = lengths(subject, model)[::-1]
     for T in every:
         search = LeakSearch(subject, model, tried_at(subject, T, rows=2, sweeps=2 / len(every)), CACHED)

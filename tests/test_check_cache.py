@@ -254,3 +254,26 @@ def test_a_cache_returned_under_the_name_of_its_argument_is_all_that_the_model_g
     )
     found = judge(check_cached_decoding_equals_full, subject_of(str(tmp_path / "model.py"), seed=SEED), {})
     assert found.outcome == "failed" and "written but not read" in found.says
+
+
+CONVENTIONS = Path(__file__).parent / "conventions"
+INTO = "check_causality.check_future_cannot_change_past_into_a_cache"
+TYPES = {
+    "by an argument": ("", ""),
+    "as is usual": (", device=device, dtype=dtype)", ")"),
+    "float32 alone": (", dtype=dtype)", ", dtype=torch.float32)"),
+}
+LATER = "triu(S - T + 1 + (cache is not None and T > 9))"  # in texts longer than the one on which a cache is found
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+@pytest.mark.parametrize("way", TYPES)
+def test_a_cache_is_made_in_the_type_of_the_model(way, leaks, tmp_path):
+    """One that holds float32 whatever the model has is read in float32. What leaks into it is found in any of them."""
+    source = (CONVENTIONS / "cache_of_a_type.py").read_text().replace(*TYPES[way])
+    (tmp_path / "model.py").write_text(source.replace("triu(S - T + 1)", LATER if leaks else "triu(S - T + 1)"))
+    subject = subject_of(str(tmp_path / "model.py"), seed=SEED)
+    check = next(check for check in checks_in("causality") if check_id(check) == INTO)
+    assert judge(check, subject, {}).outcome == ("failed" if leaks else "passed")
+    if not leaks:
+        assert judge(CHECKS[DECODING], subject, {}).outcome == "passed"

@@ -53,6 +53,7 @@ FACTS = {
     "attributes_only.py": ("a configuration with the settings that the code reads", "max_seq_len"),
     "bidirectional_by_default.py": ("Model(words, dims, heads, layers)", "bidirectional=False"),
     "cache_inside.py": ("cache ✓ (use_cache=True, reset_cache())",),
+    "cache_of_a_type.py": ("cache ✓ (cache=KVCache())",),
     "cache_of_some_layers.py": ("forward(idx, use_cache) → (logits, None)",),
     "cache_object.py": ("cache ✓ (cache=KVCache())",),
     "caches_at_a_place.py": ("forward(tokens, start_pos) → logits", "cache ✓ (start_pos=)"),

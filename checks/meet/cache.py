@@ -175,10 +175,20 @@ def _file_of(cls: type) -> str:
 
 
 def _filled(cls: type, sizes: Mapping[str, Any], model: nn.Module, B: int) -> Any:
+    """A cache of this class for the model: of its type and on its device, named by arguments or not."""
     signature = signature_of(cls)
     arguments = Filling({**sizes, "padding": None}).arguments(signature)
     rows = {p.name: B for p in signature.parameters if vocabulary.squash(p.name) in vocabulary.BATCH}
-    return cls(**{**arguments, **rows})
+    weight = next((x for x in model.parameters() if x.is_floating_point()), torch.empty(0))
+    own = {"dtype": weight.dtype, "device": weight.device}
+    named = {p.name: vocabulary.squash(p.name) for p in signature.parameters if not isinstance(p.default, str)}
+    kind = {name: own[plain] for name, plain in named.items() if plain in own}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(weight.dtype)
+    try:
+        return cls(**{**arguments, **rows, **kind})
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _of_each_block(one: Callable[[nn.Module, int], Any], model: nn.Module, B: int) -> list[Any]:

@@ -97,6 +97,16 @@ def expect_cache(subject: Subject, model: nn.Module) -> None:
         raise NotApplicable(f"no text can be read into its cache: {type(error).__name__}: {error}") from None
 
 
+def with_cache(subject: Subject) -> nn.Module:
+    """An amplified model in the type that its cache takes. Raises NotApplicable as `expect_cache` does."""
+    try:
+        return reader(subject).model
+    except NotApplicable:
+        raise
+    except Exception as error:
+        raise NotApplicable(f"no text can be read into its cache: {type(error).__name__}: {error}") from None
+
+
 def fresh(subject: Subject, dtype: torch.dtype, **sizes: Any) -> nn.Module:
     return subject.amplified(seed=subject.seed, dtype=dtype, **sizes)
 
