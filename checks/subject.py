@@ -191,6 +191,7 @@ class Subject:
         self.device = torch.device(device)
         self.sizes = Sizes()
         self._made: dict[Any, Any] = {}
+        self.chosen: dict[str, Any] = {}  # by name, the sizes and options of the latest model that are not its own
 
     def changed(self, *, device: str | None = None, sizes: Sizes | None = None) -> Self:
         """The same subject on another device or at other sizes."""
@@ -240,6 +241,8 @@ class Subject:
                 raise NotApplicable(f"the model's {name} is fixed at {getattr(self.sizes, name)}", asked=value)
         torch.empty(0, device=self.device)  # an accelerator has a generator to seed once it is in use
         with torch_seeded(seed):
+            self.chosen = {name: value for name, value in sizes.items() if value != getattr(self.sizes, name)}
+            self.chosen |= options
             model: nn.Module = self.parts.build_model(**vars(replace(self.sizes, **sizes)), **options)
             return model.to(self.device).eval()
 

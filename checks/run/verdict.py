@@ -13,6 +13,7 @@ from ..garbage import memory_given_back, old_objects_kept
 from ..meet.process import limited_check
 from ..subject import Subject, one_thread, unwarned
 from . import NOTHING_TO_LEARN
+from .crashes import explained
 from .order import Check, check_id, checks_in, rule, theme
 
 Outcome = Literal["passed", "failed", "error", "not_applicable", "skipped", "blocked"]
@@ -84,6 +85,9 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
                 return verdict
             if verdict.check != BACKWARD and _backward_fails(error, subject):
                 verdict.outcome, verdict.says = "blocked", f"needs {BACKWARD}, which failed: {error}"
+                return verdict
+            if reason := explained(error, subject):
+                verdict.outcome, verdict.says = "not_applicable", reason
                 return verdict
             verdict.outcome, verdict.says = "error", f"{type(error).__name__}: {error}"
             verdict.where = _last_own_line(error, subject)
