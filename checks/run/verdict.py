@@ -86,8 +86,8 @@ def judge(check: Check, subject: Subject, earlier: Mapping[str, Verdict]) -> Ver
             if verdict.check != BACKWARD and _backward_fails(error, subject):
                 verdict.outcome, verdict.says = "blocked", f"needs {BACKWARD}, which failed: {error}"
                 return verdict
-            if reason := explained(error, subject):
-                verdict.outcome, verdict.says = "not_applicable", reason
+            if ours := explained(error, subject):
+                verdict.outcome, verdict.says = "not_applicable", ours
                 return verdict
             verdict.outcome, verdict.says = "error", f"{type(error).__name__}: {error}"
             verdict.where = _last_own_line(error, subject)
