@@ -27,6 +27,7 @@ FACTS = {
     "asks_for_logits.py": ("forward(idx, get_logits) → dict with .logits logits",),
     "caches_filled.py": ("forward(idx, kv_caches) → (logits, ",),
     "keywords_passed_on.py": ("Model(vocab_size, block_size, width, heads)", "tiny=1e-06"),
+    "latent_attention.py": ("num_key_value_heads=4", "head_dim=8"),
     "letters.py": ("Model(V, T_max, D, H)", "stretch=0.5", "stretch is taken from", "letters.py"),
     "loss_only.py": ("forward returns only a loss", "drops the last token: one is added"),
     "names_in_words.py": (

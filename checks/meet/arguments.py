@@ -19,8 +19,21 @@ CONFIG_NAMES = vocabulary.words(
 )
 
 
-SPARE: Any = object()  # stands for an id that no check uses
-WIDTH: Any = object()  # stands for the model's width
+def spare(sizes: Mapping[str, Any]) -> Any:
+    """An id that no check uses."""
+    return sizes.get("padding")
+
+
+def width(sizes: Mapping[str, Any]) -> Any:
+    return sizes["n_embd"]
+
+
+def heads(sizes: Mapping[str, Any]) -> Any:
+    return sizes["n_head"]
+
+
+def head_width(sizes: Mapping[str, Any]) -> Any:
+    return sizes["n_embd"] // sizes["n_head"]
 
 
 @dataclass(frozen=True)
@@ -187,11 +200,9 @@ class Filling:
     def _special(self, parameter: Parameter) -> Any:
         """The value for the parameter in the variant being tried; MISSING if the variant has none."""
         value, default = self.special.get(vocabulary.squash(parameter.name), MISSING), parameter.default
-        if value is WIDTH:
-            return self.sizes["n_embd"]
-        if value is MISSING or default is MISSING or default == value:
+        if value is MISSING or (default is MISSING and value is not width) or default == value:
             return MISSING
-        return self.sizes.get("padding") if value is SPARE else value
+        return value(self.sizes) if callable(value) else value
 
     def from_project(self, parameter: Parameter, kinds: tuple[type, ...] = (bool, int, float)) -> Any:
         """The value that the project's files give it, if it is of the right type; MISSING otherwise."""

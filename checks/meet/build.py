@@ -18,7 +18,19 @@ import torch
 from torch import nn
 
 from . import configs, vocabulary
-from .arguments import CONFIG_NAMES, SPARE, WIDTH, Filling, Parameter, Settings, Signature, is_called, signature_of
+from .arguments import (
+    CONFIG_NAMES,
+    Filling,
+    Parameter,
+    Settings,
+    Signature,
+    head_width,
+    heads,
+    is_called,
+    signature_of,
+    spare,
+    width,
+)
 from .configs import Option
 from .definitions import pure
 from .passed_on import passed_on
@@ -30,10 +42,18 @@ from .stubs import Stub
 # no preset beside the sizes.
 NO_PRESET = {"modeltype": None, "preset": None, "version": None, "modelname": None}
 # None by default but needed: the base of rotary positions, an id for padding.
-NEEDED = dict.fromkeys(("ropetheta", "theta", "ropebase"), 10_000.0) | dict.fromkeys(vocabulary.PADDING, SPARE)
+NEEDED = dict.fromkeys(("ropetheta", "theta", "ropebase"), 10_000.0) | dict.fromkeys(vocabulary.PADDING, spare)
 # Beside another name for the width these are usually the feed-forward width, but sometimes the width again.
-TWICE = dict.fromkeys(vocabulary.HIDDEN, WIDTH)
-VARIANTS: tuple[tuple[int, dict[str, Any]], ...] = ((1, {}), (0, NO_PRESET), (0, NEEDED), (0, TWICE))
+TWICE = dict.fromkeys(vocabulary.HIDDEN, width)
+# Latent attention has keys for every head; experts may be None by default and needed, and come in groups.
+LATENT = dict.fromkeys(vocabulary.KEY_VALUE_HEADS, heads) | {
+    "nroutedexperts": 8, "numroutedexperts": 8, "nsharedexperts": 1, "numexpertspertok": 2, "ngroup": 2, "topkgroup": 1,
+    "moeintermediatesize": width,
+}  # fmt: skip
+HEADS = LATENT | dict.fromkeys(vocabulary.HEAD_WIDTH, head_width)
+VARIANTS: tuple[tuple[int, dict[str, Any]], ...] = (
+    (1, {}), (0, NO_PRESET), (0, NEEDED), (0, TWICE), (0, LATENT), (0, HEADS), (0, HEADS | NEEDED),
+)  # fmt: skip
 INITIALIZERS = ("init_weights", "initialize_weights", "reset_parameters", "initialize", "init_parameters")
 
 
