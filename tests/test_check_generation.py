@@ -268,6 +268,23 @@ def test_a_sampler_that_keeps_fifty_tokens_gets_a_larger_vocabulary():
     assert "error" in findings(with_generate(of_the_likeliest(0)))["check_generate_appends_tokens"]
 
 
+def test_logits_with_an_entry_for_padding_are_told(tmp_path):
+    source = (Path(__file__).parent / "conventions" / "padding_id.py").read_text()
+    (tmp_path / "model.py").write_text(source + GENERATES)
+    found = judge(CHECKS["check_generate_appends_tokens"], subject_of(str(tmp_path / "model.py"), seed=SEED), {})
+    assert found.outcome == "not_applicable" and "18 entries, one of them for padding" in found.says
+
+
+GENERATES = """
+
+def generate(model, idx, max_new_tokens):
+    import torch
+    for _ in range(max_new_tokens):
+        idx = torch.cat((idx, model(idx)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return idx
+"""
+
+
 def test_without_a_generate_or_with_an_unknown_signature_it_is_not_applicable():
     for function, words in ((None, "no generate"), (lambda a, b, c, d, e: a, "max_new_tokens")):
         found = judge(CHECKS["check_generate_appends_tokens"], with_generate(function), {})

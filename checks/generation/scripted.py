@@ -208,6 +208,10 @@ def meet(subject: Subject, further: Companion | None, dtype: torch.dtype, inside
     if not torch.allclose(logits, again, rtol=0, atol=1e-4 * float(logits.std()), equal_nan=True):
         raise NotApplicable(VARIES)
     V = logits.shape[-1]
+    if subject.width > V:
+        raise NotApplicable(
+            f"the logits have {subject.width} entries, one of them for padding, which generate could choose"
+        )
     calls = decoder(subject, model, V, further)
     with Coarsest(inside) as seen:
         name, sees_tokens = find_logits_module(model, calls, V)
