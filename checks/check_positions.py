@@ -19,7 +19,7 @@ from .probes.module_state import held_outside
 from .probes.precision import precise, spread
 from .probes.preconditions import expect_causal
 from .subject import EXISTENCE, Subject
-from .watch.attention import key_products, mentions_rotary
+from .watch.attention import Products, key_products, mentions_rotary
 from .watch.location import locate
 
 SMALLEST = 1e-6  # standard deviations of the logits: exchanging two tokens must change more (correct models: 2e-3)
@@ -29,6 +29,7 @@ PAST_CONVOLUTION = 4  # tokens after which a short convolution of equal tokens i
 NAMED = re.compile(r"(?<![a-z])(pos|position|positions|wpe|pe|freqs|alibi|rope|rotary)(?![a-z])")
 KIND = re.compile(r"rotary|rope(?![a-z])|alibi|sinusoid|learnedpos", re.IGNORECASE)
 LONG = 40  # tokens: beyond powers of two, at which positions may wrap around
+BEYOND_256 = 264  # tokens
 LONGER = 131  # tokens; here only some pairs are tried
 
 
@@ -159,6 +160,39 @@ def fail_turned(where: Where, drift: float, t: int, s: int) -> None:
         "out.",
         first={"t": t, "s": s},
     )
+
+
+@needs(*STEADY, "check_positions.check_rotary_angle_depends_on_distance")
+def check_rotary_positions_stay_apart_in_bfloat16(subject: Subject) -> None:
+    """With weights in bfloat16, no two neighbouring positions may be rotated by the same angles.
+
+    In bfloat16 there is no whole number between 256 and 258: positions, and angles, are to be computed in float32.
+    """
+    sizes = dict(block_size=BEYOND_256) if subject.can_vary("block_size") else {}
+    if not sizes and (subject.longest or BEYOND_256) < BEYOND_256:
+        raise NotApplicable(f"the model reads fewer than {BEYOND_256} tokens")
+    if not subject.affordable(BEYOND_256, 1, least=0):
+        raise NotApplicable(f"{BEYOND_256} tokens in bfloat16 take too long")
+    model = subject.amplified(None, seed=subject.seed, dtype=torch.bfloat16, **sizes)
+    if not mentions_rotary(subject, model):
+        raise NotApplicable("no name in the model's code speaks of rotary positions")
+    tokens = subject.tokens(1, 1, seed=subject.seed).expand(1, BEYOND_256).contiguous()
+    with torch.no_grad(), Products(BEYOND_256) as seen:
+        call(subject, model, tokens)
+    for query, _ in seen.found[:1]:
+        alike = (query[..., 1:, :] == query[..., :-1, :]).all(-1).flatten(0, -2).all(0)  # [T - 1]
+        far = alike[BEYOND_256 // 2 :].nonzero()
+        if len(far) and not alike[: BEYOND_256 // 4].any():
+            t = BEYOND_256 // 2 + int(far[0])
+            fail(
+                f"with weights in bfloat16, positions {t} and {t + 1} are rotated alike ({len(far)} of the last "
+                f"{BEYOND_256 // 2} positions like the one before): equal tokens there are the same to attention",
+                likely=("rope-angles-in-the-models-type",),
+                advice="Compute positions, frequencies and angles in float32, whatever the type of x, and cast cosines "
+                "and sines at the end.",
+                first=t,
+                alike=len(far),
+            )
 
 
 def toeplitz_drift(scores: Tensor) -> Tensor:

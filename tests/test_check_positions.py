@@ -18,6 +18,12 @@ from transformer_checks.checks.run.verdict import judge
 from transformer_checks.checks.subject import Subject
 
 FOUND: dict[str, Told] = {
+    "rope-angles-in-the-models-type": (
+        "rotary_positions_stay_apart_in_bfloat16",
+        None,
+        ("positions 256 and 257 are rotated alike",),
+        "rope-angles-in-the-models-type",
+    ),
     "position-constant": (
         "order_of_tokens_matters",
         None,

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from ...transformer.model import Attention, KeyValueCache, RotaryPositions, Rotation, Transformer
 from ..check_numerics import check_long_sequences_stay_close
-from ..check_positions import check_order_of_tokens_matters, check_rotary_angle_depends_on_distance
+from ..check_positions import (
+    check_order_of_tokens_matters,
+    check_rotary_angle_depends_on_distance,
+    check_rotary_positions_stay_apart_in_bfloat16,
+)
 from ..check_spec import check_logits_agree
 from . import bug
 from .damage import LLAMA, attend_with, blocks, redefine
@@ -76,6 +80,20 @@ def rope_half_precision(model: Transformer) -> None:
             return super().angles(positions, dtype).bfloat16().to(torch.promote_types(dtype, torch.float32))
 
     model.positions.__class__ = Half
+
+
+@bug(
+    "rotary angles are computed in the type of the model: in bfloat16 positions beyond 256 get equal angles",
+    check_rotary_positions_stay_apart_in_bfloat16,
+    source="https://github.com/huggingface/transformers/pull/29285",
+    positions="rotary",
+)
+def rope_angles_in_the_models_type(model: Transformer) -> None:
+    class OfTheModel(RotaryPositions):
+        def angles(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+            return super().angles(positions.to(dtype), dtype).to(dtype)
+
+    model.positions.__class__ = OfTheModel
 
 
 @bug(
