@@ -30,7 +30,7 @@ def check_a_schedule_keeps_its_bounds(subject: Subject) -> None:
 def expect_bounds(met: MetSchedule) -> float:
     one, declared = met.companion, met.declared
     for step, rate in met.rates.items():
-        if step <= met.end and not (math.isfinite(rate) and rate >= 0):
+        if step <= met.spoken and not (math.isfinite(rate) and rate >= 0):
             fail(
                 f"{one.name} gives {rate:.4g} at step {step}, should be a learning rate of 0 or more{within(met)}",
                 where=one.where,
@@ -38,23 +38,23 @@ def expect_bounds(met: MetSchedule) -> float:
                 advice="Clamp the progress to 1, or the rate to its minimum: max(min_lr, rate).",
                 step=step,
             )
-    peak = declared.peak
-    if peak is not None and met.top > peak * (1 + EXACT):
-        step = next(k for k, v in met.rates.items() if v == met.top)
-        added = met.least and math.isclose(met.top, peak + met.least, rel_tol=1e-3)
+    peak, top = declared.peak, max(rate for step, rate in met.rates.items() if step <= met.spoken)
+    if peak is not None and top > peak * (1 + EXACT):
+        step = next(k for k, v in met.rates.items() if v == top)
+        added = met.least and math.isclose(top, peak + met.least, rel_tol=1e-3)
         if not added and not declared.names_a_maximum:
-            advise(f"{one.name} gives up to {met.top:.4g} for a {declared.name('peak')} of {peak:.4g}")
-            return met.top
+            advise(f"{one.name} gives up to {top:.4g} for a {declared.name('peak')} of {peak:.4g}")
+            return top
         fail(
-            f"{one.name} gives {met.top:.4g} at step {step}, should be at most {peak:.4g} ({declared.name('peak')})"
+            f"{one.name} gives {top:.4g} at step {step}, should be at most {peak:.4g} ({declared.name('peak')})"
             + (f": the minimum {met.least:.4g} is added on top" if added else ""),
             where=one.where,
             likely=("schedule-adds-its-minimum",),
             advice="Interpolate: min_lr + share * (max_lr - min_lr), with a share from 1 down to 0.",
-            got=met.top,
+            got=top,
             want=peak,
         )
-    return met.top
+    return top
 
 
 def within(met: MetSchedule) -> str:

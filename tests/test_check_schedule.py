@@ -156,6 +156,14 @@ RIGHT = {
                 return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * p))
             return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         """, {BOUNDS, WARMS, FALLS, ENDS}),
+    "its warm-up alone": ("""
+        def warmup_lr(step, warmup_steps, max_lr):
+            return max_lr * (step + 1) / (warmup_steps + 1)
+        """, {BOUNDS, WARMS, FALLS}),
+    "steps that alternate by design": ("""
+        def chebyshev_lr_schedule(step, total_steps, lr):
+            return lr * (1 + 0.5 * (-1) ** step)
+        """, {BOUNDS}),
     "a function of a factory": ("""
         def make_lr_schedule(warmup, total, lr):
             return lambda s: lr * min((s + 1) / warmup, max(0.0, (total - s) / (total - warmup)))
@@ -249,6 +257,10 @@ UNDECLARED = {
     "raises AttributeError: power_t": """
         def get_lr(step, config):
             return config.lr * (1 - step / config.max_steps) ** config.power_t
+    """,
+    "the end of a schedule alone": """
+        def linear_cooldown_lr(step, warmup_steps, stable_steps, cooldown_steps):
+            return 1 - (step - warmup_steps - stable_steps) / cooldown_steps
     """,
     "takes no optimizer": """
         class BatchScheduler:

@@ -64,7 +64,9 @@ GIVEN: dict[str, float] = {
 }  # fmt: skip
 ALWAYS = words("optimizer config warmup total decay tail stable peak least ratio step") | {"warmup share", "tail share"}
 OF_THE_STEP = ("__call__", "get_lr", "lr", "rate", "get_rate", "learning_rate", "get_learning_rate", "lr_at", "value")
-RESTARTS = words("restart restarts cycle cycles cyclic cyclical sgdr triangular")
+RESTARTS = words(
+    "restart restarts cycle cycles cyclic cyclical sgdr triangular chebyshev fractal wave sine zigzag rewarm"
+)
 RATE_WORDS = words("lr learning warmup noam wsd cosine linear decay annealing")
 STEPPERS = ("step", "step_and_update_lr", "update_lr", "update_learning_rate")
 MOST = 20_000  # calls of step() that a check waits for
@@ -108,6 +110,11 @@ class MetSchedule:
     def end(self) -> float:
         """The last declared step; infinite where none is declared."""
         return max(self.declared.ends, default=math.inf)
+
+    @property
+    def spoken(self) -> float:
+        """The last step of which its names speak: its end, or else that of its warm-up."""
+        return self.end if self.declared.ends else max(self.declared.warmup or 0.0, 2.0) - 1
 
     @property
     def top(self) -> float:
@@ -187,8 +194,11 @@ def _asked(companion: Companion) -> MetSchedule:
         values["initial"] = PEAK
     values |= {"optimizer": optimizer, "config": config}
     names = {role: name for name, role in found.items() if role in values}
+    named = words_of(companion.name)
+    if named & words("cooldown warmdown") and not named & words("warmup wsd schedule scheduler stable"):
+        raise NotApplicable("its name says that it gives the end of a schedule alone")
     by_step = inspect.isfunction(value) and "step" in found.values()
-    if not by_step and "optimizer" not in found.values() and not words_of(companion.name) & RATE_WORDS:
+    if not by_step and "optimizer" not in found.values() and not named & RATE_WORDS:
         raise NotApplicable("it takes no optimizer, and its name does not say that it schedules a learning rate")
     try:
         made = value if by_step else called(value, found, values)
@@ -211,7 +221,7 @@ def _asked(companion: Companion) -> MetSchedule:
         {"t0", "tmult"} & {squash(name) for name in found}
         or unnamed & (RESTARTS - (words("cycle cycles") if _at_most_half(halves) else set()))
     )
-    cosine = bool({"cos", "cosine", "CosineAnnealingLR"} & (read | words_of(companion.name)))
+    cosine = bool({"cos", "cosine", "CosineAnnealingLR"} & (read | named))
     end, steps = max(declared.ends, default=math.inf), _steps(declared)
     rates = rate([k for k in steps if k <= end])
     with contextlib.suppress(Exception):  # some refuse to be asked for more
