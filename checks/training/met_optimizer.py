@@ -28,7 +28,8 @@ NAMES = {
     "weight_decay": "weight_decay wd l2 lambda_wd weight_decay_rate lambda_",
     "momentum": "momentum mu",
     "corrects": "correct_bias bias_correction",
-    "ignored": "nesterov maximize foreach fused capturable differentiable amsgrad centered dampening lr_decay",
+    "ignored": "nesterov maximize foreach fused capturable differentiable amsgrad centered dampening lr_decay "
+    "decoupled_weight_decay initial_accumulator_value",
 }
 OWN = {"rmsprop": {"alpha": "alpha decay_rate rho beta decay gamma"}, "sgd": {"momentum": "momentum mu beta"},
        "muon": {"momentum": "momentum mu beta"}, "adam": {"lr": "lr learning_rate step_size eta alpha"},
