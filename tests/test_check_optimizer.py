@@ -247,6 +247,15 @@ def test_decay_without_the_rate_is_a_remark_as_the_paper_has_it(tmp_path):
 
 OTHERS = {
     "no published rule is known": "class RAdam(torch.optim.RAdam): ...",
+    "settings of its own (caution)": """
+        class Lion(torch.optim.SGD):
+            def __init__(self, params, lr, caution=0.0): super().__init__(params, lr)
+        """,
+    "settings of its own (amsgrad)": """
+        class Adam(torch.optim.Adam):
+            def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=True):
+                super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
+        """,
     "stepping it raises RuntimeError": """
         class SGD(torch.optim.SGD):
             def step(self): raise RuntimeError("no process group")

@@ -117,6 +117,14 @@ RIGHT = {
                 return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, p)))
             return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         """, {BOUNDS, WARMS, FALLS, ENDS}),
+    "of a course": ("""
+        def lr_cosine_schedule(t, a_max, a_min, T_w, T_c):
+            if t < T_w:
+                return t / T_w * a_max
+            if t <= T_c:
+                return a_min + 0.5 * (1 + math.cos((t - T_w) / (T_c - T_w) * math.pi)) * (a_max - a_min)
+            return a_min
+        """, {BOUNDS, WARMS, FALLS, ENDS}),
     "restarts": ("""
         def cosine_restarts_lr(step, warmup_steps, max_steps, lr, min_lr=0.0, cycles=3):
             if step < warmup_steps:

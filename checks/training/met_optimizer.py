@@ -53,7 +53,12 @@ class MetOptimizer:
         self.rule = named[2]
         self.roles = roles_of(companion.value, {**NAMES, **OWN.get(self.rule, {})})
         self.settings, self.unknown = self._settings()
-        self.others = [name for name, role in self.roles.items() if not role]  # settings that no published rule has
+        parameters = inspect.signature(companion.value).parameters
+        self.others = [  # settings that the published rule does not have, or that make it another
+            name
+            for name, role in self.roles.items()
+            if not role or (role == "ignored" and name != "nesterov" and parameters[name].default is True)
+        ]
 
     def _settings(self) -> tuple[Settings, set[str]]:
         """What is given; and of what the rule needs, what it can only have chosen itself."""

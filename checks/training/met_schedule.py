@@ -30,12 +30,13 @@ NAMES = {
     "config": "config cfg conf args hparams hp train_config train_cfg training_args training_config hyperparameters",
     "warmup": "warmup warmup_steps warmup_iters warmup_iterations warmup_iter warmup_step warmup_epochs warmup_period "
     "warmup_batches n_warmup n_warmup_steps num_warmup num_warmup_steps num_warmup_iters lr_warmup_steps warmup_t "
-    "lr_warmup_iters ramp_up_steps rampup_steps linear_warmup_steps warm_steps warm_up_epochs num_warmup_epochs",
+    "lr_warmup_iters ramp_up_steps rampup_steps linear_warmup_steps warm_steps t_w warm_up_epochs num_warmup_epochs",
     "total": "total total_steps total_iters total_iterations total_epochs total_training_steps num_training_steps "
     "max_steps max_iters max_iterations max_epochs max_iter max_step max_num_iters num_steps num_iters num_iterations "
     "num_epochs n_steps n_iters n_epochs steps iters iterations epochs t_max train_steps train_iters training_steps "
     "training_iters all num_train_steps last_step final_step end_step lr_decay_iters lr_decay_steps cosine_cycle_iters "
-    "cosine_steps num_training_iters total_train_steps n_training_steps total_num_steps",
+    "cosine_steps num_training_iters total_train_steps n_training_steps total_num_steps "
+    "total_step final_iter final_iters cosine_annealing_iters annealing_iters t_c",
     "decay": "decay_steps decay_iters num_decay_steps decay_iterations n_decay_steps",
     "tail": "cooldown_steps cooldown_iters warmdown_steps warmdown_iters anneal_steps cooldown warmdown",
     "stable": "stable_steps num_stable_steps stable_iters n_stable_steps hold_steps constant_steps stable",
