@@ -48,7 +48,8 @@ TWICE = dict.fromkeys(vocabulary.HIDDEN, width)
 # Latent attention has keys for every head; experts may be None by default and needed, and come in groups.
 LATENT = dict.fromkeys(vocabulary.KEY_VALUE_HEADS, heads) | {
     "nroutedexperts": 8, "numroutedexperts": 8, "nsharedexperts": 1, "numexpertspertok": 2, "ngroup": 2, "topkgroup": 1,
-    "moeintermediatesize": width,
+    "moeintermediatesize": width, "qlorarank": width, "kvlorarank": width,
+    "qknopeheaddim": head_width, "qkropeheaddim": head_width,
 }  # fmt: skip
 HEADS = LATENT | dict.fromkeys(vocabulary.HEAD_WIDTH, head_width)
 VARIANTS: tuple[tuple[int, dict[str, Any]], ...] = (
