@@ -184,7 +184,7 @@ def test_right_further_functions_pass(tmp_path, text):
     assert found[FURTHER].outcome == "passed"
     assert (found[BEAMS].outcome == "passed") == (text is METHOD)
     names = "GPT.beam_generate (generation)" if text is METHOD else "sample (generation), greedy_decode (generation)"
-    assert names in subject.header and "sample_top_p" not in subject.header
+    assert names in subject.header and "sample_top_p (generation)" not in subject.header
     left = [
         remark for remark in found[FURTHER].remarks if "beam_encoded was found in your file but not checked" in remark
     ]
