@@ -148,6 +148,14 @@ STRINGS = """
 RIGHT = {
     "characters of a text": (CHARACTERS, {BACK}),
     "built later, with marks around, in a tensor": (BUILT, {BACK}),
+    "of an alphabet, dropping all else": ("""
+        class CharTokenizer:
+            def __init__(self, alphabet="abcdefghijklmnopqrstuvwxyz .,!?:0123456789"):
+                self.itos, self.stoi = list(alphabet), {c: i for i, c in enumerate(alphabet)}
+
+            def encode(self, s): return [self.stoi[c] for c in s.lower() if c in self.stoi]
+            def decode(self, ids): return "".join(self.itos[i] for i in ids)
+        """, {BACK}),
     "made by a class method": ("""
         from dataclasses import dataclass
 

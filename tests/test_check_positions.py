@@ -12,6 +12,7 @@ from transformer_checks.checks.bugs.designs import NoPositions, changed
 from transformer_checks.checks.check_positions import (
     check_order_of_tokens_matters,
     check_rotary_angle_depends_on_distance,
+    check_rotary_positions_stay_apart_in_bfloat16,
 )
 from transformer_checks.checks.run.subjects import subject_of
 from transformer_checks.checks.run.verdict import judge
@@ -150,3 +151,12 @@ def test_a_rotation_is_met_by_any_name_in_the_file(tmp_path, name, layout, outco
     found = judge(check_rotary_angle_depends_on_distance, subject_of(str(tmp_path / "model.py"), seed=3), {})
     assert found.outcome == outcome, found.says
     assert outcome != "failed" or "is not relative" in found.says
+
+
+def test_a_model_that_refuses_weights_in_bfloat16_is_not_judged_in_it():
+    def change(model):
+        model.head.register_forward_pre_hook(lambda module, given: given[0].float())
+
+    subject = Subject("float32", changed(change, positions="rotary"))
+    found = judge(check_rotary_positions_stay_apart_in_bfloat16, subject, {})
+    assert found.outcome == "not_applicable" and "does not run with weights in bfloat16" in found.says

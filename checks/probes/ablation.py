@@ -80,13 +80,13 @@ def passed_by(forward: Forward) -> Forward:
     return instead
 
 
-def moves_another_output(subject: Subject, model: nn.Module, name: str) -> bool:
-    """Whether leaving out the part changes any tensor that the model returns, such as the logits of a further head."""
+def moves_another_output(subject: Subject, model: nn.Module, name: str, wrap: Wrap = passed_by) -> bool:
+    """Whether wrapping the part changes any tensor that the model returns, such as the logits of a further head."""
     raw: list[Any] = []
     with model.register_forward_hook(lambda module, given, result: raw.append(tensors(result))):
         tokens = subject.tokens(2, length(subject), seed=subject.seed)
         call(subject, model, tokens)
-        with replaced(model.get_submodule(name), passed_by):
+        with replaced(model.get_submodule(name), wrap):
             call(subject, model, tokens)
     return any(one.shape != two.shape or farthest(one, two) > 0 for one, two in zip(*raw, strict=True))
 

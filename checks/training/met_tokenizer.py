@@ -112,9 +112,11 @@ class MetTokenizer:
         roles = roles_of(value, NAMES)
         train = next((name for name in TRAINS if callable(getattr(value, name, None))), None)
         trained = train is not None and "text" in roles_of(getattr(value, train), NAMES).values()
-        told = bool(trained or {"text", "chars", "vocab", "stoi"} & set(roles.values()))
+        told = {"text", "chars", "vocab", "stoi"} & set(roles.values())
         for values in settings():
-            yield lambda v=values: self._trained(called(value, roles, only_required(value, roles, v)), train, v), told  # type: ignore[misc]
+            given = only_required(value, roles, values)
+            made = lambda g=given, v=values: self._trained(called(value, roles, g), train, v)  # noqa: E731
+            yield made, bool(trained or told & given.keys())
 
     @staticmethod
     def _trained(made: Any, train: str | None, values: Mapping[str, Any]) -> Any:
@@ -141,12 +143,14 @@ class MetTokenizer:
                 codes.setdefault(tuple(self.ids(c)), []).append(c)
             except Exception:
                 continue
+        frame = len(self.ids("a")) - 1
+        if not self.told:  # a character that it drops is not one of its own
+            codes = {code: alike for code, alike in codes.items() if len(code) > frame}
         apart = {next((c for c in alike if c == c.lower()), alike[0])
                  for alike in codes.values() if len({c.lower() for c in alike}) == 1}  # fmt: skip
         known = {c for c in apart if not self.told or self.back(c) == c}
         if self.told:
             known |= {c for c in CHARS if c in apart or c == c.lower()} if self.per_character else set(LETTERS)
-        frame = len(self.ids("a")) - 1
         if all(len(code) - frame == len(c.encode()) for code, alike in codes.items() for c in alike if c in BYTES):
             known |= apart & set(BYTES)
         return "".join(c for c in dict.fromkeys([*CHARS, *MORE]) if c in known)
