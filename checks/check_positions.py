@@ -5,6 +5,7 @@ Order is judged on one block: a deeper causal model can tell positions apart wit
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -167,13 +168,16 @@ def check_rotary_positions_stay_apart_in_bfloat16(subject: Subject) -> None:
     """With weights in bfloat16, no two neighbouring positions may be rotated by the same angles.
 
     In bfloat16 there is no whole number between 256 and 258: positions, and angles, are to be computed in float32.
+    Buffers keep their type: a table of frequencies may be meant to stay in float32.
     """
-    sizes = dict(block_size=BEYOND_256) if subject.can_vary("block_size") else {}
+    sizes: dict[str, Any] = dict(block_size=BEYOND_256) if subject.can_vary("block_size") else {}
     if not sizes and (subject.longest or BEYOND_256) < BEYOND_256:
         raise NotApplicable(f"the model reads fewer than {BEYOND_256} tokens")
     if not subject.affordable(BEYOND_256, 1, least=0):
         raise NotApplicable(f"{BEYOND_256} tokens in bfloat16 take too long")
-    model = subject.amplified(None, seed=subject.seed, dtype=torch.bfloat16, **sizes)
+    model = copy.deepcopy(subject.build(seed=subject.seed, **sizes))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
     if not mentions_rotary(subject, model):
         raise NotApplicable("no name in the model's code speaks of rotary positions")
     tokens = subject.tokens(1, 1, seed=subject.seed).expand(1, BEYOND_256).contiguous()

@@ -510,8 +510,9 @@ class StochasticBlock(Block):
 
     def residual(self, x: Tensor, update: Tensor) -> Tensor:
         update = self.dropout(update) * self.scale()
-        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.left_out
-        return x + update * kept if self.training else x + update
+        if not self.training:
+            return x + update
+        return x + update * (torch.rand(len(x), 1, 1, device=x.device) >= self.left_out)
 
     def scale(self) -> float:
         """Of an update that is kept."""
