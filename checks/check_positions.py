@@ -175,7 +175,8 @@ def check_rotary_positions_stay_apart_in_bfloat16(subject: Subject) -> None:
         raise NotApplicable(f"the model reads fewer than {BEYOND_256} tokens")
     if not subject.affordable(BEYOND_256, 1, least=0):
         raise NotApplicable(f"{BEYOND_256} tokens in bfloat16 take too long")
-    model = copy.deepcopy(subject.build(seed=subject.seed, **sizes))
+    model = subject.build(seed=subject.seed, **sizes)
+    model = model if subject.builds_afresh else copy.deepcopy(model)  # how a copy was built is not known
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     if not mentions_rotary(subject, model):

@@ -30,7 +30,7 @@ from tests.controls import CONTROLS
 
 ROOT = Path(__file__).parent.parent
 Key = tuple[Any, ...]  # the fields of a Task: kind, subject, seed, slow
-SOURCES = ("transformer", "checks", "tests/controls.py", "tests/variants.py")
+SOURCES = ("transformer", "checks", "tests/controls.py", "tests/variants.py", "tests/variants_of_attention.py")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch._dynamo
 
-import tests.variants  # noqa: F401
+import tests.variants_of_attention  # noqa: F401
 from tests.controls import CONTROLS
 from transformer_checks.checks import all_checks
 from transformer_checks.checks.bugs import all_bugs

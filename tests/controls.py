@@ -1,6 +1,6 @@
 """Correct models that must not fail any check: models of public libraries at tiny sizes.
 
-`CONTROLS` maps a name to a function that makes a Subject; variants.py adds variants of the reference to it. `FAULTY`
+`CONTROLS` maps a name to a function that makes a Subject; variants*.py add variants of the reference to it. `FAULTY`
 holds library models that have a real bug, each with the check that finds it.
 """
 

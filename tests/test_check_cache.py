@@ -97,7 +97,7 @@ def test_padding_forgotten_by_the_cache_is_shown_with_its_mask():
 
 
 def takes_short_pieces_for_real(most: int):
-    """Over a cache, pieces of at most so many tokens are taken for generated ones, which are never padding."""
+    """With a cache, short pieces are taken for generated tokens, which are never padding."""
 
     def change(model: Transformer) -> None:
         forward = model.forward

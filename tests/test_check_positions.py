@@ -118,7 +118,9 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         q, k = turn_pairs(q, self.table), turn_pairs(k, self.table)
-        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        k, v = (nn.functional.pad(part, (0, 0, 0, EMPTY)) for part in (k, v))
+        seen = torch.ones(T, T + EMPTY, dtype=torch.bool).tril()
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return x + self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -136,6 +138,7 @@ class Model(nn.Module):
 """
 
 
+@pytest.mark.parametrize("empty", [0, 3])  # places of a cache behind the keys
 @pytest.mark.parametrize(
     ("name", "layout", "outcome"),
     [
@@ -145,8 +148,8 @@ class Model(nn.Module):
         ("turn_pairs", "angles.repeat_interleave(2, -1)", "not_applicable"),
     ],
 )
-def test_a_rotation_is_met_by_any_name_in_the_file(tmp_path, name, layout, outcome):
-    code = TURNING.replace("LAYOUT", layout).replace("turn_pairs", name)
+def test_a_rotation_is_met_by_any_name_in_the_file(tmp_path, name, layout, outcome, empty):
+    code = TURNING.replace("LAYOUT", layout).replace("turn_pairs", name).replace("EMPTY", str(empty))
     (tmp_path / "model.py").write_text(code)
     found = judge(check_rotary_angle_depends_on_distance, subject_of(str(tmp_path / "model.py"), seed=3), {})
     assert found.outcome == outcome, found.says

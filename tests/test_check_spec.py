@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests import variants  # noqa: F401  (adds its controls)
+from tests import variants_of_attention  # noqa: F401  (adds its controls)
 from tests.controls import CONTROLS
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.damage import LLAMA, norms, redefine

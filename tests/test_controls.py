@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import tests.variants  # noqa: F401
+import tests.variants_of_attention  # noqa: F401
 from tests.controls import CONTROLS, FAULTY
 from transformer_checks.checks import all_checks
 from transformer_checks.checks.run.order import check_id

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from power.foreign import source_of
-from tests import variants  # noqa: F401  (adds its controls)
+from tests import variants_of_attention  # noqa: F401  (adds its controls)
 from tests.controls import CONTROLS
 from transformer_checks.checks.bugs import all_bugs
 from transformer_checks.checks.bugs.designs import changed

@@ -64,7 +64,7 @@ def test_a_cache_that_surely_is_one_and_cannot_be_read_is_a_fault(tmp_path, name
     ("name", "old", "new", "facts"),
     [
         (OBJECT, READ, "past = x",
-         ["forward takes cache= (", "model.py:23)", "cache=KVCache()", "nothing is kept between calls"]),
+         ["forward takes cache= (", "model.py:23)", "cache=KVCache()", "keeps nothing between the calls"]),
         (OBJECT, SEEN, "def forward(self, idx, cache=None, already=0):\n        seen = already",
          ["forward takes cache=", "no check fills already="]),
         (OBJECT, "def __init__(self):\n        self.past", "def __init__(self, *, store):\n        self.past",

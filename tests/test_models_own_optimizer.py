@@ -1,4 +1,4 @@
-"""`configure_optimizers` of a model: what is told of its groups, and the forms in which it is called or left alone."""
+"""What is said of the groups that `configure_optimizers` makes, and which of its forms are called."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def search(forward: Forward, model: nn.Module, sandbox: Sandbox, sizes: Mapping[
             faulty = protocol
         tried.append(
             f"{protocol.says}: the logits of a text read in pieces are {apart:.2g} standard deviations off"
-            + ("" if keeps else ", and nothing is kept between calls")
+            + ("" if keeps else ", and the model keeps nothing between the calls")
         )
     return Found(faulty, "" if faulty else _why_not(forward, model, sandbox, tried or raised))
 

@@ -198,7 +198,10 @@ def _try_recipe(recipe: Recipe, changed: Mapping[str, Any], device: Any, trials:
 
 
 def _built(recipe: Recipe, asked: dict[str, Any]) -> tuple[nn.Module, int | None]:
-    """A model, and if it takes a padding id how many ids are not padding: the padding id comes after them."""
+    """A model, and if it takes a padding id how many ids are not padding: the padding id comes after them.
+
+    Of a vocabulary that cannot be chosen it is the last id: `asked` then has that vocabulary without it.
+    """
     try:
         model = recipe.build(asked)
     except Exception:

@@ -67,7 +67,7 @@ class Path:
         return self.run(self.tokens())
 
     def affordable(self, calls: int) -> int:
-        """How many of so many calls are made: at least one."""
+        """How many of this number of calls to make: at least one."""
         return self.subject.affordable(self.rows * self.length, calls, sweeps=0.1)
 
     def run(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -208,7 +208,13 @@ def _enters_alike(calls: list[Call], block: str, T: int) -> bool:
 
 
 def _compared(q: Tensor, k: Tensor) -> dict[str, Tensor] | None:
-    """Products of queries and keys, and their cosines; None if either is 0."""
+    """Products of queries and the keys of the same tokens, and their cosines; None if either is 0.
+
+    A cache of a fixed length has empty places after them.
+    """
+    if k.shape[-2] < q.shape[-2]:
+        return None
+    k = k[..., : q.shape[-2], :]
     if q.shape[:-2] != k.shape[:-2]:
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
     if not (bool(q.any()) and bool(k.any())):
